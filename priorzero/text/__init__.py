@@ -1,0 +1,1 @@
+"""Text to numbers: the frozen sentence encoder and the action vocabulary."""
