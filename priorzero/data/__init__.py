@@ -1,0 +1,1 @@
+"""What is collected and what is trained on: steps, segments, batches."""

@@ -1,0 +1,1 @@
+"""Planning: the mixture that enters at the root, and the tree search itself."""
