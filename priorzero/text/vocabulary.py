@@ -46,7 +46,7 @@ class Vocabulary(Protocol):
 
 
 def make_vocabulary(kind: str, capacity: int, overflow: int) -> Vocabulary:
-    """``kind``: ``stable`` (an id per action text) or ``positional`` (rank in the state; ``overflow`` does not apply)."""
+    """``kind``: ``stable`` (an id per action text) or ``positional`` (rank in the state; ignores ``overflow``)."""
     if kind == "stable":
         return ActionVocabulary(capacity, overflow)
     if kind == "positional":
