@@ -21,7 +21,7 @@ from priorzero.quiet import quiet_base
 from priorzero.search.context import ContextStore
 from priorzero.search.root_prior import RootPrior, RootPriorSettings, mix_root_prior
 from priorzero.search.tree import SearchSettings, search
-from priorzero.text.vocabulary import ActionVocabulary, PositionalVocabulary
+from priorzero.text.vocabulary import ActionVocabulary, make_vocabulary
 from priorzero.types import PriorZeroError
 from priorzero.world_model.inference import SearchMemory
 from priorzero.world_model.loss import LossWeights, WorldModelTargets, world_model_loss
@@ -61,8 +61,8 @@ class PriorZeroPolicy(UniZeroPolicy):
         type="priorzero",
         # (dict) Fields of `priorzero.search.root_prior.RootPriorSettings`.
         root_prior=dict(),
-        # (dict) kind "text" or "positional", capacity (V), overflow: see `priorzero.text.vocabulary`.
-        action_vocabulary=dict(kind="text", capacity=512, overflow=16),
+        # (dict) kind "stable" or "positional", capacity (V), overflow: see `priorzero.text.vocabulary`.
+        action_vocabulary=dict(kind="stable", capacity=512, overflow=16),
         # (str) Where n-step targets bootstrap: "target_network" (its value now) or "search" (root value when played).
         value_bootstrap="target_network",
         # (int) `C`: real observations a root looks back on, itself included.
@@ -112,7 +112,7 @@ class PriorZeroPolicy(UniZeroPolicy):
         self._rng = np.random.default_rng(cfg.get("seed", 0))
         self.positions_clamped = 0
         if not hasattr(self, "vocabulary"):
-            self.vocabulary = make_vocabulary(cfg.action_vocabulary)
+            self.vocabulary = make_vocabulary(**cfg.action_vocabulary)
             self._embed_text = None
 
     def attach_encoder(self, encode) -> None:
@@ -294,15 +294,6 @@ class PriorZeroPolicy(UniZeroPolicy):
         self._optimizer_world_model.load_state_dict(state["optimizer_world_model"])
         self.vocabulary.load_state_dict(state["vocabulary"])
         self._train_iter = state["train_iter"]
-
-
-def make_vocabulary(cfg) -> ActionVocabulary | PositionalVocabulary:
-    """The vocabulary the settings ask for: ids per command, or LightZero's ids per position."""
-    if cfg.kind == "text":
-        return ActionVocabulary(capacity=cfg.capacity, overflow=cfg.overflow)
-    if cfg.kind == "positional":
-        return PositionalVocabulary(capacity=cfg.capacity)
-    raise PriorZeroError(f"action_vocabulary.kind {cfg.kind!r} is unknown; use 'text' or 'positional'")
 
 
 def replace_mode(settings: RootPriorSettings, mode: str) -> RootPriorSettings:
