@@ -1,0 +1,29 @@
+"""One logger for the run: lines a user can follow on the terminal, the same with times and modules in a file."""
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+_NOISY = ("httpx", "urllib3", "matplotlib", "filelock", "fsspec", "asyncio", "transformers", "jax", "h5py", "numba", "spacy")
+
+
+def setup_logging(folder: Path | None, level: int = logging.INFO) -> None:
+    """Send our log to the terminal and, with a folder, to `<folder>/run.log`; keep other libraries at WARNING."""
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        root.removeHandler(handler)
+    root.setLevel(logging.WARNING)
+    for name in ("priorzero", "priorzero_orz_entry", "priorzero_collector", "priorzero_evaluator", "priorzero_policy",
+                 "game_buffer_priorzero", "priorzero_config"):
+        logging.getLogger(name).setLevel(level)
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    terminal = logging.StreamHandler(sys.stderr)
+    terminal.setFormatter(logging.Formatter("%(message)s"))
+    root.addHandler(terminal)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(folder / "run.log", encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        root.addHandler(handler)
