@@ -1,0 +1,1 @@
+"""What surrounds a run: the machine check, checkpoints and metrics."""
