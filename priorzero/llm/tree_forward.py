@@ -1,0 +1,232 @@
+"""Log-probabilities of all actions of many states with every token computed once, with or without gradients.
+
+Each state is one row: its prompt body, then the inner nodes of its actions' token trie. A 4D mask lets a node see the
+prompt and its own ancestors only, and position ids count along its path, so the row equals one full forward per
+action (tests/llm compare them). The head, common to many states, is computed once as a row of its own; its keys and
+values are shared by all rows: kept across calls for scoring (`HeadCache`), with gradients flowing into it in training.
+
+Letters: `B` states of a batch, `H` tokens of the head, `S` padded tokens of a row (body and nodes), `R` rows of logits
+that are needed (end of prompt and inner nodes, all states together), `N` vocabulary.
+
+Tree attention after SpecInfer (arXiv:2305.09781), used here to score instead of to speculate.
+"""
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from priorzero.llm.model import base_model, weights_stamp
+from priorzero.llm.requests import TokenisedRequest
+from priorzero.llm.trie import TokenTrie, build_trie
+from priorzero.types import PriorZeroError
+
+LayerKV = list[tuple[torch.Tensor, torch.Tensor]]  # per layer: keys, values, each [1, heads, H, head_dim]
+
+
+@dataclass(frozen=True)
+class TreeItem:
+    """One state ready for the forward: its tokens and the trie of its actions."""
+
+    request: TokenisedRequest
+    trie: TokenTrie
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.request.body_ids) + len(self.trie.tokens)
+
+
+class HeadCache:
+    """Keys and values of the most recent heads, valid for one state of the weights."""
+
+    def __init__(self, capacity: int = 4) -> None:
+        self.capacity = capacity
+        self.hits = 0
+        self.misses = 0
+        self._stamp: tuple = ()
+        self._kv: OrderedDict[tuple[int, ...], LayerKV] = OrderedDict()
+
+    def clear(self) -> None:
+        self._kv.clear()
+
+    def get(self, model: torch.nn.Module, head_ids: tuple[int, ...], dtype: torch.dtype | None) -> LayerKV:
+        """Keys and values of ``head_ids`` under the present weights (computed when missing or outdated)."""
+        stamp = (id(model), weights_stamp(model), dtype)
+        if stamp != self._stamp:
+            self._kv.clear()
+            self._stamp = stamp
+        if head_ids in self._kv:
+            self.hits += 1
+            self._kv.move_to_end(head_ids)
+            return self._kv[head_ids]
+        self.misses += 1
+        self._kv[head_ids] = head_key_values(model, head_ids)
+        if len(self._kv) > self.capacity:
+            self._kv.popitem(last=False)
+        return self._kv[head_ids]
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None):
+    """Context for the compute dtype: ``None`` computes in the weights' own dtype."""
+    return torch.autocast(device.type, dtype=dtype) if dtype is not None else contextlib.nullcontext()
+
+
+def head_key_values(model: torch.nn.Module, head_ids: tuple[int, ...]) -> LayerKV:
+    """Run the head alone. Gradients follow the surrounding grad mode."""
+    decoder, device = base_model(model).get_decoder(), next(model.parameters()).device
+    ids = torch.tensor([head_ids], device=device)
+    out = decoder(input_ids=ids, use_cache=True)
+    return [(layer.keys, layer.values) for layer in out.past_key_values.layers]
+
+
+def prepare(requests: Sequence[TokenisedRequest]) -> list[TreeItem]:
+    return [TreeItem(r, build_trie(r.action_ids)) for r in requests]
+
+
+def plan_batches(items: Sequence[TreeItem], max_batch_tokens: int, max_batch_size: int = 64) -> list[list[int]]:
+    """Indices of items that share a forward: same head, similar length, ``B * (H + S)`` at most ``max_batch_tokens``.
+
+    A single state above the limit gets a batch of its own: it cannot be split. Attention over the shared head counts,
+    because its keys and values are copied for each row.
+    """
+    by_head: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for i, item in enumerate(items):
+        by_head[item.request.head_ids].append(i)
+    batches: list[list[int]] = []
+    for head, members in by_head.items():
+        batch: list[int] = []
+        for i in sorted(members, key=lambda j: items[j].num_tokens):  # ascending: the newest is the longest
+            rows = len(batch) + 1
+            if batch and (rows * (len(head) + items[i].num_tokens) > max_batch_tokens or rows > max_batch_size):
+                batches.append(batch)
+                batch = []
+            batch.append(i)
+        batches.append(batch)
+    return batches
+
+
+def _layout(items: Sequence[TreeItem], device: torch.device):
+    """Token ids [B, S], position ids [B, S], mask [B, 1, S, H + S] (True = may attend)."""
+    head_len = len(items[0].request.head_ids)
+    size = max(item.num_tokens for item in items)
+    ids = torch.zeros(len(items), size, dtype=torch.long)
+    positions = torch.zeros(len(items), size, dtype=torch.long)
+    mask = torch.zeros(len(items), 1, size, head_len + size, dtype=torch.bool)
+    for b, item in enumerate(items):
+        body, nodes = len(item.request.body_ids), len(item.trie.tokens)
+        end = body + nodes
+        ids[b, :end] = torch.tensor([*item.request.body_ids, *item.trie.tokens], dtype=torch.long)
+        positions[b, :body] = torch.arange(head_len, head_len + body)
+        positions[b, body:end] = head_len + body + torch.tensor(item.trie.depths, dtype=torch.long)
+        row = mask[b, 0]
+        row[:end, :head_len] = True
+        row[:body, head_len : head_len + body] = torch.ones(body, body, dtype=torch.bool).tril()
+        row[body:end, head_len : head_len + body] = True
+        for node, ancestors in enumerate(item.trie.ancestors()):
+            row[body + node, [head_len + body + a for a in ancestors]] = True
+        # A padding token sees itself only: an empty row of the mask would give NaN.
+        padding = torch.arange(end, size)
+        row[padding, head_len + padding] = True
+    return ids.to(device), positions.to(device), mask.to(device)
+
+
+def _check_sliding(config, length: int) -> None:
+    """The tree mask is the full mask; a sliding window shorter than the row would need another one."""
+    window = getattr(config, "sliding_window", None)
+    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    if slides and window and length > window:
+        raise PriorZeroError(
+            f"this LLM attends over a sliding window of {window} tokens and the row has {length}; "
+            "shorten the prompts, or use the vLLM engine"
+        )
+
+
+def tree_logprobs(
+    model: torch.nn.Module,
+    items: Sequence[TreeItem],
+    *,
+    head_kv: LayerKV | None = None,
+    logit_rows: int = 512,
+) -> list[torch.Tensor]:
+    """Log-probabilities (natural log, temperature 1, float32) of all action tokens of one batch of states.
+
+    All items share one head. One flat tensor per item: the tokens of its actions one after another, with the lengths
+    of ``request.action_ids``. Gradients follow the surrounding grad mode; without ``head_kv`` the head is computed
+    here, once for the batch, with gradients too. ``logit_rows`` bounds the rows of logits [R, N] held at a time
+    (without gradients; autograd keeps them all).
+    """
+    from transformers import DynamicCache
+
+    causal_lm = base_model(model)
+    device = next(model.parameters()).device
+    head_ids = items[0].request.head_ids
+    if any(item.request.head_ids != head_ids for item in items):
+        raise ValueError("the states of one batch need the same head; use plan_batches")
+    # An empty body leaves no token in the row that ends the prompt, so the head goes into the row instead.
+    if head_ids and any(not item.request.body_ids for item in items):
+        items = [TreeItem(_headless(item.request), item.trie) for item in items]
+        head_ids, head_kv = (), None
+    if head_ids and head_kv is None:
+        head_kv = head_key_values(model, head_ids)
+    ids, positions, mask = _layout(items, device)
+    _check_sliding(causal_lm.config, mask.shape[-1])
+    past = None
+    if head_ids:
+        rows = len(items)
+        past = DynamicCache([(k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1)) for k, v in head_kv])
+    hidden = causal_lm.get_decoder()(
+        input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=past, use_cache=past is not None
+    ).last_hidden_state  # [B, S, D]
+    return _gather(causal_lm, hidden, items, logit_rows)
+
+
+def _headless(request: TokenisedRequest) -> TokenisedRequest:
+    return TokenisedRequest((), request.prompt_ids, request.action_ids)
+
+
+def _gather(causal_lm, hidden: torch.Tensor, items: Sequence[TreeItem], logit_rows: int) -> list[torch.Tensor]:
+    """Pick the needed hidden rows, apply the output head to them alone, read the asked tokens' log-probabilities."""
+    places: list[tuple[int, int]] = []  # (state, position in the row) of every needed row of logits
+    lookups: list[tuple[int, int]] = []  # (index into places, token)
+    counts: list[int] = []
+    for b, item in enumerate(items):
+        first, body = len(places), len(item.request.body_ids)
+        places.extend((b, body - 1 + row) for row in range(item.trie.num_rows))
+        wanted = [(first + row, token) for lookup in item.trie.lookups for row, token in lookup]
+        lookups.extend(wanted)
+        counts.append(len(wanted))
+    state, position = torch.tensor(places, device=hidden.device).T
+    needed = hidden[state, position]  # [R, D]
+    row, token = torch.tensor(lookups, dtype=torch.long, device=hidden.device).reshape(-1, 2).T
+    head = causal_lm.get_output_embeddings()
+    softcap = getattr(causal_lm.config, "final_logit_softcapping", None)
+    flat = torch.empty(len(lookups), dtype=torch.float32, device=hidden.device)
+    step = max(1, logit_rows)
+    for start in range(0, len(places), step):
+        inside = ((row >= start) & (row < start + step)).nonzero()[:, 0]
+        logits = head(needed[start : start + step]).float()
+        if softcap:
+            logits = torch.tanh(logits / softcap) * softcap
+        picked = logits[row[inside] - start, token[inside]] - logits.logsumexp(-1)[row[inside] - start]
+        flat = flat.index_copy(0, inside, picked)
+    return list(flat.split(counts))
+
+
+def split_actions(flat: torch.Tensor, request: TokenisedRequest) -> list[torch.Tensor]:
+    """The flat token log-probabilities of one state, cut into one tensor per action."""
+    return list(flat.split([len(a) for a in request.action_ids]))
+
+
+def action_totals(flat: torch.Tensor, request: TokenisedRequest, reduction: str = "sum") -> torch.Tensor:
+    """One number per action [A]: sum (or mean) of its tokens' log-probabilities; as `ActionScores.totals`."""
+    lengths = torch.tensor([len(a) for a in request.action_ids], device=flat.device)
+    owner = torch.repeat_interleave(torch.arange(len(lengths), device=flat.device), lengths)
+    totals = torch.zeros(len(lengths), dtype=flat.dtype, device=flat.device).index_add(0, owner, flat)
+    if reduction == "sum":
+        return totals
+    if reduction == "mean":
+        return totals / lengths
+    raise PriorZeroError(f"prior reduction {reduction!r} is unknown; use 'sum' or 'mean'")

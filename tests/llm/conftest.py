@@ -1,0 +1,88 @@
+"""Small random models and the embedded real one, shared by the LLM tests."""
+from __future__ import annotations
+
+import pytest
+import torch
+
+from priorzero.llm.requests import TextTokeniser, TokenisedRequest
+
+
+def reference_logprobs(model, request: TokenisedRequest) -> list[list[float]]:
+    """The slow truth: one full float32 forward per action through the model's public interface."""
+    out = []
+    start = request.num_prompt_tokens
+    with torch.no_grad():
+        for action in request.action_ids:
+            logits = model(torch.tensor([request.prompt_ids + action])).logits.float().log_softmax(-1)
+            out.append([float(logits[0, start - 1 + j, token]) for j, token in enumerate(action)])
+    return out
+
+
+def tiny_llama(seed: int = 0, vocab: int = 97, **kwargs):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.12, attn_implementation="sdpa",
+        tie_word_embeddings=True, eos_token_id=1, bos_token_id=2, pad_token_id=0, **kwargs,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+class ByteTokenizer:
+    """One token per UTF-8 byte, offset by 3; enough of a tokenizer for the fast tests."""
+
+    chat_template = None
+    eos_token_id = 1
+    bos_token = ""
+    added_tokens_decoder: dict = {}
+
+    def __call__(self, text: str, add_special_tokens: bool = False) -> dict:
+        return {"input_ids": [3 + b for b in text.encode()]}
+
+    def decode(self, ids, skip_special_tokens: bool = True) -> str:
+        return bytes(i - 3 for i in ids if 3 <= i < 259).decode(errors="replace")
+
+
+@pytest.fixture(autouse=True)
+def one_thread(request):
+    """Tiny models gain nothing from a second thread and lose much to it on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if "smollm" in request.fixturenames else 1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def reference():
+    return reference_logprobs
+
+
+@pytest.fixture
+def tiny():
+    return tiny_llama
+
+
+@pytest.fixture
+def byte_text() -> TextTokeniser:
+    return TextTokeniser(ByteTokenizer(), max_tokens=512)
+
+
+@pytest.fixture
+def byte_model():
+    return tiny_llama(vocab=262)
+
+
+@pytest.fixture(scope="session")
+def smollm():
+    """(model in float32, tokenizer, resolved) of the embedded LLM; skipped where its package is not installed."""
+    from priorzero.llm.model import load_llm, resolve_llm
+    from priorzero.types import PriorZeroError
+
+    try:
+        resolved = resolve_llm("embedded")
+    except PriorZeroError as error:
+        pytest.skip(str(error))
+    model, tokenizer = load_llm(resolved, "cpu", torch.float32)
+    return model, tokenizer, resolved
