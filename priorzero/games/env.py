@@ -1,0 +1,349 @@
+"""A text adventure as a DI-engine environment, registered as ``priorzero_text_game``.
+
+Observations are dicts (see ``TextGameEnv.reset``), actions are the command strings themselves. The interpreter runs
+in a worker process: a hang or crash ends the episode as truncated, never the run.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from typing import Any
+
+import numpy as np
+from ding.envs import BaseEnv, BaseEnvTimestep
+from ding.utils import ENV_REGISTRY
+from easydict import EasyDict
+
+from priorzero.games.catalogue import GameSpec, resolve_game
+from priorzero.games.process import GameProcess
+from priorzero.games.records import GameState, StateDetails, WorkerFault, WorkerTimeout
+from priorzero.games.valid_actions import default_cache_path, shared_cache
+from priorzero.types import PriorZeroError
+
+logger = logging.getLogger(__name__)
+
+OBSERVATION_PARTS = ("feedback", "look", "inventory")
+SPLITS = ("train", "eval")
+FIRST_SEED = 1_000  # Frotz treats smaller ones specially, and every walkthrough's seed is smaller
+
+
+def episode_seed(seed: int, env_index: int, episode: int, split: str) -> int:
+    """The interpreter's seed of one episode, in [1000, 2**31): a pure function of its arguments.
+
+    Evaluation seeds are odd and training seeds even, so the two never share an episode, whatever the run's seed.
+    No seed equals a walkthrough's, which are all below 1,000; in particular run seed 0 does not mean the walkthrough.
+    """
+    words = np.random.SeedSequence((seed, env_index, episode)).generate_state(1, np.uint32)
+    pair = (int(words[0]) % ((2**31 - FIRST_SEED) // 2)) * 2
+    return FIRST_SEED + pair + (split == "eval")
+
+
+@ENV_REGISTRY.register("priorzero_text_game")
+class TextGameEnv(BaseEnv):
+    """One game, one interpreter process. Nothing is started before the first ``reset``.
+
+    What a seed changes: in Jericho games the interpreter's random numbers (fights, thieves, random texts); a game
+    without randomness, such as detective, plays the same under every seed. TextWorld's randomness lies in the
+    generation of the game, so it is set by the game's id (``tw-coin:seed=3``); a generated game plays the same in
+    every episode.
+
+    If no valid action is known in a state that does not end the game (darkness, a scripted scene),
+    ``fallback_actions`` are offered, counted in ``stats()["fallback_states"]``.
+    """
+
+    config = {
+        "env_id": "auto",  # see catalogue.resolve_game
+        "games_dir": None,  # a folder searched before $PRIORZERO_GAMES
+        "max_steps": None,  # actions before truncation; None: the catalogue's
+        "split": "train",  # "train" or "eval": two disjoint sets of episode seeds
+        "seed": 0,  # the run's seed, unless seed() is called
+        "env_index": 0,  # tells environments of one run apart
+        "observation_parts": list(OBSERVATION_PARTS),  # what obs["text"] is made of
+        "extra_actions": [],  # commands offered in every state besides the valid ones
+        "fallback_actions": ["look", "wait"],  # commands offered where there would be none
+        "step_timeout_s": 20.0,  # for reset and step; a hang is recognised after this
+        "describe_timeout_s": 120.0,  # for the valid actions of a new state
+        "reset_attempts": 3,  # episodes tried, each with its own seed, before reset gives up
+        "cache_path": "auto",  # SQLite file of known states; "auto": in the cache folder; None: memory only
+    }
+
+    @classmethod
+    def default_config(cls) -> EasyDict:
+        return EasyDict({**copy.deepcopy(cls.config), "cfg_type": cls.__name__ + "Dict"})
+
+    @staticmethod
+    def create_collector_env_cfg(cfg: dict) -> list[dict]:
+        """``collector_env_num`` configs of split "train", told apart by ``env_index``."""
+        cfg = dict(cfg)
+        return [EasyDict({**cfg, "split": "train", "env_index": i}) for i in range(cfg.pop("collector_env_num"))]
+
+    @staticmethod
+    def create_evaluator_env_cfg(cfg: dict) -> list[dict]:
+        """``evaluator_env_num`` configs of split "eval", told apart by ``env_index``."""
+        cfg = dict(cfg)
+        return [EasyDict({**cfg, "split": "eval", "env_index": i}) for i in range(cfg.pop("evaluator_env_num"))]
+
+    def __init__(self, cfg: dict | None = None) -> None:
+        """Resolves the game (a generated one is built here) and checks the settings. Raises PriorZeroError."""
+        self._cfg = EasyDict({**copy.deepcopy(self.config), **(cfg or {})})
+        self._check_settings()
+        self._game = resolve_game(self._cfg.env_id, self._cfg.games_dir)
+        self._max_steps = int(self._cfg.max_steps or self._game.max_steps)
+        path = default_cache_path() if self._cfg.cache_path == "auto" else self._cfg.cache_path
+        self._cache = shared_cache(path) if self._game.kind == "jericho" else None
+        self._process = GameProcess(self._game.kind, self._game.path)
+        # Text spaces have no gym equivalent that DI-engine understands; its managers accept None.
+        self._observation_space = self._action_space = self._reward_space = None
+        self._counts: dict[str, float] = dict.fromkeys(
+            (
+                "episodes",
+                "steps",
+                "hangs",
+                "deaths",
+                "state_hits",
+                "state_misses",
+                "fallback_states",
+                "step_s",
+                "describe_s",
+                "reset_s",
+            ),
+            0,
+        )
+        self.seed(int(self._cfg.seed), env_index=int(self._cfg.env_index))
+        self._obs: dict[str, Any] | None = None
+
+    observation_space = property(lambda self: self._observation_space)
+    action_space = property(lambda self: self._action_space)
+    reward_space = property(lambda self: self._reward_space)
+
+    @property
+    def game(self) -> GameSpec:
+        """The game's settings; ``game.goal`` and ``game.max_score`` among them."""
+        return self._game
+
+    @property
+    def max_steps(self) -> int:
+        return self._max_steps
+
+    @property
+    def episode_seed(self) -> int:
+        """The interpreter's seed of the current episode."""
+        return self._episode_seed
+
+    def seed(self, seed: int, dynamic_seed: bool = True, env_index: int | None = None) -> None:
+        """Set the run's seed and start counting episodes anew; takes effect at the next ``reset``.
+
+        ``dynamic_seed=False`` gives every episode the seed of the first. DI-engine's managers pass ``seed + index``;
+        a ``GameEnvGroup`` passes the run's seed and the index apart, so that run 0's second environment is not run
+        1's first.
+        """
+        self._seed = int(seed)
+        self._dynamic_seed = dynamic_seed
+        self._env_index = self._cfg.env_index if env_index is None else env_index
+        self._episode = -1
+        self._episode_seed = -1
+
+    def reset(self) -> dict[str, Any]:
+        """Start the next episode; returns its first observation.
+
+        Keys: ``text`` (str), ``valid_actions`` (sorted tuple of str, never empty unless the episode is over),
+        ``timestep`` (int, actions taken so far), ``score`` (float, the game's), ``state_hash`` (str, of the world
+        state).
+        Raises PriorZeroError if ``reset_attempts`` workers in a row hang or die.
+        """
+        start = time.perf_counter()
+        self._obs = None
+        for attempt in range(1, self._cfg.reset_attempts + 1):
+            self._episode += 1
+            self._episode_seed = episode_seed(
+                self._seed, self._env_index, self._episode if self._dynamic_seed else 0, self._cfg.split
+            )
+            self._timestep = 0
+            self._running = True
+            try:
+                state = self._process.call("reset", self._episode_seed, timeout_s=self._cfg.step_timeout_s)
+                self._first_score = state.score
+                self._score = state.score
+                self._obs = self._observe(state)
+            except WorkerFault as fault:
+                self._count_fault(fault, f"reset, attempt {attempt} of {self._cfg.reset_attempts}")
+                last_fault = fault
+                continue
+            finally:
+                self._counts["reset_s"] += time.perf_counter() - start
+                start = time.perf_counter()
+            self._counts["episodes"] += 1
+            return self._obs
+        raise PriorZeroError(
+            f"{self._game.env_id} could not be started in {self._cfg.reset_attempts} attempts, last: {last_fault}. Try"
+            f" a larger step_timeout_s ({self._cfg.step_timeout_s:g}) or describe_timeout_s"
+            f" ({self._cfg.describe_timeout_s:g}), or another game"
+        )
+
+    def step(self, action: str) -> BaseEnvTimestep:
+        """Type ``action``. Reward: the change of the game's score (float).
+
+        ``info``: terminated, truncated (bool), done_kind ("running", "terminated", "truncated", "hang"), score,
+        max_score, won, steps, fault (text or ""), and when done eval_episode_return (float, sum of the episode's
+        rewards). After a fault of the worker (done_kind "hang", truncated) the observation is the previous one, since
+        the next state is unknown, and the reward is 0.
+        Raises PriorZeroError if ``action`` is not among the present valid actions; the game is untouched then.
+        """
+        if self._obs is None or not self._running:
+            raise RuntimeError("step() outside an episode: call reset() first")
+        if action not in self._obs["valid_actions"]:
+            raise PriorZeroError(
+                f"action {action!r} is not valid in the present state of {self._game.env_id} (step {self._timestep});"
+                f" valid are {list(self._obs['valid_actions'])}. Choose one of these; it is an error of the caller and"
+                " nothing was replaced"
+            )
+        start = time.perf_counter()
+        self._timestep += 1
+        self._counts["steps"] += 1
+        state: GameState | None = None
+        fault_text = ""
+        try:
+            state = self._process.call("step", action, timeout_s=self._cfg.step_timeout_s)
+            self._counts["step_s"] += time.perf_counter() - start
+            obs = self._observe(state)
+        except WorkerFault as fault:
+            self._count_fault(fault, f"action {action!r} at step {self._timestep}")
+            fault_text = str(fault)
+            obs = {**self._obs, "timestep": self._timestep}
+            state = None
+        return self._timestep_record(obs, state, fault_text)
+
+    def _timestep_record(self, obs: dict[str, Any], state: GameState | None, fault: str) -> BaseEnvTimestep:
+        terminated = state is not None and state.terminated
+        hang = state is None
+        truncated = hang or (not terminated and self._timestep >= self._max_steps)
+        reward = obs["score"] - self._score
+        self._score = obs["score"]
+        self._obs = obs
+        self._running = not (terminated or truncated)
+        info = {
+            "terminated": terminated,
+            "truncated": truncated,
+            "done_kind": "hang" if hang else "terminated" if terminated else "truncated" if truncated else "running",
+            "score": self._score,
+            "max_score": self._game.max_score,
+            "won": state is not None and state.won,
+            "steps": self._timestep,
+            "fault": fault,
+        }
+        if not self._running:
+            info["eval_episode_return"] = float(self._score - self._first_score)
+        return BaseEnvTimestep(obs, float(reward), not self._running, info)
+
+    def _observe(self, state: GameState) -> dict[str, Any]:
+        details = state.details if state.details is not None else self._details(state.state_hash)
+        actions = details.valid_actions
+        if not state.terminated:
+            if not actions:
+                self._counts["fallback_states"] += 1
+                actions = tuple(sorted(set(self._cfg.fallback_actions)))
+            if self._cfg.extra_actions:
+                actions = tuple(sorted({*actions, *self._cfg.extra_actions}))
+        return {
+            "text": compose_text(state, details, self._cfg.observation_parts),
+            "valid_actions": actions,
+            "timestep": self._timestep,
+            "score": state.score,
+            "state_hash": state.state_hash,
+        }
+
+    def _details(self, state_hash: str) -> StateDetails:
+        """From the shared cache, else from the worker; only a miss costs a round trip."""
+        details = self._cache.get(self._game.story_key, state_hash)
+        if details is not None:
+            self._counts["state_hits"] += 1
+            return details
+        self._counts["state_misses"] += 1
+        start = time.perf_counter()
+        try:
+            details = self._process.call("describe", timeout_s=self._cfg.describe_timeout_s)
+        finally:
+            self._counts["describe_s"] += time.perf_counter() - start
+        return self._cache.put(self._game.story_key, state_hash, details)
+
+    def _count_fault(self, fault: WorkerFault, where: str) -> None:
+        self._counts["hangs" if isinstance(fault, WorkerTimeout) else "deaths"] += 1
+        logger.warning(
+            "%s: the interpreter failed at %s (seed %d); its worker is replaced: %s",
+            self._game.env_id,
+            where,
+            self._episode_seed,
+            fault,
+        )
+
+    def walkthrough(self) -> tuple[str, ...]:
+        """Commands that reach the best known score, for tests; for a Jericho game with randomness only under its own
+        seed."""
+        return self._game.walkthrough
+
+    def stats(self) -> dict[str, float]:
+        """Counters since construction: episodes, steps, hangs (time limit), deaths (crashes), respawns, state_hits
+        and state_misses (lookups of valid actions), fallback_states, and seconds spent in step_s, describe_s, reset_s
+        and spawn_s."""
+        return {**self._counts, "respawns": max(0, self._process.spawns - 1), "spawn_s": self._process.spawn_s}
+
+    def interrupt(self) -> None:
+        """From another thread: end a ``step`` or ``reset`` under way at once, as if the worker had died."""
+        self._process.interrupt()
+
+    def close(self) -> None:
+        """End the interpreter process; ``reset`` would start a new one."""
+        self._process.close()
+        self._obs = None
+
+    def random_action(self) -> str:
+        """A valid action of the present state, drawn uniformly."""
+        return str(np.random.choice(self._obs["valid_actions"]))
+
+    def __repr__(self) -> str:
+        return (
+            f"TextGameEnv({self._game.env_id}, {self._game.kind}, split={self._cfg.split}, env_index={self._env_index})"
+        )
+
+    def _check_settings(self) -> None:
+        cfg = self._cfg
+        parts = set(cfg.observation_parts)
+        if not parts or parts - set(OBSERVATION_PARTS):
+            raise PriorZeroError(
+                f"observation_parts={list(cfg.observation_parts)} is not allowed; name at least one of"
+                f" {OBSERVATION_PARTS}"
+            )
+        if cfg.split not in SPLITS:
+            raise PriorZeroError(f"split={cfg.split!r} is not allowed; use one of {SPLITS}")
+        if not cfg.fallback_actions:
+            raise PriorZeroError(
+                "fallback_actions is empty; name at least one command, e.g. 'look', for states without a valid action"
+            )
+        if cfg.max_steps is not None and cfg.max_steps < 1:
+            raise PriorZeroError(
+                f"max_steps={cfg.max_steps} is not allowed; give at least 1, or None for the game's own limit"
+            )
+
+
+def compose_text(state: GameState, details: StateDetails, parts: list[str] | tuple[str, ...]) -> str:
+    """The observation's text: what the game answered, then room and inventory unless the answer already says them.
+
+    After the end of a game there is the answer only.
+    """
+    if state.terminated:
+        return state.feedback
+    texts: list[str] = []
+    for name in OBSERVATION_PARTS:
+        text = {"feedback": state.feedback, "look": details.look, "inventory": details.inventory}[name].strip()
+        if name not in parts or not text or any(_flat(text) in _flat(seen) for seen in texts):
+            continue
+        # A visited room answers with its name alone, with which the full description starts.
+        texts = [seen for seen in texts if not _flat(text).startswith(_flat(seen))]
+        texts.append(text)
+    return "\n".join(texts)
+
+
+def _flat(text: str) -> str:
+    return " ".join(text.split())

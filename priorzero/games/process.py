@@ -1,0 +1,210 @@
+"""The parent's end of an interpreter process: calls with a time limit, kill and respawn.
+
+A call that runs past its limit, or whose process ends, raises a ``WorkerFault``; the process is gone by then and the
+next call starts a fresh one. Thread-safe as long as one GameProcess is used by one thread at a time.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from priorzero.games.records import WorkerDied, WorkerError, WorkerFault, WorkerTimeout
+from priorzero.games.worker import REPLY, REQUEST
+from priorzero.types import PriorZeroError
+
+__all__ = ["GameProcess", "WorkerDied", "WorkerError", "WorkerFault", "WorkerTimeout"]
+logger = logging.getLogger(__name__)
+
+NURSERY_START_S = 180.0
+_PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
+_THREAD_LIMITS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+
+
+class Nursery:
+    """The process workers of one kind are forked from; started at the first need, restarted if it died."""
+
+    _all: dict[tuple[int, str], Nursery] = {}
+    _all_lock = threading.Lock()
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.restarts = 0
+        self._lock = threading.Lock()
+        self._control: socket.socket | None = None
+        self._process: subprocess.Popen | None = None
+
+    @classmethod
+    def of(cls, kind: str) -> Nursery:
+        """The one nursery of this process for ``kind``; a forked parent gets its own."""
+        with cls._all_lock:
+            key = (os.getpid(), kind)
+            if key not in cls._all:
+                cls._all[key] = cls(kind)
+                atexit.register(cls._all[key].close)
+            return cls._all[key]
+
+    def spawn(self) -> tuple[int, Connection]:
+        """Fork a worker: (its pid, our end of its connection). Raises PriorZeroError or WorkerDied."""
+        with self._lock:
+            for attempt in (1, 2):
+                ours, theirs = socket.socketpair()
+                try:
+                    self._start()
+                    socket.send_fds(self._control, [REQUEST.pack(b"n", 0)], [theirs.fileno()])
+                    pid = self._reply()
+                    if pid > 0:
+                        return pid, Connection(ours.detach())
+                    raise PriorZeroError(self._read(self._reply()).decode())
+                except OSError as error:
+                    self._stop()
+                    self.restarts += 1
+                    logger.warning("the nursery of %s workers failed (%r), attempt %d of 2", self.kind, error, attempt)
+                finally:
+                    theirs.close()
+                    ours.close()
+        raise WorkerDied(f"no {self.kind} worker could be started; see the warnings above")
+
+    def kill(self, pid: int) -> None:
+        """Kill and reap a worker. If the nursery is gone, so are its workers."""
+        with self._lock:
+            if self._control is None:
+                return
+            try:
+                self._control.sendall(REQUEST.pack(b"k", pid))
+                self._reply()
+            except OSError as error:
+                logger.warning("the nursery of %s workers is gone (%r) and its workers with it", self.kind, error)
+                self._stop()
+
+    def close(self) -> None:
+        """End the nursery and every worker it forked."""
+        with self._lock:
+            self._stop()
+
+    def _start(self) -> None:
+        if self._control is not None:
+            return
+        ours, theirs = socket.socketpair()
+        path = os.pathsep.join(p for p in (_PACKAGE_ROOT, os.environ.get("PYTHONPATH", "")) if p)
+        with theirs:
+            self._process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-c",
+                    (
+                        "import sys; from priorzero.games.worker import nursery_main; "
+                        "nursery_main(int(sys.argv[1]), sys.argv[2])"
+                    ),
+                    str(theirs.fileno()),
+                    self.kind,
+                ],
+                pass_fds=[theirs.fileno()],
+                env={**os.environ, **_THREAD_LIMITS, "PYTHONPATH": path},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+            )  # the C interpreter prints to stdout
+        ours.settimeout(NURSERY_START_S)
+        self._control = ours
+
+    def _stop(self) -> None:
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def _reply(self) -> int:
+        return REPLY.unpack(self._read(REPLY.size))[0]
+
+    def _read(self, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            part = self._control.recv(size - len(data))
+            if not part:
+                raise ConnectionResetError("the nursery closed its socket")
+            data += part
+        return data
+
+
+class GameProcess:
+    """One game in one interpreter process."""
+
+    def __init__(self, kind: str, path: str, *, open_timeout_s: float = 60.0) -> None:
+        self.kind = kind
+        self.path = path
+        self.spawns = 0
+        self.spawn_s = 0.0
+        self._open_timeout_s = open_timeout_s
+        self._connection: Connection | None = None
+        self.pid: int | None = None
+        self._interrupted = False
+
+    def call(self, method: str, *arguments: Any, timeout_s: float) -> Any:
+        """Run ``method`` in the worker, starting one if need be.
+
+        Raises WorkerTimeout, WorkerDied or WorkerError after killing the worker, and PriorZeroError for what the user
+        can mend.
+        """
+        if self._interrupted:
+            raise WorkerDied(f"the worker of {self.path} was interrupted; close() makes a new start possible")
+        if self._connection is None:
+            start = time.perf_counter()
+            self.pid, self._connection = Nursery.of(self.kind).spawn()
+            self.spawns += 1
+            self._exchange("open", (self.path,), self._open_timeout_s)
+            self.spawn_s += time.perf_counter() - start
+        return self._exchange(method, arguments, timeout_s)
+
+    def _exchange(self, method: str, arguments: tuple, timeout_s: float) -> Any:
+        try:
+            self._connection.send((method, arguments))
+            if not self._connection.poll(timeout_s):
+                raise WorkerTimeout(f"{method}{arguments!r} of {self.path} did not return within {timeout_s:g} s")
+            kind, result = self._connection.recv()
+            if kind == "error":
+                raise WorkerError(f"{method}{arguments!r} of {self.path} failed:\n{result}")
+        except WorkerFault:
+            self.kill()
+            raise
+        except (EOFError, OSError) as error:
+            self.kill()
+            raise WorkerDied(f"the worker of {self.path} ended during {method}{arguments!r}: {error!r}") from error
+        except BaseException:  # e.g. KeyboardInterrupt between send and recv: the pipe is out of step from here on
+            self.kill()
+            raise
+        if kind == "user":
+            self.kill()
+            raise PriorZeroError(result)
+        return result
+
+    def kill(self) -> None:
+        """End the worker now; the next call starts a new one."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+            Nursery.of(self.kind).kill(self.pid)
+            self.pid = None
+
+    def interrupt(self) -> None:
+        """From another thread: make calls raise WorkerDied at once, the one under way too, until ``close``."""
+        self._interrupted = True
+        pid = self.pid
+        if pid is not None:
+            Nursery.of(self.kind).kill(pid)
+
+    def close(self) -> None:
+        """End the worker and lift an interruption; no call may be under way."""
+        self.kill()
+        self._interrupted = False

@@ -1,0 +1,212 @@
+"""What is known of a world state (valid actions, room, inventory), in memory and in a SQLite file.
+
+Jericho needs 0.03 to 2 s to find the valid actions of a state, and they depend on the world state alone, so all
+environments of a run, and later runs, share one file. Keys: story (hash of the file and version of Jericho) and
+world-state hash. The first writer wins, so that every reader sees the same list.
+
+A file that is damaged is set aside as ``<name>.damaged-<n>`` and rebuilt. A file that cannot be written (disk full,
+read-only, locked for too long) costs persistence only: it is counted, said once, and the memory part goes on.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import sqlite3
+import threading
+from collections import OrderedDict
+from pathlib import Path
+
+from priorzero.games.records import StateDetails
+
+logger = logging.getLogger(__name__)
+
+BUSY_TIMEOUT_S = 20.0
+_DAMAGED_CODES = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT}
+_SCHEMA = (
+    "CREATE TABLE IF NOT EXISTS details (story TEXT NOT NULL, state TEXT NOT NULL, payload TEXT NOT NULL, "
+    "PRIMARY KEY (story, state)) WITHOUT ROWID"
+)
+
+
+def cache_root() -> Path:
+    """Where generated games and known states are kept: $PRIORZERO_CACHE, else ~/.cache/priorzero/games."""
+    given = os.environ.get("PRIORZERO_CACHE")
+    return Path(given).expanduser() if given else Path.home() / ".cache" / "priorzero" / "games"
+
+
+def default_cache_path() -> Path:
+    return cache_root() / "states.sqlite"
+
+
+class ValidActionCache:
+    """See the module's text. Safe for several threads, and for several processes that use the same file.
+
+    ``path=None`` keeps everything in memory. ``memory_entries`` bounds the memory part (least recently used goes
+    first).
+    """
+
+    def __init__(self, path: str | Path | None, memory_entries: int = 50_000) -> None:
+        self.path = None if path is None else Path(path)
+        self._memory: OrderedDict[tuple[str, str], StateDetails] = OrderedDict()
+        self._memory_entries = memory_entries
+        self._lock = threading.Lock()
+        self._db: sqlite3.Connection | None = None
+        self._warned = False
+        self._counts = dict.fromkeys(
+            ("memory_hits", "disk_hits", "misses", "stored", "store_errors", "damaged_files"), 0
+        )
+        if self.path is not None:
+            with self._lock:
+                self._run("open", None)
+
+    def get(self, story: str, state: str) -> StateDetails | None:
+        """The details of a state, or None; counted as hit or miss."""
+        key = (story, state)
+        with self._lock:
+            found = self._memory.get(key)
+            if found is not None:
+                self._memory.move_to_end(key)
+                self._counts["memory_hits"] += 1
+                return found
+            found = self._decode(self._run("get", key))
+            if found is None:
+                self._counts["misses"] += 1
+                return None
+            self._counts["disk_hits"] += 1
+            self._remember(key, found)
+            return found
+
+    def put(self, story: str, state: str, details: StateDetails) -> StateDetails:
+        """Store the details of a state; returns what holds from now on, which is another writer's if it was first."""
+        key = (story, state)
+        with self._lock:
+            payload = json.dumps([details.valid_actions, details.look, details.inventory], ensure_ascii=False)
+            self._run("put", (*key, payload))
+            details = self._decode(self._run("get", key)) or details
+            self._counts["stored"] += 1
+            self._remember(key, details)
+            return details
+
+    def stats(self) -> dict[str, int]:
+        """Counters since construction; ``entries`` is the memory part's size."""
+        with self._lock:
+            return {
+                **self._counts,
+                "hits": self._counts["memory_hits"] + self._counts["disk_hits"],
+                "entries": len(self._memory),
+            }
+
+    def close(self) -> None:
+        with self._lock:
+            if self._db is not None:
+                self._db.close()
+                self._db = None
+
+    def _remember(self, key: tuple[str, str], details: StateDetails) -> None:
+        self._memory[key] = details
+        self._memory.move_to_end(key)
+        while len(self._memory) > self._memory_entries:
+            self._memory.popitem(last=False)
+
+    def _decode(self, row: tuple[str] | None) -> StateDetails | None:
+        if row is None:
+            return None
+        try:
+            actions, look, inventory = json.loads(row[0])
+            return StateDetails(tuple(actions), look, inventory)
+        except (ValueError, TypeError) as error:
+            self._counts["store_errors"] += 1
+            logger.warning("an entry of %s is unreadable (%s) and will be computed again", self.path, error)
+            return None
+
+    def _run(self, what: str, arguments: tuple | None) -> tuple | None:
+        """One database operation; repairs a damaged file once, and survives one that cannot be written."""
+        if self.path is None:
+            return None
+        for attempt in (1, 2):
+            try:
+                if self._db is None:
+                    self._db = _open_database(self.path)
+                if what == "get":
+                    return self._db.execute(
+                        "SELECT payload FROM details WHERE story=? AND state=?", arguments
+                    ).fetchone()
+                if what == "put":
+                    self._db.execute("INSERT INTO details VALUES (?, ?, ?) ON CONFLICT DO NOTHING", arguments)
+                return None
+            except (sqlite3.Error, OSError) as error:
+                code = getattr(error, "sqlite_errorcode", 0) or 0
+                if code & 0xFF in _DAMAGED_CODES and attempt == 1:
+                    self._set_aside(error)
+                    continue
+                self._counts["store_errors"] += 1
+                if not self._warned:
+                    self._warned = True
+                    logger.warning(
+                        "%s cannot be used (%r): known states stay in memory and are lost with this process; make the "
+                        "folder writable or set PRIORZERO_CACHE (said once, counted as store_errors)",
+                        self.path,
+                        error,
+                    )
+                return None
+        return None
+
+    def _set_aside(self, error: Exception) -> None:
+        """Rename a damaged file, unless another process has already put a good one in its place."""
+        if self._db is not None:
+            self._db.close()
+            self._db = None
+        with open(f"{self.path}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if _is_sound(self.path):
+                return
+            number = 1
+            while (aside := self.path.with_name(f"{self.path.name}.damaged-{number}")).exists():
+                number += 1
+            os.replace(self.path, aside)
+            for suffix in ("-wal", "-shm"):
+                self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
+        self._counts["damaged_files"] += 1
+        logger.warning(
+            "%s is damaged (%s); it was set aside as %s and is rebuilt as states are met again", self.path, error, aside
+        )
+
+
+def _open_database(path: Path) -> sqlite3.Connection:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    db = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+    try:
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute("PRAGMA synchronous=NORMAL")
+        db.execute(_SCHEMA)
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def _is_sound(path: Path) -> bool:
+    try:
+        db = _open_database(path)
+        try:
+            return db.execute("PRAGMA quick_check(1)").fetchone() == ("ok",)
+        finally:
+            db.close()
+    except sqlite3.DatabaseError:
+        return False
+
+
+_shared: dict[tuple[int, str], ValidActionCache] = {}
+_shared_lock = threading.Lock()
+
+
+def shared_cache(path: str | Path | None) -> ValidActionCache:
+    """The one cache of this process for ``path``, so that environments share the memory part too."""
+    key = (os.getpid(), "" if path is None else os.path.abspath(path))
+    with _shared_lock:
+        if key not in _shared:
+            _shared[key] = ValidActionCache(path)
+        return _shared[key]
