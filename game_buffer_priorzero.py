@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
+from easydict import EasyDict
 
 from priorzero.data.batch import LLMSample, WorldModelBatch, fill_row
 from priorzero.data.segment import PriorZeroSegment, window
@@ -31,6 +32,13 @@ class PriorZeroGameBuffer:
             use_priority, priority_prob_alpha, priority_prob_beta, model.action_space_size, model.observation_shape.
         seed: of the sampling.
     """
+
+    config = dict(type="game_buffer_priorzero")
+
+    @classmethod
+    def default_config(cls) -> EasyDict:
+        """For DI-engine's config compile; the settings that matter are the policy's."""
+        return EasyDict(cls.config, cfg_type=cls.__name__ + "Dict")
 
     def __init__(self, cfg, seed: int = 0) -> None:
         self._cfg = cfg

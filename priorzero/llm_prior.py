@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from priorzero.data.segment import StepRecord
 from priorzero.llm.engine import LLMEngine, LLMEngineError
 from priorzero.llm.requests import ScoreRequest
 from priorzero.types import ActionScores, PriorZeroError, TextState
@@ -78,3 +79,14 @@ class LLMPrior:
 def reduced(scores: ActionScores | None, reduction: str) -> np.ndarray | None:
     """`[A]` log-probabilities, one per action (`sum` or `mean` over tokens); None stays None."""
     return None if scores is None else np.asarray(scores.totals(reduction), dtype=np.float64)
+
+
+def prior_table(step: StepRecord, reduction: str) -> str:
+    """Markdown table of one decision: each valid action's prior and share of the visits, most visited first."""
+    totals = np.asarray([sum(t) if reduction == "sum" else sum(t) / len(t) for t in step.prior_logprobs])
+    prior = np.exp(totals - totals.max())
+    prior /= prior.sum()
+    visits = step.visit_distribution
+    rows = [f"| {step.valid_actions[i]}{' (chosen)' if i == step.action_index else ''} | {prior[i]:.3f} | {visits[i]:.3f} |"
+            for i in np.argsort(-visits)]
+    return "\n".join(["| action | LLM prior | visits |", "| --- | --- | --- |", *rows])

@@ -51,11 +51,7 @@ def compile_priorzero(cfg: EasyDict, create_cfg: EasyDict, text_dim: int) -> Eas
     policy = dict(passed_on, model=model, device=device, cuda=device == "cuda", seed=cfg.seed,
                   env_type="not_board_games", action_type="varied_action_space", manual_temperature_decay=False,
                   use_wandb=False, collector_env_num=cfg.env.collector_env_num,
-                  evaluator_env_num=cfg.env.evaluator_env_num, n_episode=cfg.env.collector_env_num,
-                  # Our own hook writes the metrics and our own store the checkpoints; DI-engine's stay silent.
-                  learn=dict(learner=dict(train_iterations=10**9, hook=dict(
-                      load_ckpt_before_run="", log_show_after_iter=10**9, save_ckpt_after_iter=10**9,
-                      save_ckpt_after_run=False))))
+                  evaluator_env_num=cfg.env.evaluator_env_num, n_episode=cfg.env.collector_env_num)
     main = EasyDict(exp_name=cfg.exp_name, seed=cfg.seed, env=dict(cfg.env, manager=dict(shared_memory=False)), policy=policy)
     with quiet_base():
         return compile_config(main, seed=cfg.seed, auto=True, create_cfg=EasyDict(create_cfg), save_cfg=False)

@@ -48,6 +48,16 @@ def _checked(where: str, old: Any, value: Any) -> Any:
     return copy.deepcopy(value)
 
 
+def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Several nested dictionaries as one; later ones win. Nothing is checked here, `overlay` does that."""
+    result: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            both = isinstance(value, Mapping) and isinstance(result.get(key), dict)
+            result[key] = merge(result[key], value) if both else copy.deepcopy(value)
+    return result
+
+
 def require(rules: Mapping[str, tuple[Any, bool, str]]) -> None:
     """Check `name -> (value, holds, rule)` and report all that fail at once.
 

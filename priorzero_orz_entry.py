@@ -1,0 +1,476 @@
+"""Train PriorZero: evaluate, collect, train the world model, train the LLM, log, save; one process, one asyncio loop.
+
+    python -m priorzero_orz_entry --env-id detective.z5 --iterations 500
+    DEBUG_MODE=True python -m priorzero_orz_entry
+
+Who talks to whom: the collector plays (environments, policy's collect mode, LLM prior) and fills the buffer; the learner
+trains the policy's network from the buffer; the LLM learner trains the LLM from the same buffer and publishes its weights
+to the engine behind the prior; the evaluator plays with what both have learned. `Run` holds the parts and the order.
+
+Interpreter processes import this module again when they start, so everything heavy is imported inside functions.
+"""
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import logging
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from priorzero.run.logs import setup_logging
+from priorzero.run.settings import parse_assignment
+from priorzero.types import PriorZeroError
+from priorzero_config import PRESETS, HybridTrainingConfig, orz_available
+
+logger = logging.getLogger("priorzero_orz_entry")
+
+
+async def train_priorzero_orz(config: HybridTrainingConfig, eval_only: bool = False) -> dict[str, Any]:
+    """Run the whole experiment; returns its summary (also written to `<exp>/summary.json`).
+
+    Args:
+        config: checked again here, so attributes may have been overwritten since its construction.
+        eval_only: load the checkpoint, evaluate once, and stop.
+    Raises:
+        PriorZeroError: a fault the user can mend, before anything is lost.
+    """
+    config.validate()
+    from priorzero.run.signals import StopRequest
+
+    folder = Path(config.priorzero_cfg.exp_name)
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())
+        run = Run(config, folder)
+        try:
+            await run.build()
+            if config.resume or eval_only:
+                run.load(config.checkpoint)
+                await run.publish_llm()
+            if eval_only:
+                await run.evaluate()
+                return run.summary()
+            await run.loop(stop)
+            return run.summary()
+        finally:
+            await run.close()
+
+
+class Run:
+    """One experiment: its parts, its counters and its stages. `build` first, `close` on every way out.
+
+    Args:
+        config: schedule and settings.
+        folder: where everything of the run is written.
+    """
+
+    def __init__(self, config: HybridTrainingConfig, folder: Path) -> None:
+        self.config, self.cfg, self.folder = config, config.priorzero_cfg, folder
+        self.iteration = 0
+        self.best_return = -math.inf
+        self.evaluations: list[dict[str, Any]] = []
+        self.engine = self.trainer = self.llm_learner = self.prior = None
+        self._open: list = []       # what close() has to end, newest last
+        self._started = time.time()
+        self._totals = {"segments": 0, "transitions": 0}
+        self._first_losses: dict[str, float] = {}
+        self._last_losses: dict[str, float] = {}
+
+    # ---- building -------------------------------------------------------------------------------------------------
+
+    async def build(self) -> None:
+        """Make every part, cheapest check first, so that a wrong game or model fails before minutes are spent."""
+        from priorzero.games.catalogue import resolve_game
+        from priorzero.run.metrics import MetricsWriter, Stopwatch
+
+        self.game = resolve_game(self.cfg.env.env_id, self.cfg.env.games_dir)
+        self.watch = Stopwatch()
+        self.metrics = MetricsWriter(self.folder / "log")
+        self._open.append(self.metrics)
+        await asyncio.to_thread(self._build_world_model)
+        await self._build_llm()
+        await asyncio.to_thread(self._build_players)
+        self._banner()
+        text = json.dumps(self.config.as_dict(), indent=1, default=str)
+        (self.folder / "config.json").write_text(text, encoding="utf-8")
+        self.metrics.text("config", f"```json\n{text}\n```", 0)
+
+    def _build_world_model(self) -> None:
+        from ding.utils import set_pkg_seed
+
+        from game_buffer_priorzero import PriorZeroGameBuffer
+        from priorzero.run.checkpoint import CheckpointStore
+        from priorzero.run.learner import make_learner
+        from priorzero.run.lightzero import compile_priorzero, resolve_device
+        from priorzero.text.encoder import SentenceEncoder
+        from priorzero_policy import PriorZeroPolicy
+
+        device = resolve_device(self.cfg.policy.device)
+        set_pkg_seed(self.cfg.seed, use_cuda=device == "cuda")
+        self.encoder = SentenceEncoder(self.cfg.text.encoder, device=device, cache_bytes=self.cfg.text.cache_mib * 2**20)
+        self.compiled = compile_priorzero(self.cfg, self.config.priorzero_create_cfg, self.encoder.dim)
+        self.policy = PriorZeroPolicy(self.compiled.policy)
+        self.policy.attach_encoder(self.encoder.encode)
+        self.learner = make_learner(self.compiled, self.policy, self.metrics.tensorboard, str(self.folder))
+        self.buffer = PriorZeroGameBuffer(self.compiled.policy, seed=self.cfg.seed)
+        self.checkpoints = CheckpointStore(self.folder / "ckpt")
+
+    async def _build_llm(self) -> None:
+        if not self.cfg.llm.enable:
+            self.llm_name = "none (pure UniZero)"
+            return
+        from priorzero.llm.factory import EngineSettings, create_engine
+        from priorzero.llm.model import load_llm, resolve_llm
+        from priorzero.llm.requests import ReasoningSettings
+        from priorzero.llm.trainer import LLMTrainer, LLMTrainerSettings, LoraSettings
+        from priorzero.llm_learner import LLMLearner
+        from priorzero.llm_prior import LLMPrior
+        from priorzero_prompts import ACTION_MARKER, PromptSettings, build_prompt
+
+        llm, device = self.cfg.llm, self.compiled.policy.device
+        resolved = await asyncio.to_thread(resolve_llm, llm.model)
+        model, tokenizer = await asyncio.to_thread(load_llm, resolved, device)
+        lora = LoraSettings(rank=llm.lora.rank, alpha=float(llm.lora.alpha)) if llm.lora.enable else None
+        self.trainer = LLMTrainer(model, tokenizer, LLMTrainerSettings(
+            **llm.train, reduction=self.cfg.policy.root_prior.reduction, compute_dtype=llm.dtype, lora=lora))
+        self.engine = await create_engine(
+            EngineSettings(kind=llm.engine, required=llm.required, compute_dtype=llm.dtype,
+                           max_batch_tokens=llm.max_batch_tokens, cache_size=llm.score_cache_size,
+                           reasoning=ReasoningSettings(marker=ACTION_MARKER, seed=self.cfg.seed)),
+            resolved, model=self.trainer.model, text=self.trainer.text, lock=self.trainer.lock, device=device)
+        self._open.append(self.engine)
+        prompts = PromptSettings(**llm.prompt)
+
+        def prompt(state):
+            parts = build_prompt(state, prompts, tokenizer)
+            return parts.head, parts.body, bool(parts.truncation)
+
+        self.prior = LLMPrior(self.engine, prompt, reasoning=prompts.use_cot, required=llm.required)
+        self.llm_learner = LLMLearner(llm, self.trainer, self.engine, self.prior)
+        self.llm_name = f"{resolved.name} on {self.engine.name}"
+
+    def _build_players(self) -> None:
+        from functools import partial
+
+        from ding.envs import get_vec_env_setting
+
+        from priorzero.games.group import GameEnvGroup
+        from priorzero_collector import PriorZeroCollector
+        from priorzero_evaluator import PriorZeroEvaluator
+
+        env_fn, collect_cfgs, eval_cfgs = get_vec_env_setting(self.compiled.env)
+        self.collect_envs = GameEnvGroup([partial(env_fn, cfg=c) for c in collect_cfgs], seed=self.cfg.seed)
+        self._open.append(self.collect_envs)
+        self.eval_envs = GameEnvGroup([partial(env_fn, cfg=c) for c in eval_cfgs], seed=self.cfg.seed)
+        self._open.append(self.eval_envs)
+        history = self.cfg.llm.prompt.history_length
+        self.collector = PriorZeroCollector(self.compiled.policy, self.policy, self.collect_envs, self.encoder, self.prior,
+                                            history, self.watch)
+        self.evaluator = PriorZeroEvaluator(
+            self.policy, self.eval_envs, self.encoder, self.prior, history, self.cfg.policy.root_prior.reduction,
+            self.folder / "transcripts" if self.cfg.eval.transcripts else None, self.cfg.seed, self.watch)
+
+    def _banner(self) -> None:
+        p, width = self.cfg.policy, sum(x.numel() for x in self.policy._model.parameters()) / 1e6
+        lines = [
+            "=" * 78, "PriorZero-ORZ", "=" * 78,
+            f"Debug mode:      {self.config.debug_mode}",
+            f"ORZ available:   {orz_available()} (used: {self.config.use_orz_trainer and self.cfg.llm.rft.enable})",
+            f"Experiment:      {self.folder}",
+            f"Iterations:      {self.config.iterations}",
+            f"Training mode:   {self.config.wm_training_mode}: world model every {self.config.wm_train_freq}, "
+            f"LLM every {self.config.llm_train_freq}",
+            f"Game:            {self.game.env_id} ({self.game.kind}), seed {self.cfg.seed}",
+            f"LLM:             {self.llm_name}",
+            f"World model:     UniZero, {width:.1f} M parameters on {self.compiled.policy.device}, {p.num_simulations} simulations, "
+            f"root prior {p.root_prior.mode}",
+            "=" * 78]
+        logger.info("\n".join(lines))
+
+    # ---- the loop -------------------------------------------------------------------------------------------------
+
+    async def loop(self, stop) -> None:
+        """Evaluate, collect, train, log and save until the iterations are done or a signal asks to stop."""
+        from tqdm import tqdm
+        from tqdm.contrib.logging import logging_redirect_tqdm
+
+        config = self.config
+        with logging_redirect_tqdm(), tqdm(total=config.iterations, initial=self.iteration, unit="iter",
+                                           disable=not sys.stderr.isatty()) as bar:
+            while self.iteration < config.iterations and not stop.requested:
+                if config.eval_freq and self.iteration % config.eval_freq == 0:
+                    await self.evaluate()
+                if stop.requested:
+                    break
+                await self.iterate()
+                self.iteration += 1
+                bar.update()
+                if config.save_freq and self.iteration % config.save_freq == 0 and self.iteration < config.iterations:
+                    await asyncio.to_thread(self.save)
+        if stop.requested:
+            logger.info("Stopped by a signal after iteration %d; continue with --resume", self.iteration)
+        elif config.eval_freq:
+            await self.evaluate()
+        await asyncio.to_thread(self.save)
+
+    async def iterate(self) -> None:
+        """One iteration: collect, train what is due, log."""
+        started, before = time.perf_counter(), dict(self.watch.seconds)
+        logger.info("[Iter %d] Collecting data...", self.iteration)
+        with self.watch("collect"):
+            result = await self.collector.collect(self.compiled.policy.num_segments)
+        self.buffer.push_game_segments(result.segments)
+        self.buffer.remove_oldest_data_to_fit()
+        self._totals["segments"] += len(result.segments)
+        self._totals["transitions"] += result.transitions
+        logger.info("✓ Collected %d segments (total: %d segments, %d transitions)", len(result.segments),
+                    self._totals["segments"], self._totals["transitions"])
+        self.metrics.scalars("collect", result.collect, self.collector.envstep)
+        self.metrics.scalars("prior", result.prior, self.collector.envstep)
+        wm = await self._train_world_model(result.transitions)
+        llm = await self._train_llm()
+        self._log_losses(wm, llm)
+        self._sample_prompt(result.segments)
+        self._perf(result.transitions, time.perf_counter() - started, before)
+
+    async def _train_world_model(self, transitions: int) -> dict[str, float]:
+        p = self.compiled.policy
+        if self.iteration % self.config.wm_train_freq or self.collector.envstep < p.train_start_after_envsteps:
+            return {}
+        updates = math.ceil(p.replay_ratio * transitions * self.config.wm_train_freq)
+        with self.watch("train_wm"):
+            await asyncio.to_thread(self._updates, updates)
+        return self.learner.metrics.drain()
+
+    def _updates(self, count: int) -> None:
+        for _ in range(count):
+            batch = self.buffer.sample(self.compiled.policy.batch_size)
+            self.learner.train(batch, self.collector.envstep)
+            if self.compiled.policy.use_priority:
+                self.buffer.update_priority(batch)
+
+    async def _train_llm(self) -> dict[str, float]:
+        if self.llm_learner is None or (self.iteration + 1) % self.config.llm_train_freq:
+            return {}
+        with self.watch("train_llm"):
+            phase = await self.llm_learner.train(self.buffer.sample_llm)
+        return phase.metrics if phase else {}
+
+    def _log_losses(self, wm: dict[str, float], llm: dict[str, float]) -> None:
+        step = self.collector.envstep
+        parts = []
+        if wm:
+            self.metrics.scalars("wm", wm, step)
+            parts.append(f"wm_loss: {wm['wm_loss']:.4f}")
+        if llm:
+            self.metrics.scalars("llm", llm, step)
+            parts += [f"llm_{kind}_loss: {llm[f'{kind}_loss']:.4f}" for kind in ("sft", "rft") if f"{kind}_loss" in llm]
+        for name, value in (wm | llm).items():
+            if name in ("wm_loss", "sft_loss", "rft_loss", "sft_kl"):
+                self._first_losses.setdefault(name, value)
+                self._last_losses[name] = value
+        if parts:
+            logger.info("✓ WM training done - %s", ", ".join(parts))
+
+    def _perf(self, transitions: int, seconds: float, before: dict[str, float]) -> None:
+        """Seconds per stage, speed and cache hit rates of the iteration or the run so far."""
+        stages = {f"seconds_{k}": v - before.get(k, 0.0) for k, v in self.watch.seconds.items()}
+        games = self.collect_envs.stats()
+        lookups = games["state_hits"] + games["state_misses"]
+        encoder = self.encoder.stats()
+        asked = encoder["hits"] + encoder["misses"]
+        perf = stages | {
+            "seconds_iteration": seconds, "env_steps_per_second": transitions / seconds,
+            "valid_action_hit_rate": games["state_hits"] / lookups if lookups else 1.0,
+            "encoder_hit_rate": encoder["hits"] / asked if asked else 0.0,
+            "positions_clamped": float(self.policy.positions_clamped), "memory_gb": _memory_gb()}
+        perf |= {f"games_{k}": float(v) for k, v in games.items()}
+        perf |= {f"vocabulary_{k}": float(v) for k, v in self.policy.vocabulary.stats().items()}
+        if self.prior is not None:
+            perf |= {f"llm_{k}": v for k, v in self.prior.stats().items()}
+        self.metrics.scalars("perf", perf, self.collector.envstep)
+        self.metrics.flush()
+
+    def _sample_prompt(self, segments: list) -> None:
+        """One decision as text: the prompt, and the prior against the visit counts."""
+        freq = self.config.sample_prompt_freq
+        if self.prior is None or not freq or self.iteration % freq:
+            return
+        step = next((s for segment in segments for s in segment.steps if s.prior_logprobs and len(s.valid_actions) > 1), None)
+        if step is None:
+            return
+        from priorzero.llm_prior import prior_table
+
+        request = self.prior.request(step.state, step.valid_actions)
+        table = prior_table(step, self.cfg.policy.root_prior.reduction)
+        self.metrics.text("prior/sample", f"```\n{request.head}{request.body}\n```\n\n{table}", self.collector.envstep)
+
+    # ---- evaluation -----------------------------------------------------------------------------------------------
+
+    async def evaluate(self) -> None:
+        """Play evaluation episodes in every mode of the settings; keep the best checkpoint by the first mode with both."""
+        step, row = self.collector.envstep, {"iteration": self.iteration, "env_steps": self.collector.envstep}
+        with self.watch("evaluate"):
+            for mode in self.cfg.eval.modes:
+                result = await self.evaluator.evaluate(mode, self.cfg.env.n_evaluator_episode, step, f"iter{self.iteration:06d}")
+                values = result.metrics()
+                self.metrics.scalars("eval", values, step)
+                row[mode] = dict(returns=result.returns, lengths=result.lengths)
+                share = f", {100 * values[f'{mode}/score_share']:.1f} % of the maximum" if f"{mode}/score_share" in values else ""
+                logger.info("[Eval %d] %-16s return %.2f ± %.2f (best %.2f), length %.1f%s", self.iteration, mode,
+                            values[f"{mode}/return_mean"], values[f"{mode}/return_std"], values[f"{mode}/return_best"],
+                            values[f"{mode}/length"], share)
+        self.evaluations.append(row)
+        self.metrics.flush()
+        judged = "world_model_llm" if "world_model_llm" in self.cfg.eval.modes else self.cfg.eval.modes[0]
+        mean = sum(row[judged]["returns"]) / len(row[judged]["returns"])
+        # The untrained network's first evaluation is no checkpoint worth keeping.
+        if self.iteration and mean > self.best_return:
+            self.best_return = mean
+            await asyncio.to_thread(self.save, True)
+
+    # ---- checkpoints ----------------------------------------------------------------------------------------------
+
+    def save(self, best: bool = False) -> None:
+        """Write a checkpoint of everything but the replay buffer."""
+        with self.watch("save"):
+            counters = {"iteration": self.iteration, "env_steps": self.collector.envstep, "best_return": self.best_return,
+                        **self._totals}
+            state = {"policy": self.policy.learn_mode.state_dict(), "counters": counters}
+            llm = self.trainer.state_dict() if self.trainer is not None else None
+            meta = counters | {"game": self.game.env_id, "encoder": self.cfg.text.encoder, "llm": self.llm_name}
+            path = self.checkpoints.save(self.iteration, state, llm, meta, best)
+        logger.info("✓ Saved %s%s", path, " (best so far)" if best else "")
+
+    def load(self, which: str) -> None:
+        """Continue from a checkpoint; the replay buffer starts empty and is refilled by playing.
+
+        Raises:
+            PriorZeroError: there is none, it is damaged, or its network does not fit these settings.
+        """
+        state, llm, meta = self.checkpoints.load(which, self.compiled.policy.device)
+        try:
+            self.policy.learn_mode.load_state_dict(state["policy"])
+        except RuntimeError as error:
+            raise PriorZeroError(f"the checkpoint's world model does not fit these settings ({error}); start it with the "
+                                 f"settings in {self.folder / 'config.json'}") from error
+        if self.trainer is not None and llm is not None:
+            self.trainer.load_state_dict(llm)
+        counters = state["counters"]
+        self.iteration, self.best_return = counters["iteration"], counters["best_return"]
+        self.collector.envstep = counters["env_steps"]
+        self._totals = {k: counters[k] for k in self._totals}
+        logger.info("Resumed %s at iteration %d, %d environment steps; the replay buffer starts empty", meta["game"],
+                    self.iteration, self.collector.envstep)
+
+    async def publish_llm(self) -> None:
+        """Bring the engine to the weights that were loaded."""
+        if self.llm_learner is not None:
+            await self.llm_learner.publish()
+
+    # ---- the end --------------------------------------------------------------------------------------------------
+
+    def summary(self) -> dict[str, Any]:
+        """Facts of the run; written to summary.json and to the log."""
+        result = {
+            "experiment": str(self.folder), "game": self.game.env_id, "seed": self.cfg.seed, "iterations": self.iteration,
+            "env_steps": self.collector.envstep, "minutes": (time.time() - self._started) / 60, "memory_gb": _memory_gb(),
+            "first_losses": self._first_losses, "last_losses": self._last_losses,
+            "seconds_per_stage": {k: round(v, 2) for k, v in self.watch.seconds.items()},
+            "llm": self.llm_name, "evaluations": self.evaluations}
+        (self.folder / "summary.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+        losses = ", ".join(f"{k} {self._first_losses[k]:.4f} → {self._last_losses[k]:.4f}" for k in self._last_losses)
+        logger.info("Done: %d iterations, %d environment steps in %.1f minutes, %.1f GB at most. %s", self.iteration,
+                    self.collector.envstep, result["minutes"], result["memory_gb"], losses)
+        return result
+
+    async def close(self) -> None:
+        """End engine, interpreters and writers, newest first; a failure to close one does not keep the others open."""
+        while self._open:
+            part = self._open.pop()
+            try:
+                outcome = part.close()
+                if asyncio.iscoroutine(outcome):
+                    await outcome
+            except Exception:
+                logger.exception("closing %s failed; the rest is closed all the same", type(part).__name__)
+
+
+def _memory_gb() -> float:
+    """Present memory of this process and its children (interpreters, engine), shared pages counted once per process."""
+    import psutil
+
+    me = psutil.Process()
+    total = 0
+    for process in [me, *me.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):  # a worker may end while we look
+            total += process.memory_info().rss
+    return total / 2**30
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    """The command line: what people change often; the rest with --set."""
+    parser = argparse.ArgumentParser(prog="priorzero_orz_entry", description=__doc__.splitlines()[0])
+    parser.add_argument("--env-id", default="auto", help="zork1.z5, detective.z5, tw-simple, tw-cooking, tw-coin, a path, auto")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--iterations", type=int, help="iterations of collect and train")
+    parser.add_argument("--exp-name", help="folder under data_priorzero/")
+    parser.add_argument("--llm", help="auto, a hub name or a folder")
+    parser.add_argument("--engine", choices=["auto", "vllm", "transformers"])
+    parser.add_argument("--llm-required", action="store_true", help="stop where the LLM engine would be replaced")
+    parser.add_argument("--no-llm", action="store_true", help="pure UniZero")
+    parser.add_argument("--rft", action="store_true", help="also train the LLM with advantages of the world model")
+    parser.add_argument("--encoder", help="sentence encoder: auto, a hub name or a folder")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--preset", action="append", default=[], choices=sorted(PRESETS), help="may be given several times")
+    parser.add_argument("--eval-freq", type=int)
+    parser.add_argument("--set", action="append", default=[], metavar="GROUP.SETTING=VALUE", dest="assignments",
+                        help="any setting of priorzero_config.py, e.g. policy.num_simulations=30")
+    parser.add_argument("--resume", action="store_true", help="continue the experiment's latest checkpoint")
+    parser.add_argument("--checkpoint", default="latest", help="latest, best or a checkpoint folder's name")
+    parser.add_argument("--eval-only", action="store_true", help="evaluate a checkpoint and stop")
+    return parser.parse_args(arguments)
+
+
+def config_from(args: argparse.Namespace, debug_mode: bool) -> HybridTrainingConfig:
+    """The configuration a command line asks for.
+
+    Raises:
+        PriorZeroError: an unknown or impossible setting.
+    """
+    from priorzero.run.settings import merge
+
+    layers = [parse_assignment(a) for a in args.assignments]
+    for path, value in (("llm.model", args.llm), ("llm.engine", args.engine), ("text.encoder", args.encoder),
+                        ("policy.device", args.device), ("llm.required", args.llm_required or None)):
+        if value is not None:
+            layers.append(parse_assignment(f"{path}={json.dumps(value)}"))
+    schedule = {name: value for name, value in (("iterations", args.iterations), ("eval_freq", args.eval_freq),
+                                                ("resume", args.resume or None)) if value is not None}
+    return HybridTrainingConfig(
+        env_id=args.env_id, seed=args.seed, exp_name=args.exp_name, enable_llm=not args.no_llm, enable_rft=args.rft,
+        debug_mode=debug_mode, presets=tuple(args.preset), overrides=merge(*layers), checkpoint=args.checkpoint, **schedule)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status (0 also after SIGINT or SIGTERM, 2 for a fault the user can mend)."""
+    args = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    debug_mode = os.environ.get("DEBUG_MODE", "").lower() in ("1", "true", "yes")
+    setup_logging(None)
+    try:
+        config = config_from(args, debug_mode)
+        setup_logging(Path(config.priorzero_cfg.exp_name) / "log")
+        asyncio.run(train_priorzero_orz(config, args.eval_only))
+    except PriorZeroError as error:
+        logger.error("Error: %s", error)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
