@@ -64,7 +64,7 @@ class TextGameEnv(BaseEnv):
         "extra_actions": [],  # commands offered in every state besides the valid ones
         "fallback_actions": ["look", "wait"],  # commands offered where there would be none
         "step_timeout_s": 20.0,  # for reset and step; a hang is recognised after this
-        "describe_timeout_s": 120.0,  # for the valid actions of a new state
+        "describe_timeout_s": 60.0,  # for the valid actions of a new state
         "reset_attempts": 3,  # episodes tried, each with its own seed, before reset gives up
         "cache_path": "auto",  # SQLite file of known states; "auto": in the cache folder; None: memory only
     }
