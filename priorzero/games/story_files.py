@@ -1,7 +1,7 @@
 """What is known of the games Jericho supports: maximum score, step limit, title, goal.
 
 Maximum scores are what Jericho's source returns for each game; the tests compare those whose story file is at hand with
-``FrotzEnv.get_max_score``. Step limits: LightZero's own for zork1, detective, omniquest and acorncourt, else about twice
+``FrotzEnv.get_max_score``. Step limits: LightZero's own for zork1, detective, omniquest, acorncourt, else about twice
 the walkthrough's length, at least 50 and at most 500. Goals and ``min_score`` were written from general knowledge of
 the games and are not checked by a test: they word a prompt and scale a chart, and decide nothing.
 """
