@@ -121,6 +121,8 @@ LLM = dict(
     engine="auto",
     # (bool) True: an engine that cannot start or answer stops the run; False: it is replaced, said and counted.
     required=False,
+    # (str) Where the LLM lives: auto (as policy.device), cpu, cuda.
+    device="auto",
     # (str) Number format of scoring: auto, float32, bfloat16.
     dtype="auto",
     # (int) Tokens computed together in one forward: bounds memory.
@@ -170,7 +172,7 @@ DEFAULTS = dict(exp_name="", seed=0, env=ENV, policy=POLICY, text=TEXT, llm=LLM,
 DEBUG = dict(
     env=dict(max_steps=50, collector_env_num=2, evaluator_env_num=2, n_evaluator_episode=2),
     policy=dict(embed_dim=128, num_heads=4, num_simulations=16, game_segment_length=20, num_segments=2, batch_size=32,
-                num_unroll_steps=5, replay_buffer_size=20_000, learning_rate=3e-4, replay_ratio=0.25,
+                replay_buffer_size=20_000, learning_rate=3e-4, replay_ratio=0.25,
                 action_vocabulary=dict(capacity=256, overflow=16), root_prior=dict(anneal_env_steps=4000)),
     llm=dict(prompt=dict(history_length=2, max_observation_chars=120, max_prompt_tokens=320),
              train=dict(learning_rate=2e-5, batch_size=8, max_batch_tokens=1024),
@@ -251,6 +253,7 @@ def validate_config(cfg: EasyDict) -> None:
         "policy.value_bootstrap": (p.value_bootstrap, p.value_bootstrap in ("target_network", "search"),
                                    "it must be target_network or search"),
         "policy.device": (p.device, p.device in ("auto", "cpu", "cuda"), "it must be auto, cpu or cuda"),
+        "llm.device": (llm.device, llm.device in ("auto", "cpu", "cuda"), "it must be auto, cpu or cuda"),
         "policy.replay_buffer_size": (p.replay_buffer_size, p.replay_buffer_size >= p.game_segment_length,
                                       f"it must hold one segment ({p.game_segment_length} transitions)"),
         "env.max_steps": (env.max_steps, env.max_steps is None or env.max_steps > 0, "it must be positive or None"),

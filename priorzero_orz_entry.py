@@ -77,7 +77,9 @@ class Run:
         self.engine = self.trainer = self.llm_learner = self.prior = None
         self._open: list = []       # what close() has to end, newest last
         self._started = time.time()
+        self._peak_memory = 0.0
         self._totals = {"segments": 0, "transitions": 0}
+        self._saved: int | None = None
         self._first_losses: dict[str, float] = {}
         self._last_losses: dict[str, float] = {}
 
@@ -130,9 +132,11 @@ class Run:
         from priorzero.llm.trainer import LLMTrainer, LLMTrainerSettings, LoraSettings
         from priorzero.llm_learner import LLMLearner
         from priorzero.llm_prior import LLMPrior
+        from priorzero.run.lightzero import resolve_device
         from priorzero_prompts import ACTION_MARKER, PromptSettings, build_prompt
 
-        llm, device = self.cfg.llm, self.compiled.policy.device
+        llm = self.cfg.llm
+        device = self.compiled.policy.device if llm.device == "auto" else resolve_device(llm.device, "llm.device")
         resolved = await asyncio.to_thread(resolve_llm, llm.model)
         model, tokenizer = await asyncio.to_thread(load_llm, resolved, device)
         lora = LoraSettings(rank=llm.lora.rank, alpha=float(llm.lora.alpha)) if llm.lora.enable else None
@@ -288,7 +292,7 @@ class Run:
             "seconds_iteration": seconds, "env_steps_per_second": transitions / seconds,
             "valid_action_hit_rate": games["state_hits"] / lookups if lookups else 1.0,
             "encoder_hit_rate": encoder["hits"] / asked if asked else 0.0,
-            "positions_clamped": float(self.policy.positions_clamped), "memory_gb": _memory_gb()}
+            "positions_clamped": float(self.policy.positions_clamped), "memory_gb": self._memory()}
         perf |= {f"games_{k}": float(v) for k, v in games.items()}
         perf |= {f"vocabulary_{k}": float(v) for k, v in self.policy.vocabulary.stats().items()}
         if self.prior is not None:
@@ -338,6 +342,8 @@ class Run:
 
     def save(self, best: bool = False) -> None:
         """Write a checkpoint of everything but the replay buffer."""
+        if self._saved == self.iteration:  # the evaluation just before has written it
+            return self.checkpoints.mark_best() if best else None
         with self.watch("save"):
             counters = {"iteration": self.iteration, "env_steps": self.collector.envstep, "best_return": self.best_return,
                         **self._totals}
@@ -345,6 +351,7 @@ class Run:
             llm = self.trainer.state_dict() if self.trainer is not None else None
             meta = counters | {"game": self.game.env_id, "encoder": self.cfg.text.encoder, "llm": self.llm_name}
             path = self.checkpoints.save(self.iteration, state, llm, meta, best)
+        self._saved = self.iteration
         logger.info("✓ Saved %s%s", path, " (best so far)" if best else "")
 
     def load(self, which: str) -> None:
@@ -379,7 +386,7 @@ class Run:
         """Facts of the run; written to summary.json and to the log."""
         result = {
             "experiment": str(self.folder), "game": self.game.env_id, "seed": self.cfg.seed, "iterations": self.iteration,
-            "env_steps": self.collector.envstep, "minutes": (time.time() - self._started) / 60, "memory_gb": _memory_gb(),
+            "env_steps": self.collector.envstep, "minutes": (time.time() - self._started) / 60, "memory_gb": self._memory(),
             "first_losses": self._first_losses, "last_losses": self._last_losses,
             "seconds_per_stage": {k: round(v, 2) for k, v in self.watch.seconds.items()},
             "llm": self.llm_name, "evaluations": self.evaluations}
@@ -388,6 +395,11 @@ class Run:
         logger.info("Done: %d iterations, %d environment steps in %.1f minutes, %.1f GB at most. %s", self.iteration,
                     self.collector.envstep, result["minutes"], result["memory_gb"], losses)
         return result
+
+    def _memory(self) -> float:
+        """Most memory seen so far, in GiB; sampled once an iteration."""
+        self._peak_memory = max(self._peak_memory, _memory_gb())
+        return self._peak_memory
 
     async def close(self) -> None:
         """End engine, interpreters and writers, newest first; a failure to close one does not keep the others open."""
@@ -402,14 +414,15 @@ class Run:
 
 
 def _memory_gb() -> float:
-    """Present memory of this process and its children (interpreters, engine), shared pages counted once per process."""
+    """Memory of this process and its children (interpreters, engine); pages they share count once (PSS)."""
     import psutil
 
     me = psutil.Process()
     total = 0
     for process in [me, *me.children(recursive=True)]:
-        with contextlib.suppress(psutil.NoSuchProcess):  # a worker may end while we look
-            total += process.memory_info().rss
+        with contextlib.suppress(psutil.Error):  # a worker may end while we look
+            memory = process.memory_full_info()
+            total += getattr(memory, "pss", memory.rss)
     return total / 2**30
 
 

@@ -60,6 +60,11 @@ class CheckpointStore:
         self._prune()
         return final
 
+    def mark_best(self) -> None:
+        """Make the latest checkpoint the best."""
+        self._point("best", self._read_pointer("latest"))
+        self._prune()
+
     def _point(self, pointer: str, name: str) -> None:
         temporary = self._folder / f"{_TEMPORARY}{pointer}"
         temporary.write_text(name, encoding="utf-8")

@@ -15,14 +15,14 @@ with quiet_base():
     from ding.config import compile_config
 
 
-def resolve_device(setting: str) -> str:
+def resolve_device(setting: str, name: str = "policy.device") -> str:
     """`auto` -> cuda where torch sees a GPU, else cpu.
 
     Raises:
         PriorZeroError: cuda was asked for and there is none.
     """
     if setting == "cuda" and not torch.cuda.is_available():
-        raise PriorZeroError("policy.device is cuda, but torch sees no GPU: install the CUDA lock "
+        raise PriorZeroError(f"{name} is cuda, but torch sees no GPU: install the CUDA lock "
                              "(PRIORZERO_DEVICE=cuda ./run_priorzero_orz.sh check) or use --device cpu")
     return ("cuda" if torch.cuda.is_available() else "cpu") if setting == "auto" else setting
 
@@ -51,7 +51,8 @@ def compile_priorzero(cfg: EasyDict, create_cfg: EasyDict, text_dim: int) -> Eas
     policy = dict(passed_on, model=model, device=device, cuda=device == "cuda", seed=cfg.seed,
                   env_type="not_board_games", action_type="varied_action_space", manual_temperature_decay=False,
                   use_wandb=False, collector_env_num=cfg.env.collector_env_num,
-                  evaluator_env_num=cfg.env.evaluator_env_num, n_episode=cfg.env.collector_env_num)
+                  evaluator_env_num=cfg.env.evaluator_env_num, n_episode=cfg.env.collector_env_num,
+                  learn=dict(learner=dict(log_policy=False)))
     main = EasyDict(exp_name=cfg.exp_name, seed=cfg.seed, env=dict(cfg.env, manager=dict(shared_memory=False)), policy=policy)
     with quiet_base():
         return compile_config(main, seed=cfg.seed, auto=True, create_cfg=EasyDict(create_cfg), save_cfg=False)
