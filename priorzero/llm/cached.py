@@ -29,6 +29,10 @@ class CachedEngine(LLMEngine):
         return self.inner.name
 
     @property
+    def dtype(self):
+        return self.inner.dtype
+
+    @property
     def prompt_alignment(self) -> int:
         return self.inner.prompt_alignment
 

@@ -10,6 +10,8 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 
+import torch
+
 from priorzero.llm.requests import ReasoningSettings, ScoreRequest, TextTokeniser, TokenisedRequest
 from priorzero.types import ActionScores
 
@@ -34,6 +36,11 @@ class LLMEngine(ABC):
         self.reasoning = reasoning or ReasoningSettings()
         self.weights_version = 0
         self.counters: Counter[str] = Counter()
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """The dtype the engine multiplies in."""
 
     @property
     def prompt_alignment(self) -> int:

@@ -4,58 +4,19 @@ from __future__ import annotations
 import importlib.util
 import logging
 import threading
-from dataclasses import dataclass, field
 
 import torch
 
 from priorzero.llm.cached import CachedEngine
 from priorzero.llm.engine import LLMEngine, LLMEngineError
 from priorzero.llm.model import ResolvedModel, load_llm, pick_dtype
-from priorzero.llm.requests import ReasoningSettings, TextTokeniser, model_max_tokens
+from priorzero.llm.requests import TextTokeniser, model_max_tokens
 from priorzero.llm.resilient import ResilientEngine
+from priorzero.llm.settings import EngineSettings
 from priorzero.llm.transformers_engine import TransformersEngine
 from priorzero.types import PriorZeroError
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class VLLMSettings:
-    """Settings of the vLLM engine."""
-
-    dtype: str = "auto"  # "auto", "bfloat16" or "float32"
-    max_model_len: int = 2048  # longest prompt plus action, in tokens
-    gpu_memory_utilization: float = 0.35  # share of the GPU; the trainer and the world model need the rest
-    kv_cache_gb: float = 1.0  # CPU only: memory for keys and values
-    block_size: int | None = None  # None: 32 on the CPU (its smallest), vLLM's own choice on CUDA
-    enforce_eager: bool | None = None  # None: eager on the CPU, CUDA graphs on CUDA
-    sleep_mode: bool = False  # CUDA: release the engine's memory while the LLM trains
-    request_timeout_s: float = 120.0
-    start_timeout_s: float = 600.0
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """Which engine, and how it behaves; wrong values are refused on construction."""
-
-    kind: str = "auto"  # "auto", "vllm" or "transformers"
-    required: bool = False  # True: vLLM must work (at the start and later), False: transformers takes over
-    compute_dtype: str = "auto"  # transformers engine: "auto", "bfloat16" or "float32"
-    max_batch_tokens: int = 4096  # transformers engine: padded tokens of one forward
-    cache_size: int = 20_000  # scored states kept; 0 switches the cache off
-    max_restarts: int = 2
-    attempts: int = 3  # tries of one call before its engine counts as dead
-    max_prompt_tokens: int | None = None  # lowers the model's own limit
-    reasoning: ReasoningSettings = field(default_factory=ReasoningSettings)
-    vllm: VLLMSettings = field(default_factory=VLLMSettings)
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("auto", "vllm", "transformers"):
-            raise PriorZeroError(f"LLM engine {self.kind!r} is unknown; use 'auto', 'vllm' or 'transformers'")
-        if self.required and self.kind == "transformers":
-            raise PriorZeroError("llm_required demands vLLM, but the engine is fixed to 'transformers'; change one")
-        if self.max_batch_tokens < 1 or self.cache_size < 0 or self.max_restarts < 0 or self.attempts < 1:
-            raise PriorZeroError(f"LLM engine settings hold a number that is too small: {self}")
 
 
 async def create_engine(

@@ -58,6 +58,10 @@ class ResilientEngine(LLMEngine):
         return self._engine.name
 
     @property
+    def dtype(self):
+        return self._engine.dtype
+
+    @property
     def prompt_alignment(self) -> int:
         return self._engine.prompt_alignment
 

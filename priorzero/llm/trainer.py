@@ -255,15 +255,17 @@ class LLMTrainer:
         self.optimizer.step()
         return norm
 
-    def score(self, requests: Sequence[ScoreRequest], float32: bool = False) -> list[ActionScores]:
+    def score(self, requests: Sequence[ScoreRequest], dtype: torch.dtype | None = None) -> list[ActionScores]:
         """Token log-probabilities under the trainer's own weights: behaviour policies of RFT, canary of engines.
 
-        ``float32`` forces full precision. Requests with ``reasoning`` are scored as they stand, without a thought.
+        ``dtype`` computes in another dtype than training does. Requests with ``reasoning`` are scored as they stand,
+        without a thought.
         """
+        compute = self.compute_dtype if dtype is None else None if dtype == torch.float32 else dtype
         items = prepare([self.text.tokenise(r) for r in requests])
         answers: list[ActionScores] = [ActionScores((), self.version)] * len(items)
         filled = [i for i, item in enumerate(items) if item.request.action_ids]
-        with self.lock, torch.no_grad(), autocast(self.device, None if float32 else self.compute_dtype):
+        with self.lock, torch.no_grad(), autocast(self.device, compute):
             for batch in plan_batches([items[i] for i in filled], self.settings.max_batch_tokens):
                 rows = [filled[j] for j in batch]
                 head = items[rows[0]].request.head_ids

@@ -53,6 +53,10 @@ class TransformersEngine(LLMEngine):
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="llm-transformers")
         self._closed = False
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.compute_dtype or next(self.model.parameters()).dtype
+
     async def _in_thread(self, work: Callable[[], T]) -> T:
         if self._closed:
             raise LLMEngineDead("the transformers engine was closed")

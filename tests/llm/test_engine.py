@@ -116,6 +116,8 @@ class BrokenEngine(LLMEngine):
         super().__init__(text)
         self.answers, self.closed, self.pushed = list(answers), False, []
 
+    dtype = torch.float32
+
     async def _score_tokens(self, requests):
         answer = self.answers.pop(0)
         if isinstance(answer, Exception):

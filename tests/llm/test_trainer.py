@@ -91,7 +91,7 @@ async def test_shared_engine_answers_with_the_trained_weights(trainer, reference
     engine = TransformersEngine(trainer.model, trainer.text, lock=trainer.lock)
     stale = (await engine.score(REQUESTS[:1]))[0]
     trainer.sft_update(SAMPLES)
-    report = await push_and_verify(engine, trainer, REQUESTS[0], float32=True)
+    report = await push_and_verify(engine, trainer, REQUESTS[0])
     assert report["canary_diff"] < 1e-4 and report["bytes"] == 0
     fresh = (await engine.score(REQUESTS[:1]))[0]
     expected = reference(trainer.model, trainer.text.tokenise(REQUESTS[0]))
@@ -108,7 +108,7 @@ async def test_canary_catches_stale_weights(trainer, tiny):
     engine = Stale(tiny(vocab=262), trainer.text)
     trainer.sft_update(SAMPLES)
     with pytest.raises(LLMEngineError, match="stale or damaged"):
-        await push_and_verify(engine, trainer, REQUESTS[0], float32=True)
+        await push_and_verify(engine, trainer, REQUESTS[0])
 
 
 async def test_lora_trains_adapters_only_and_exports_merged_weights(tiny, byte_text, reference):
@@ -120,7 +120,7 @@ async def test_lora_trains_adapters_only_and_exports_merged_weights(tiny, byte_t
     assert all("lora_" in name for name in trainer.state_dict()["model"])
     plain = tiny(vocab=262)  # an engine on a copy of its own, without adapters
     engine = TransformersEngine(plain, byte_text)
-    report = await push_and_verify(engine, trainer, REQUESTS[0], float32=True)
+    report = await push_and_verify(engine, trainer, REQUESTS[0])
     assert report["canary_diff"] < 1e-3
     assert "lm_head.weight" not in export_weights(trainer.model)
     assert not any("lora" in name or "base_layer" in name for name in export_weights(trainer.model))

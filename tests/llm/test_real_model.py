@@ -1,0 +1,203 @@
+"""Engines on the real embedded LLM and the text of a real game, against one full float32 forward per action.
+
+Slow parts: the reference itself, and vLLM's CPU engine, which is started once for the module, once more after it was
+killed, and once in a process that is killed itself.
+"""
+from __future__ import annotations
+
+import asyncio
+import copy
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+import torch
+
+from priorzero.llm.canary import push_and_verify
+from priorzero.llm.factory import create_engine
+from priorzero.llm.requests import ReasoningSettings, ScoreRequest, TextTokeniser
+from priorzero.llm.settings import EngineSettings, VLLMSettings
+from priorzero.llm.trainer import LLMTrainer, LLMTrainerSettings, SFTSample
+from priorzero.llm.transformers_engine import TransformersEngine
+from priorzero.types import HistoryItem, TextState
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def states() -> list[TextState]:
+    """Two states of a real game, reached by its walkthrough; the candidates are commands of the walkthrough."""
+    folders = [os.environ.get("PRIORZERO_GAMES"), ROOT / "games", ROOT.parent / "shared" / "games"]
+    stories = [Path(f) / "detective.z5" for f in folders if f and (Path(f) / "detective.z5").is_file()]
+    if not stories:
+        pytest.skip("detective.z5 is in none of $PRIORZERO_GAMES, ./games, ../shared/games")
+    from jericho import FrotzEnv
+
+    env = FrotzEnv(str(stories[0]))
+    seen, _ = env.reset()
+    steps = env.get_walkthrough()[:6]
+    candidates = tuple(sorted({*steps, "open door", "open door with key", "look"}))
+    out, history = [], []
+    for step in steps:
+        out.append(TextState(seen.strip(), candidates, tuple(history[-2:])))
+        following, reward, _, _ = env.step(step)
+        history.append(HistoryItem(seen.strip(), step, reward))
+        seen = following
+    env.close()
+    return [out[1], out[4]]
+
+
+@pytest.fixture(scope="module")
+def requests(states, smollm) -> list[ScoreRequest]:
+    from priorzero_prompts import PromptSettings, build_prompt
+
+    made = []
+    for state in states:
+        parts = build_prompt(state, PromptSettings(), smollm[1])
+        made.append(ScoreRequest(parts.head, parts.body, state.valid_actions, " "))
+    return made
+
+
+def check(answer, expected, limit: float) -> None:
+    """Summed log-probabilities agree, and clearly separated actions keep their order."""
+    got, want = answer.totals(), [sum(e) for e in expected]
+    assert got == pytest.approx(want, abs=limit)
+    for i in range(len(got)):
+        for j in range(len(got)):
+            if want[i] > want[j] + 2 * limit:
+                assert got[i] > got[j]
+
+
+async def test_transformers_float32_and_bfloat16(smollm, requests, reference):
+    model, tokenizer, _ = smollm
+    text = TextTokeniser(tokenizer, 2048)
+    few = [ScoreRequest(r.head, r.body, r.actions[:3], r.action_prefix) for r in requests]
+    expected = [reference(model, text.tokenise(r)) for r in few]
+    for dtype, limit in ((None, 0.001), (torch.bfloat16, 0.5)):
+        engine = TransformersEngine(model, text, compute_dtype=dtype)
+        for answer, want in zip(await engine.score(few), expected, strict=True):
+            check(answer, want, limit)
+        await engine.close()
+
+
+def _trained(smollm, requests) -> LLMTrainer:
+    """A trainer on a copy of the real model after one update; its tied head differs from the published one."""
+    model, tokenizer, _ = smollm
+    trainer = LLMTrainer(copy.deepcopy(model), tokenizer, LLMTrainerSettings(learning_rate=1e-4))
+    target = (1.0,) + (0.0,) * (len(requests[0].actions) - 1)
+    trainer.sft_update([SFTSample(requests[0], target)])
+    return trainer
+
+
+vllm_tests = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed"),
+    pytest.mark.asyncio(loop_scope="module"),
+]
+SETTINGS = EngineSettings(
+    kind="vllm", required=True, cache_size=0, max_restarts=1,
+    reasoning=ReasoningSettings(max_new_tokens=8, temperature=0.0),
+    vllm=VLLMSettings(dtype="float32", max_model_len=1024, kv_cache_gb=0.5),
+)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def vllm(smollm):
+    model, tokenizer, resolved = smollm
+    engine = await create_engine(SETTINGS, resolved, text=TextTokeniser(tokenizer, 1024))
+    yield engine
+    await engine.close()
+    assert engine._engine.process_ids == []
+
+
+class TestVLLM:
+    pytestmark = vllm_tests
+
+    async def test_equals_reference_with_and_without_reasoning(self, vllm, smollm, requests, reference):
+        thinking = ScoreRequest(requests[1].head, requests[1].body, requests[1].actions[:2], " ", reasoning=True)
+        odd = ScoreRequest(requests[0].head, requests[0].body, ("öffne Tür", "", "go", "go north", "go"), " ")
+        many = ScoreRequest("", "Pick.", tuple(f"{w}{i}" for i in range(50) for w in ("buy ", "sell ", "", "x")))
+        answers = await vllm.score([requests[0], thinking, odd, many, ScoreRequest("", "The end.", ())])
+        text = vllm.text
+        few = ScoreRequest(requests[0].head, requests[0].body, requests[0].actions[:4], " ")
+        check((await vllm.score([few]))[0], reference(smollm[0], text.tokenise(few)), 0.005)
+        assert "Action:" in answers[1].reasoning
+        thought = thinking.with_reasoning(answers[1].reasoning)
+        check(answers[1], reference(smollm[0], text.tokenise(thought)), 0.005)
+        assert answers[2].token_logprobs[2] == answers[2].token_logprobs[4]
+        others = await TransformersEngine(smollm[0], text).score([requests[0], odd, many])
+        for answer, other in zip((answers[0], answers[2], answers[3]), others, strict=True):
+            assert answer.totals() == pytest.approx(other.totals(), abs=0.005)
+        assert answers[4].token_logprobs == ()
+
+    async def test_reasoning_is_the_same_text_as_transformers_writes(self, vllm, smollm, requests):
+        prompts = [r.head + r.body for r in requests]
+        greedy = await TransformersEngine(smollm[0], vllm.text).generate(prompts, 8, 0.0)
+        assert await vllm.generate(prompts, 8, 0.0) == greedy
+
+    async def test_new_weights_answer_and_survive_a_killed_engine(self, vllm, smollm, requests, reference):
+        before = (await vllm.score(requests))[0]
+        trainer = _trained(smollm, requests)
+        report = await push_and_verify(vllm, trainer, requests[1])
+        assert report["head_error"] == 0.0 and report["canary_diff"] < 0.005
+        few = ScoreRequest(requests[0].head, requests[0].body, requests[0].actions[:4], " ")
+        expected = reference(trainer.model, trainer.text.tokenise(few))
+        fresh = (await vllm.score(requests))[0]
+        check((await vllm.score([few]))[0], expected, 0.005)
+        assert fresh.weights_version == 1
+        assert max(abs(a - b) for a, b in zip(fresh.totals(), before.totals(), strict=True)) > 0.5
+
+        for pid in vllm._engine.process_ids:
+            os.kill(pid, signal.SIGKILL)
+        check((await vllm.score([few]))[0], expected, 0.005)
+        assert vllm.stats()["engine_restarts"] == 1 and vllm.name == "vllm"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
+def test_a_killed_trainer_leaves_no_engine_behind(smollm, tmp_path):
+    import psutil
+
+    script, report = tmp_path / "trainer.py", tmp_path / "pids"
+    script.write_text(
+        "import asyncio, pathlib, time\n"
+        "from priorzero.llm.model import resolve_llm\n"
+        "from priorzero.llm.settings import EngineSettings, VLLMSettings\n"
+        "from priorzero.llm.vllm_engine import VLLMEngine\n"
+        "async def main():\n"
+        "    settings = EngineSettings(vllm=VLLMSettings(max_model_len=256, kv_cache_gb=0.25))\n"
+        "    engine = await VLLMEngine.start(resolve_llm('embedded'), settings)\n"
+        f"    pathlib.Path({str(report)!r}).write_text(' '.join(map(str, engine.process_ids)))\n"
+        "    time.sleep(600)\n"
+        "if __name__ == '__main__':\n"
+        "    asyncio.run(main())\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    trainer = subprocess.Popen([sys.executable, str(script)], env=environment, cwd=tmp_path)
+    try:
+        deadline = time.monotonic() + 240
+        while not (report.exists() and report.read_text()):
+            assert trainer.poll() is None and time.monotonic() < deadline, "the engine did not start"
+            time.sleep(0.5)
+        engines = [psutil.Process(int(pid)) for pid in report.read_text().split()]
+        assert engines
+    finally:
+        trainer.kill()
+        trainer.wait()
+    _, alive = psutil.wait_procs(engines, timeout=20)
+    for process in alive:
+        process.kill()
+    assert not alive
+
+
+def test_asyncio_is_not_blocked_by_the_module():
+    """The engines' modules import without vLLM and without a running loop."""
+    code = "import priorzero.llm.factory, priorzero.llm.vllm_engine, sys; assert 'vllm' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    assert asyncio.iscoroutinefunction(create_engine)
