@@ -22,6 +22,7 @@ from priorzero.search.context import ContextStore
 from priorzero.search.root_prior import RootPrior, RootPriorSettings, mix_root_prior
 from priorzero.search.tree import SearchSettings, search
 from priorzero.text.vocabulary import ActionVocabulary, make_vocabulary
+from priorzero.threads import torch_threads
 from priorzero.types import PriorZeroError
 from priorzero.world_model.inference import SearchMemory
 from priorzero.world_model.loss import LossWeights, WorldModelTargets, world_model_loss
@@ -67,6 +68,8 @@ class PriorZeroPolicy(UniZeroPolicy):
         value_bootstrap="target_network",
         # (int) `C`: real observations a root looks back on, itself included.
         context_steps=4,
+        # (int) CPU threads of a search; 0 leaves torch's own number.
+        search_threads=1,
         # (dict) Fields of `priorzero.world_model.loss.LossWeights`.
         loss_weights=dict(),
     )
@@ -148,6 +151,12 @@ class PriorZeroPolicy(UniZeroPolicy):
         self._model.eval()
         for env_id, observation in zip(env_ids, observations, strict=True):
             context.observe(env_id, observation)
+        with torch_threads(self._cfg.search_threads):
+            return self._search(context, valid_ids, llm_logprobs, env_ids, prior_settings, env_steps, noise)
+
+    def _search(self, context: ContextStore, valid_ids: Sequence[Sequence[int]], llm_logprobs: Sequence[np.ndarray | None],
+                env_ids: Sequence[int], prior_settings: RootPriorSettings, env_steps: int,
+                noise: np.random.Generator | None):
         memory = SearchMemory(self._model, self._search_settings.num_simulations)
         root = memory.root(*context.batch(env_ids, self._cfg.device))
         values = self._scalar_of(root.value_logits).view(-1).tolist()
