@@ -141,7 +141,7 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
         points = sweep_points(args)
         inputs = {p: make_requests(bench.text, played, *p[1:], seed=args.seed) for p in dict.fromkeys(points)}
         say(f"{bench.resolved.name}, {dtype} on {device}; prompts of {inputs[points[0]].describe(bench.text)}")
-        results = await measure(args, bench, inputs, say)
+        results, failed = await measure(args, bench, inputs, say)
     rows = [{"varies": p[0], "prompt_tokens": p[1], "actions": p[2], "states": p[3], "method": name,
              "states_per_second": m.states_per_second, "timed_states": m.states}
             for p in points for name, m in results[p].items()]
@@ -149,8 +149,8 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
         write_sweep(args.out, rows, f"{bench.resolved.name}, {str(dtype).removeprefix('torch.')} on {device}")
     gc.collect()
     return {"benchmark": "prior", "model": bench.resolved.name, "device": device,
-            "dtype": str(dtype).removeprefix("torch."), "prompt_tokens": args.prompt_tokens, "actions": args.actions, "states": args.states,
-            **summarise(results[points[0]])}
+            "dtype": str(dtype).removeprefix("torch."), "prompt_tokens": args.prompt_tokens, "actions": args.actions,
+            "states": args.states, **summarise(results[points[0]]), "failed": failed}
 
 
 def _needs_vllm(methods: list[str]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import gc
+import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
@@ -14,11 +15,13 @@ import torch
 from benchmarks.common import synchronize
 from benchmarks.prior_states import BenchmarkModel, Inputs
 from priorzero.llm.cached import CachedEngine
-from priorzero.llm.engine import LLMEngine
+from priorzero.llm.engine import LLMEngine, LLMEngineError
 from priorzero.llm.requests import ScoreRequest
 from priorzero.llm.settings import EngineSettings, VLLMSettings
 from priorzero.llm.transformers_engine import TransformersEngine
 from priorzero.types import ActionScores
+
+logger = logging.getLogger("priorzero.benchmarks.prior")
 
 METHODS = ("per_action", "vllm_per_action", "trie", "shared", "cached")
 Totals = list[list[float]]  # per state, per action: summed log-probability
@@ -36,8 +39,12 @@ class Measurement:
 
 
 async def measure(args, bench: BenchmarkModel, inputs: dict[Point, Inputs],
-                  say: Callable[[str], None]) -> dict[Point, dict[str, Measurement]]:
-    """All chosen ways at all points; an engine is started once and closed before the next one starts."""
+                  say: Callable[[str], None]) -> tuple[dict[Point, dict[str, Measurement]], dict[str, str]]:
+    """All chosen ways at all points; an engine is started once and closed before the next one starts.
+
+    Returns the measurements, and the reason where vLLM could not be had or died: what was measured then still stands.
+    """
+    failed: dict[str, str] = {}
     results: dict[Point, dict[str, Measurement]] = {point: {} for point in inputs}
 
     def keep(point: Point, name: str, measurement: Measurement) -> None:
@@ -51,11 +58,15 @@ async def measure(args, bench: BenchmarkModel, inputs: dict[Point, Inputs],
     if {"shared", "cached"} & set(args.methods):
         await _transformers_ways(args, bench, inputs, keep)
     if {"trie", "vllm_per_action"} & set(args.methods):
-        await _vllm_ways(args, bench, inputs, keep)
+        try:
+            await _vllm_ways(args, bench, inputs, keep)
+        except LLMEngineError as error:
+            failed["vllm"] = str(error)
+            logger.error("vLLM's ways are not measured (further): %s", error)
     if args.reference_states:
         base = next(iter(inputs))
         compare(results[base], reference(bench, inputs[base].states[:args.reference_states]))
-    return results
+    return results, failed
 
 
 def per_action(bench: BenchmarkModel, data: Inputs, seconds: float) -> Measurement:

@@ -48,7 +48,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--updates", type=int, default=30, help="timed updates of ours")
     parser.add_argument("--stock-updates", type=int, default=3, help="timed updates of each stock variant, at most")
-    parser.add_argument("--stock-seconds", type=float, default=300.0, help="a stock variant starts no update after this")
+    parser.add_argument("--stock-seconds", type=float, default=300.0, help="a stock variant stops after this")
     parser.add_argument("--stock", default=",".join(VARIANTS), help=f"variants, of {','.join(VARIANTS)}")
     parser.add_argument("--max-seq-len", type=int, default=512, help="tokens LightZero pads to")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
