@@ -108,7 +108,10 @@ class VLLMEngine(LLMEngine):
         started = time.perf_counter()
         try:
             starting = asyncio.to_thread(_build, resolved, settings, device, dtype, text)
-            engine, text, max_len = await asyncio.wait_for(starting, settings.vllm.start_timeout_s)
+            built = await asyncio.wait_for(starting, settings.vllm.start_timeout_s)
+            # Taken out of the thread's result, which outlives this call: AsyncLLM must end when we let it go, because
+            # its finaliser fails at the interpreter's exit.
+            engine, text, max_len = built.pop(), built.pop(), built.pop()
         except PriorZeroError:
             raise
         except Exception as error:  # anything may go wrong in there; the caller falls back or reports
@@ -308,11 +311,12 @@ class VLLMEngine(LLMEngine):
         if self._closed:
             return
         self._closed = True
+        logging.getLogger("vllm").setLevel(logging.CRITICAL)  # it reports its own shutdown as a failure
         try:
             await asyncio.to_thread(self._engine.shutdown)
         finally:
             self._engine = None
-            gc.collect()  # AsyncLLM's finaliser fails when it first runs at the interpreter's exit
+            gc.collect()
             await asyncio.to_thread(self._end_processes)
             shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -346,8 +350,8 @@ def _environment(**values: str):
 
 
 def _build(resolved: ResolvedModel, settings: EngineSettings, device: torch.device, dtype: torch.dtype,
-           text: TextTokeniser | None):
-    """Start `AsyncLLM` (blocking). Returns (engine, tokeniser, longest sequence)."""
+           text: TextTokeniser | None) -> list:
+    """Start `AsyncLLM` (blocking). Returns [longest sequence, tokeniser, engine]."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     from transformers import AutoConfig, AutoTokenizer
@@ -382,4 +386,4 @@ def _build(resolved: ResolvedModel, settings: EngineSettings, device: torch.devi
             "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
         }
     with _environment(**child):
-        return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments)), text, max_len
+        return [max_len, text, AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))]
