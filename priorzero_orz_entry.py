@@ -441,7 +441,10 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--encoder", help="sentence encoder: auto, a hub name or a folder")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--preset", action="append", default=[], choices=sorted(PRESETS), help="may be given several times")
-    parser.add_argument("--eval-freq", type=int)
+    parser.add_argument("--eval-freq", type=int, help="iterations between evaluations; 0: none")
+    parser.add_argument("--save-freq", type=int, help="iterations between checkpoints; 0: at the end only")
+    parser.add_argument("--wm-train-freq", type=int, help="iterations between training phases of the world model")
+    parser.add_argument("--llm-train-freq", type=int, help="iterations between training phases of the LLM")
     parser.add_argument("--set", action="append", default=[], metavar="GROUP.SETTING=VALUE", dest="assignments",
                         help="any setting of priorzero_config.py, e.g. policy.num_simulations=30")
     parser.add_argument("--resume", action="store_true", help="continue the experiment's latest checkpoint")
@@ -463,8 +466,10 @@ def config_from(args: argparse.Namespace, debug_mode: bool) -> HybridTrainingCon
                         ("policy.device", args.device), ("llm.required", args.llm_required or None)):
         if value is not None:
             layers.append(parse_assignment(f"{path}={json.dumps(value)}"))
-    schedule = {name: value for name, value in (("iterations", args.iterations), ("eval_freq", args.eval_freq),
-                                                ("resume", args.resume or None)) if value is not None}
+    schedule = {name: getattr(args, name) for name in ("iterations", "eval_freq", "save_freq", "wm_train_freq", "llm_train_freq")
+                if getattr(args, name) is not None}
+    if args.resume:
+        schedule["resume"] = True
     return HybridTrainingConfig(
         env_id=args.env_id, seed=args.seed, exp_name=args.exp_name, enable_llm=not args.no_llm, enable_rft=args.rft,
         debug_mode=debug_mode, presets=tuple(args.preset), overrides=merge(*layers), checkpoint=args.checkpoint, **schedule)

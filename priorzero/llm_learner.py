@@ -115,8 +115,7 @@ class LLMLearner:
 
     async def publish(self) -> dict[str, float]:
         """Hand the trainer's weights to the engine and check one state against the trainer's own forward."""
-        float32 = self.trainer.compute_dtype is None
-        return await push_and_verify(self._engine, self.trainer, self._canary, float32=float32)
+        return await push_and_verify(self._engine, self.trainer, self._canary)
 
 
 def _prefixed(prefix: str, values: dict[str, float]) -> dict[str, float]:
