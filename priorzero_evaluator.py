@@ -98,7 +98,8 @@ class PriorZeroEvaluator:
                 scripts[env_id] += _script(seat, actions[env_id], float(outcome.reward), remarks[env_id])
                 seat.advance(actions[env_id], float(outcome.reward), outcome.obs)
                 if outcome.done:
-                    scripts[env_id] += [outcome.obs["text"], "", f"[{outcome.info['done_kind']}, score {outcome.info['score']}]"]
+                    ending = f"[{outcome.info['done_kind']}, score {outcome.info['score']}]"
+                    scripts[env_id] += [outcome.obs["text"], "", ending]
                     done.append((outcome.info, scripts.pop(env_id)))
                     del seats[env_id]
         return self._result(mode, done, label)
@@ -136,8 +137,9 @@ class PriorZeroEvaluator:
             plan = output[env_id]
             picks[env_id] = d.valid_actions[plan.action_index]
             top = np.argsort(-plan.visit_counts)[:4]
+            prior = np.exp(plan.prior.log_mixed)
             remarks[env_id] = f"value {plan.root_value:.2f}; " + ", ".join(
-                f"{d.valid_actions[i]}: {int(plan.visit_counts[i])} visits, prior {np.exp(plan.prior.log_mixed[i]):.2f}" for i in top)
+                f"{d.valid_actions[i]}: {int(plan.visit_counts[i])} visits, prior {prior[i]:.2f}" for i in top)
         return picks, remarks
 
     def _llm_alone(self, env_ids: list[int], due: list[Decision], logprobs) -> tuple[dict[int, str], dict[int, str]]:

@@ -191,8 +191,8 @@ class Run:
             f"LLM every {self.config.llm_train_freq}",
             f"Game:            {self.game.env_id} ({self.game.kind}), seed {self.cfg.seed}",
             f"LLM:             {self.llm_name}",
-            f"World model:     UniZero, {width:.1f} M parameters on {self.compiled.policy.device}, {p.num_simulations} simulations, "
-            f"root prior {p.root_prior.mode}",
+            f"World model:     UniZero, {width:.1f} M parameters on {self.compiled.policy.device}, "
+            f"{p.num_simulations} simulations, root prior {p.root_prior.mode}",
             "=" * 78]
         logger.info("\n".join(lines))
 
@@ -321,11 +321,13 @@ class Run:
         step, row = self.collector.envstep, {"iteration": self.iteration, "env_steps": self.collector.envstep}
         with self.watch("evaluate"):
             for mode in self.cfg.eval.modes:
-                result = await self.evaluator.evaluate(mode, self.cfg.env.n_evaluator_episode, step, f"iter{self.iteration:06d}")
+                episodes = self.cfg.env.n_evaluator_episode
+                result = await self.evaluator.evaluate(mode, episodes, step, f"iter{self.iteration:06d}")
                 values = result.metrics()
                 self.metrics.scalars("eval", values, step)
                 row[mode] = dict(returns=result.returns, lengths=result.lengths)
-                share = f", {100 * values[f'{mode}/score_share']:.1f} % of the maximum" if f"{mode}/score_share" in values else ""
+                known = values.get(f"{mode}/score_share")
+                share = "" if known is None else f", {100 * known:.1f} % of the maximum"
                 logger.info("[Eval %d] %-16s return %.2f ± %.2f (best %.2f), length %.1f%s", self.iteration, mode,
                             values[f"{mode}/return_mean"], values[f"{mode}/return_std"], values[f"{mode}/return_best"],
                             values[f"{mode}/length"], share)
@@ -429,7 +431,8 @@ def _memory_gb() -> float:
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """The command line: what people change often; the rest with --set."""
     parser = argparse.ArgumentParser(prog="priorzero_orz_entry", description=__doc__.splitlines()[0])
-    parser.add_argument("--env-id", default="auto", help="zork1.z5, detective.z5, tw-simple, tw-cooking, tw-coin, a path, auto")
+    parser.add_argument("--env-id", default="auto",
+                        help="zork1.z5, detective.z5, tw-simple, tw-cooking, tw-coin, a path, auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--iterations", type=int, help="iterations of collect and train")
     parser.add_argument("--exp-name", help="folder under data_priorzero/")

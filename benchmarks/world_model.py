@@ -53,11 +53,20 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--max-seq-len", type=int, default=512, help="tokens LightZero pads to")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    unknown = [v for v in args.stock.split(",") if v not in VARIANTS]
+    if unknown:
+        parser.error(f"--stock {', '.join(unknown)} is unknown; there are {', '.join(VARIANTS)}")
+    if args.unroll < 4:
+        parser.error("--unroll must be at least 4: LightZero's loss reports on a middle step")
+    return args
 
 
-def build_ours(args: argparse.Namespace, played: list[PlayedStep]):
-    """Policy and filled buffer of this project. Returns (policy, buffer, compiled policy settings, encoder)."""
+def build_ours(args: argparse.Namespace, played: list[PlayedStep], folder: str):
+    """Policy and filled buffer of this project. Returns (policy, buffer, compiled policy settings, encoder).
+
+    DI-engine wants a folder for the experiment; `folder` is a temporary one.
+    """
     from game_buffer_priorzero import PriorZeroGameBuffer
     from priorzero.run.lightzero import compile_priorzero, resolve_device
     from priorzero.text.encoder import SentenceEncoder
@@ -65,12 +74,12 @@ def build_ours(args: argparse.Namespace, played: list[PlayedStep]):
     from priorzero_policy import PriorZeroPolicy
 
     actions = len({a for step in played for a in step.state.valid_actions})
-    cfg, create = get_priorzero_config(env_id=args.env_id, seed=args.seed, enable_llm=False, overrides={"policy": dict(
+    overrides = {"policy": dict(
         device=args.device, batch_size=args.batch_size, num_unroll_steps=args.unroll, embed_dim=args.embed_dim,
         num_layers=args.layers, num_heads=args.heads, context_steps=min(4, args.unroll),
-        action_vocabulary=dict(capacity=actions + 2, overflow=1))})
-    # DI-engine makes the experiment's folder; a benchmark leaves nothing behind.
-    cfg.exp_name = tempfile.mkdtemp(prefix="priorzero-benchmark-")
+        action_vocabulary=dict(capacity=actions + 2, overflow=1))}
+    cfg, create = get_priorzero_config(env_id=args.env_id, seed=args.seed, exp_name=folder, enable_llm=False,
+                                       overrides=overrides)
     encoder = SentenceEncoder("auto", device=resolve_device(args.device))
     compiled = compile_priorzero(cfg, create, encoder.dim).policy
     policy = PriorZeroPolicy(compiled)
@@ -207,15 +216,14 @@ def main(arguments: list[str] | None = None) -> int:
 
     torch.manual_seed(args.seed)
     played = random_play(args.env_id, args.steps, args.seed)
-    policy, buffer, cfg, encoder = build_ours(args, played)
+    with tempfile.TemporaryDirectory(prefix="priorzero-benchmark-") as work:
+        policy, buffer, cfg, encoder = build_ours(args, played, work)
     counted = encoder.stats()
     say(f"{len(played)} steps of {args.env_id}: {counted['misses']:.0f} distinct texts encoded in "
         f"{counted['seconds']:.2f} s")
     folder, texts = str(embedded_folder()), [t for s in played for t in (s.state.observation, s.next_text)]
     stock, policies, lengths = {}, {}, {}
-    for name in [v for v in args.stock.split(",") if v]:
-        if name not in VARIANTS:
-            raise SystemExit(f"--stock {name!r} is unknown; there are {', '.join(VARIANTS)}")
+    for name in args.stock.split(","):
         tokens = tokenise(folder, texts, args.max_seq_len, trimmed=name == "trimmed")
         lengths[name] = len(next(iter(tokens.values())))
         policies[name] = build_stock(args, cfg.device, cfg.model.action_space_size, lengths[name], folder)

@@ -89,7 +89,6 @@ class VLLMEngine(LLMEngine):
         self._lock = lock or threading.RLock()
         self._gate = _Gate()
         self._processes: list[psutil.Process] = []
-        self._folder = _weights_folder()
         self._closed = False
 
     @classmethod
@@ -271,7 +270,8 @@ class VLLMEngine(LLMEngine):
         :raises LLMEngineDead: any step failed. The engine may then hold a mixture, so only a restart is safe.
         """
         started = time.perf_counter()
-        folder = self._folder / f"v{version}-{uuid.uuid4().hex[:6]}"
+        transit = _weights_folder()
+        folder = transit / f"v{version}"  # a new path each time: vLLM has had caches keyed by it
 
         def save() -> tuple[int, int]:
             with self._lock:
@@ -289,7 +289,7 @@ class VLLMEngine(LLMEngine):
                     raise LLMEngineDead("vLLM refused to reset its prefix cache after the weights changed")
                 self.weights_version = version
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(transit, ignore_errors=True)
         seconds = time.perf_counter() - started
         self.counters["pushes"] += 1
         return {"seconds": seconds, "bytes": float(size), "head_error": head_error}
@@ -318,7 +318,6 @@ class VLLMEngine(LLMEngine):
             self._engine = None
             gc.collect()
             await asyncio.to_thread(self._end_processes)
-            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _end_processes(self) -> None:
         _, alive = psutil.wait_procs(self._processes, timeout=10)
@@ -331,7 +330,7 @@ class VLLMEngine(LLMEngine):
 
 
 def _weights_folder() -> Path:
-    """A folder of this process for weights in transit, in shared memory where there is some."""
+    """A new folder for weights in transit, in shared memory where there is some."""
     shared = Path("/dev/shm")
     base = shared if shared.is_dir() and os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
     return Path(tempfile.mkdtemp(prefix="priorzero-weights-", dir=base))
