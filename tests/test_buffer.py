@@ -1,0 +1,457 @@
+"""The replay buffer against hand-worked episodes and a slow reference that sees whole episodes, not segments.
+
+Observation i of episode e is the vector [e, i, …], so every target tells which state it was made from.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from easydict import EasyDict
+
+from game_buffer_priorzero import PriorZeroGameBuffer
+from priorzero.data.segment import PriorZeroSegment, StepRecord, window
+from priorzero.types import PriorZeroError, TextState
+
+V, DIM = 9, 3
+GAMMA = 0.9
+
+
+def settings(**changes) -> EasyDict:
+    base = dict(replay_buffer_size=10_000, num_unroll_steps=3, td_steps=2, discount_factor=GAMMA, use_priority=False,
+                priority_prob_alpha=0.6, priority_prob_beta=0.4, game_segment_length=4, gray_scale=False,
+                transform2string=False, sampled_algo=False, gumbel_algo=False, use_ture_chance_label_in_chance_encoder=False,
+                model=dict(action_space_size=V, observation_shape=DIM, frame_stack_num=1, image_channel=1))
+    return EasyDict(base | changes)
+
+
+def state_vector(episode: int, index: int) -> np.ndarray:
+    return np.array([episode, index, 1.0], dtype=np.float32)
+
+
+@dataclass
+class Episode:
+    """A whole episode as it was played. end: terminated, truncated, hang or running (not finished yet)."""
+
+    number: int
+    rewards: list[float]
+    end: str
+    cuts: list[int] = field(default_factory=list)  # lengths of its segments
+    steps: list[StepRecord] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        rng = np.random.default_rng(self.number)
+        for t, reward in enumerate(self.rewards):
+            count = int(rng.integers(1, 5))
+            ids = rng.permutation(V)[:count]
+            actions = tuple(f"do {i}" for i in ids)
+            visits = rng.integers(1, 9, size=count).astype(float)
+            last = t == len(self.rewards) - 1
+            self.steps.append(StepRecord(
+                state=TextState(f"room {t}", actions), observation=state_vector(self.number, t), valid_actions=actions,
+                valid_ids=ids, action_index=int(rng.integers(count)), visit_counts=visits,
+                behaviour=np.full(count, 1 / count), root_value=float(rng.normal()), predicted_value=float(rng.normal()),
+                reward=reward, done_kind=self.end if last else "running", timestep=t,
+                prior_logprobs=((-1.0, -0.5),) * count, prior_version=7))
+
+    def segments(self, cfg) -> list[PriorZeroSegment]:
+        cuts, result, at = list(self.cuts) or [len(self.steps)], [], 0
+        for length in cuts:
+            segment = PriorZeroSegment(cfg, 0, self.number, self.steps[at].observation)
+            for t in range(at, at + length):
+                segment.record(self.steps[t], state_vector(self.number, t + 1))
+            result.append(segment)
+            at += length
+        assert at == len(self.steps)
+        return result
+
+
+def expected_row(episode: Episode, start: int, unroll: int, td: int) -> dict[str, np.ndarray]:
+    """The targets of a window that starts at `start`, from the whole episode, one state at a time."""
+    n, over = len(episode.steps), episode.end == "terminated"
+    row = {name: [] for name in ("reward", "returns", "discount", "bootstrap_state", "step", "value", "policy", "search")}
+    for t in range(start, start + unroll):
+        policy = np.zeros(V)
+        if t < n:
+            span = min(td, n - t)
+            row["reward"].append(episode.rewards[t])
+            row["returns"].append(sum(GAMMA ** i * episode.rewards[t + i] for i in range(span)))
+            row["discount"].append(0.0 if t + span == n and over else GAMMA ** span)
+            row["bootstrap_state"].append(t + span)
+            row["search"].append(episode.steps[t + span].root_value if t + span < n else np.nan)
+            step = episode.steps[t]
+            for action_id, visits in zip(step.valid_ids, step.visit_counts, strict=True):
+                policy[action_id] = visits / sum(step.visit_counts)
+        else:
+            row["reward"].append(0.0)
+            row["returns"].append(0.0)
+            row["discount"].append(0.0)
+            row["bootstrap_state"].append(None)
+            row["search"].append(np.nan)
+        row["step"].append(float(t < n))
+        row["value"].append(float(t < n or over))
+        row["policy"].append(policy)
+    return row
+
+
+def check_row(batch, row: int, episode: Episode, start: int, unroll: int, td: int) -> None:
+    want, n = expected_row(episode, start, unroll, td), len(episode.steps)
+    where = f"episode {episode.number} ({episode.end}, {n} steps, cuts {episode.cuts}), start {start}"
+    states = [min(start + k, n) for k in range(unroll + 1)]
+    assert batch.observations[row, :, 0].tolist() == [episode.number] * (unroll + 1), where
+    assert batch.observations[row, :, 1].tolist() == states, where
+    np.testing.assert_allclose(batch.rewards[row], want["reward"], atol=1e-6, err_msg=where)
+    np.testing.assert_allclose(batch.returns[row], want["returns"], atol=1e-5, err_msg=where)
+    np.testing.assert_allclose(batch.discounts[row], want["discount"], atol=1e-6, err_msg=where)
+    np.testing.assert_array_equal(batch.mask_step[row], want["step"], err_msg=where)
+    np.testing.assert_array_equal(batch.mask_value[row], want["value"], err_msg=where)
+    np.testing.assert_array_equal(batch.mask_reward[row], want["value"], err_msg=where)
+    np.testing.assert_allclose(batch.policies[row], want["policy"], atol=1e-6, err_msg=where)
+    np.testing.assert_allclose(batch.search_values[row], want["search"], atol=1e-6, err_msg=where)
+    known = set(episode.steps[-1].valid_ids.tolist()) | {s.action_id for s in episode.steps}
+    for k in range(unroll):
+        if start + k < n:
+            assert batch.actions[row, k] == episode.steps[start + k].action_id, where
+        assert batch.actions[row, k] in known, where  # a filler is an id that names an action
+        if want["bootstrap_state"][k] is not None:
+            at = batch.bootstrap_index[row, k]
+            assert batch.bootstrap_observations[row, at].tolist() == [episode.number, want["bootstrap_state"][k], 1], where
+    # The window the bootstrap values are read from is a stretch of the episode, its actions the ones played there.
+    first = int(batch.bootstrap_observations[row, 0, 1])
+    for k in range(unroll):
+        assert batch.bootstrap_observations[row, k, 1] == min(first + k, n), where
+        if first + k < n:
+            assert batch.bootstrap_actions[row, k] == episode.steps[first + k].action_id, where
+        assert batch.bootstrap_actions[row, k] in known, where
+
+
+def filled(episodes: list[Episode], **changes) -> PriorZeroGameBuffer:
+    cfg = settings(**changes)
+    buffer = PriorZeroGameBuffer(cfg)
+    for episode in episodes:
+        buffer.push_game_segments(episode.segments(cfg))
+    return buffer
+
+
+def sample_at(buffer: PriorZeroGameBuffer, indices, monkeypatch):
+    """The batch of these global transition indices."""
+    indices = np.asarray(indices)
+    with monkeypatch.context() as patch:
+        patch.setattr(buffer, "_draw", lambda count: (indices, np.ones(len(indices), dtype=np.float32)))
+        return buffer.sample(len(indices))
+
+
+# ---- by hand ----------------------------------------------------------------------------------------------------------
+
+
+def test_inside_an_episode_across_a_segments_end_and_at_a_true_end(monkeypatch):
+    """Five steps, rewards 1 2 3 4 5, two segments of 3 and 2, terminated; 3 unrolled steps, 2-step returns."""
+    buffer = filled([Episode(0, [1.0, 2.0, 3.0, 4.0, 5.0], "terminated", cuts=[3, 2])])
+    batch = sample_at(buffer, [0, 2, 4], monkeypatch)
+    # From step 0: 1 + 0.9 * 2, then v(s2); 2 + 0.9 * 3, v(s3); 3 + 0.9 * 4, v(s4), which lie in the next segment.
+    assert batch.returns[0] == pytest.approx([2.8, 4.7, 6.6])
+    assert batch.discounts[0] == pytest.approx([0.81, 0.81, 0.81])
+    assert batch.bootstrap_observations[0, :, 1].tolist() == [2, 3, 4] and batch.bootstrap_index[0].tolist() == [0, 1, 2]
+    # From step 2: 3 + 0.9 * 4, v(s4); then the end: 4 + 0.9 * 5 and 5, nothing after.
+    assert batch.returns[1] == pytest.approx([6.6, 8.5, 5.0])
+    assert batch.discounts[1] == pytest.approx([0.81, 0.0, 0.0])
+    # From step 4: the end, then two absorbing steps with value and reward zero.
+    assert batch.returns[2] == pytest.approx([5.0, 0.0, 0.0]) and batch.discounts[2].tolist() == [0.0, 0.0, 0.0]
+    assert batch.mask_step[2].tolist() == [1, 0, 0]
+    assert batch.mask_value[2].tolist() == batch.mask_reward[2].tolist() == [1, 1, 1]
+    assert batch.rewards[2].tolist() == [5, 0, 0]
+    assert batch.observations[2, :, 1].tolist() == [4, 5, 5, 5]
+
+
+@pytest.mark.parametrize("end", ["truncated", "hang", "running"])
+def test_at_a_cut_the_last_state_bootstraps_and_nothing_is_absorbing(end, monkeypatch):
+    buffer = filled([Episode(0, [1.0, 2.0, 3.0], end)])
+    batch = sample_at(buffer, [1], monkeypatch)
+    assert batch.returns[0] == pytest.approx([2 + 0.9 * 3, 3.0, 0.0])
+    assert batch.discounts[0] == pytest.approx([0.81, 0.9, 0.0])
+    at = batch.bootstrap_index[0]
+    assert batch.bootstrap_observations[0, at[0], 1] == batch.bootstrap_observations[0, at[1], 1] == 3
+    assert batch.mask_step[0].tolist() == batch.mask_value[0].tolist() == batch.mask_reward[0].tolist() == [1, 1, 0]
+
+
+def test_an_unfinished_episodes_targets_grow_when_it_goes_on(monkeypatch):
+    cfg = settings()
+    buffer, episode = PriorZeroGameBuffer(cfg), Episode(0, [1.0, 2.0, 4.0, 8.0], "truncated", cuts=[2, 2])
+    first, second = episode.segments(cfg)
+    buffer.push_game_segments([first])
+    before = sample_at(buffer, [1], monkeypatch)
+    assert before.returns[0, 0] == pytest.approx(2.0) and before.discounts[0, 0] == pytest.approx(0.9)
+    assert before.mask_step[0].tolist() == [1, 0, 0]
+    buffer.push_game_segments([second])
+    after = sample_at(buffer, [1], monkeypatch)
+    assert after.returns[0, 0] == pytest.approx(2 + 0.9 * 4) and after.discounts[0, 0] == pytest.approx(0.81)
+    assert after.mask_step[0].tolist() == [1, 1, 1]
+
+
+def test_policies_stand_at_the_ids_and_are_visit_shares(monkeypatch):
+    episode = Episode(3, [0.0, 0.0], "truncated")
+    batch = sample_at(filled([episode]), [0], monkeypatch)
+    for k, step in enumerate(episode.steps):
+        by_id = dict(zip(step.valid_ids.tolist(), (step.visit_counts / step.visit_counts.sum()).tolist(), strict=True))
+        assert {i: p for i, p in enumerate(batch.policies[0, k]) if p} == pytest.approx(by_id)
+    assert batch.policies[0, 2].sum() == 0
+
+
+def test_segments_of_other_episodes_in_between_do_not_mix(monkeypatch):
+    cfg = settings()
+    a, b = Episode(0, [1.0] * 6, "terminated", cuts=[3, 3]), Episode(1, [10.0] * 6, "truncated", cuts=[2, 4])
+    (a1, a2), (b1, b2) = a.segments(cfg), b.segments(cfg)
+    buffer = PriorZeroGameBuffer(cfg)
+    buffer.push_game_segments([a1, b1])
+    buffer.push_game_segments([b2, a2])
+    order = [(a, t) for t in range(3)] + [(b, t) for t in range(6)] + [(a, t) for t in range(3, 6)]
+    batch = sample_at(buffer, range(12), monkeypatch)
+    for row, (episode, start) in enumerate(order):
+        check_row(batch, row, episode, start, 3, 2)
+
+
+def test_a_window_is_exactly_as_long_as_asked():
+    episode = Episode(0, [1.0] * 5, "terminated", cuts=[2, 1, 2])
+    buffer = filled([episode])
+    first = buffer._segments[0]
+    for start in range(2):
+        for length in range(1, 8):
+            view = window(first, start, length)
+            assert [s.timestep for s in view.steps] == list(range(start, min(start + length, 5)))
+            assert view.final_observation[1] == min(start + length, 5)
+            assert view.end == ("terminated" if start + length >= 5 else "more")
+
+
+# ---- random episodes against the reference ------------------------------------------------------------------------------
+
+
+def random_episode(number: int, rng) -> Episode:
+    length = int(rng.integers(1, 12))
+    cuts, left = [], length
+    while left:
+        cuts.append(int(rng.integers(1, left + 1)))
+        left -= cuts[-1]
+    return Episode(number, rng.normal(size=length).tolist(), str(rng.choice(["terminated", "truncated", "hang", "running"])),
+                   cuts=cuts)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_episodes_equal_the_reference(seed, monkeypatch):
+    rng = np.random.default_rng(seed)
+    unroll, td = int(rng.integers(1, 7)), int(rng.integers(1, 7))
+    cfg = settings(num_unroll_steps=unroll, td_steps=td, replay_buffer_size=60)
+    buffer = PriorZeroGameBuffer(cfg)
+    episodes = [random_episode(i, rng) for i in range(25)]
+    queues = [[(e, s) for s in e.segments(cfg)] for e in episodes]
+    place, held = {}, []   # global index -> (episode, timestep); segments in the buffer, oldest first
+    pushed = 0
+    while any(queues):
+        queue = queues[int(rng.choice([i for i, q in enumerate(queues) if q]))]
+        episode, segment = queue.pop(0)
+        buffer.push_game_segments([segment])
+        for step in segment.steps:
+            place[pushed] = (episode, step.timestep)
+            pushed += 1
+        held.append(segment)
+        if rng.random() < 0.3:
+            dropped = buffer.remove_oldest_data_to_fit()
+            count = 0
+            while sum(len(s) for s in held) > 60:
+                count += len(held.pop(0))
+            assert dropped == count
+    assert buffer.get_num_of_game_segments() == len(held)
+    alive = sum(len(s) for s in held)
+    assert buffer.get_num_of_transitions() == alive
+    batch = sample_at(buffer, range(pushed - alive, pushed), monkeypatch)
+    for row in range(alive):
+        episode, start = place[pushed - alive + row]
+        check_row(batch, row, episode, start, unroll, td)
+    drawn = buffer.sample(50)
+    assert drawn.indices.min() >= pushed - alive and drawn.indices.max() < pushed
+    for row, index in enumerate(drawn.indices):
+        check_row(drawn, row, *place[int(index)], unroll, td)
+
+
+# ---- removal ------------------------------------------------------------------------------------------------------------
+
+
+def test_removal_keeps_at_most_the_size_and_never_the_last_segment():
+    buffer = filled([Episode(i, [1.0] * 4, "terminated") for i in range(5)], replay_buffer_size=9)
+    assert buffer.remove_oldest_data_to_fit() == 12
+    assert (buffer.get_num_of_game_segments(), buffer.get_num_of_transitions()) == (2, 8)
+    assert buffer.remove_oldest_data_to_fit() == 0
+    assert set(buffer.sample(200).observations[:, 0, 0]) == {3, 4}
+    small = filled([Episode(0, [1.0] * 4, "terminated")], replay_buffer_size=1)
+    assert small.remove_oldest_data_to_fit() == 0 and small.get_num_of_transitions() == 4
+
+
+def test_an_episode_goes_on_although_its_beginning_was_dropped(monkeypatch):
+    cfg = settings(replay_buffer_size=5)
+    buffer, episode = PriorZeroGameBuffer(cfg), Episode(0, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0], "terminated", cuts=[3, 2, 2])
+    first, second, third = episode.segments(cfg)
+    buffer.push_game_segments([first])
+    buffer.push_game_segments([second, Episode(1, [0.0], "truncated").segments(cfg)[0]])
+    buffer.remove_oldest_data_to_fit()
+    buffer.push_game_segments([third])
+    batch = sample_at(buffer, [3, 4], monkeypatch)
+    check_row(batch, 0, episode, 3, 3, 2)
+    check_row(batch, 1, episode, 4, 3, 2)
+    assert batch.returns[1, 0] == pytest.approx(5 + 0.9 * 6)
+
+
+def test_an_episode_whose_only_segment_was_dropped_starts_anew(monkeypatch):
+    cfg = settings(replay_buffer_size=3)
+    buffer, episode = PriorZeroGameBuffer(cfg), Episode(0, [1.0, 2.0, 3.0, 4.0], "terminated", cuts=[2, 2])
+    first, second = episode.segments(cfg)
+    buffer.push_game_segments([first, *Episode(1, [0.0] * 3, "truncated").segments(cfg)])
+    assert buffer.remove_oldest_data_to_fit() == 2
+    buffer.push_game_segments([second])
+    assert first.successor is None
+    check_row(sample_at(buffer, [5], monkeypatch), 0, episode, 2, 3, 2)
+
+
+def test_priorities_stay_with_their_transitions_through_removal_and_compaction():
+    cfg = settings(use_priority=True, replay_buffer_size=400, priority_prob_alpha=1.0)
+    buffer, rng, truth, pushed = PriorZeroGameBuffer(cfg), np.random.default_rng(0), {}, 0
+    largest = 1.0
+    for number in range(300):  # 3,000 transitions through an array of 1,024: it is moved several times
+        buffer.push_game_segments(Episode(number, [0.0] * 10, "truncated").segments(cfg))
+        truth |= {pushed + i: largest for i in range(10)}
+        pushed += 10
+        buffer.remove_oldest_data_to_fit()
+        if number % 7 == 0:
+            batch = buffer.sample(16)
+            batch.new_priorities = rng.random(16).astype(np.float32) * 3
+            buffer.update_priority(batch)
+            for index, priority in zip(batch.indices.tolist(), batch.new_priorities.tolist(), strict=True):
+                truth[index] = priority + 1e-6
+            largest = max(largest, max(truth[i] for i in batch.indices.tolist()))
+    alive = range(pushed - 400, pushed)
+    p = np.array([truth[i] for i in alive])
+    drawn = buffer._draw(400_000)[0] - alive[0]
+    assert drawn.min() >= 0 and drawn.max() < 400
+    seen = np.bincount(drawn, minlength=400) / 400_000
+    want = p / p.sum()
+    # Five standard deviations of each count.
+    assert (np.abs(seen - want) < 5 * np.sqrt(want / 400_000) + 1e-6).all()
+    assert len(set(np.round(p, 6))) > 30  # there was something to mix up
+
+
+# ---- prioritised sampling -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(0.6, 0.4), (1.0, 1.0), (0.0, 0.4)])
+def test_frequencies_and_weights_follow_the_formula(alpha, beta):
+    buffer = filled([Episode(0, [0.0] * 6, "truncated")], use_priority=True, priority_prob_alpha=alpha,
+                    priority_prob_beta=beta)
+    priorities = np.array([0.1, 0.5, 1.0, 2.0, 4.0, 8.0])
+    batch = buffer.sample(6)
+    batch.indices, batch.new_priorities = np.arange(6), -priorities.astype(np.float32)  # the sign does not matter
+    buffer.update_priority(batch)
+    probability = priorities ** alpha / (priorities ** alpha).sum()
+    indices, weights = buffer._draw(60_000)
+    seen = np.bincount(indices, minlength=6) / 60_000
+    np.testing.assert_allclose(seen, probability, atol=0.01)
+    by_hand = (6 * probability) ** -beta
+    np.testing.assert_allclose(weights, (by_hand / by_hand[np.unique(indices)].max())[indices], rtol=1e-3)
+    assert weights.max() == pytest.approx(1.0)
+
+
+def test_an_update_takes_effect_in_later_draws_and_new_data_gets_the_largest_priority():
+    cfg = settings(use_priority=True, priority_prob_alpha=1.0)
+    buffer = PriorZeroGameBuffer(cfg)
+    buffer.push_game_segments(Episode(0, [0.0] * 4, "truncated").segments(cfg))
+    np.testing.assert_allclose(np.bincount(buffer._draw(20_000)[0], minlength=4) / 20_000, 0.25, atol=0.02)
+    batch = buffer.sample(4)
+    batch.indices, batch.new_priorities = np.arange(4), np.array([0.0, 0.0, 0.0, 3.0], dtype=np.float32)
+    buffer.update_priority(batch)
+    drawn = np.bincount(buffer._draw(20_000)[0], minlength=4)
+    assert drawn[3] > 19_900
+    assert buffer._priorities[:4].min() > 0  # still reachable
+    buffer.push_game_segments(Episode(1, [0.0], "truncated").segments(cfg))
+    np.testing.assert_allclose(np.bincount(buffer._draw(20_000)[0], minlength=5)[3:] / 20_000, 0.5, atol=0.02)
+
+
+def test_priorities_of_dropped_transitions_are_skipped():
+    cfg = settings(use_priority=True, replay_buffer_size=4, priority_prob_alpha=1.0)
+    buffer = PriorZeroGameBuffer(cfg)
+    buffer.push_game_segments(Episode(0, [0.0] * 3, "truncated").segments(cfg))
+    batch = buffer.sample(3)
+    batch.indices = np.arange(3)
+    buffer.push_game_segments(Episode(1, [0.0] * 3, "truncated").segments(cfg))
+    assert buffer.remove_oldest_data_to_fit() == 3
+    batch.new_priorities = np.full(3, 100.0, dtype=np.float32)
+    buffer.update_priority(batch)
+    np.testing.assert_allclose(buffer._priorities[3:6], 1.0)
+
+
+def test_uniform_sampling_without_priorities():
+    buffer = filled([Episode(i, [0.0] * 5, "truncated") for i in range(2)])
+    batch = buffer.sample(4000)
+    assert batch.weights.tolist() == [1.0] * 4000 and len(batch) == 4000
+    np.testing.assert_allclose(np.bincount(batch.indices, minlength=10) / 4000, 0.1, atol=0.03)
+
+
+def test_misuse_is_told():
+    cfg = settings()
+    buffer = PriorZeroGameBuffer(cfg)
+    with pytest.raises(PriorZeroError, match="empty: collect"):
+        buffer.sample(2)
+    with pytest.raises(PriorZeroError, match="empty segment"):
+        buffer.push_game_segments([PriorZeroSegment(cfg, 0, 0, state_vector(0, 0))])
+    buffer.push_game_segments(Episode(0, [1.0], "truncated").segments(cfg))
+    with pytest.raises(PriorZeroError, match="no new priorities"):
+        buffer.update_priority(buffer.sample(2))
+
+
+# ---- decisions for the LLM --------------------------------------------------------------------------------------------------
+
+
+def test_llm_samples_by_hand():
+    # The first made-up episode with one decision that has a single action, and is left out.
+    episode = next(e for e in (Episode(i, [1.0, 2.0, 4.0], "terminated") for i in range(99))
+                   if sum(len(s.valid_actions) == 1 for s in e.steps) == 1)
+    buffer = filled([episode])
+    v = [s.root_value for s in episode.steps]
+    values = {0: 1 + 0.9 * 2 + 0.81 * v[2], 1: 2 + 0.9 * 4, 2: 4.0}
+    expected = {t for t, s in enumerate(episode.steps) if len(s.valid_actions) > 1}
+    samples = buffer.sample_llm(10)
+    assert {int(s.state.observation.split()[1]) for s in samples} == expected
+    assert len(expected) == 2
+    for sample in samples:
+        t = int(sample.state.observation.split()[1])
+        step = episode.steps[t]
+        assert sample.target_value == pytest.approx(values[t])
+        assert sample.advantage == pytest.approx(values[t] - step.predicted_value)
+        assert sample.valid_actions[sample.action_index] == step.action
+        np.testing.assert_allclose(sample.target_policy, step.visit_counts / step.visit_counts.sum())
+        np.testing.assert_array_equal(sample.behaviour, step.behaviour)
+        assert (sample.prior_logprobs, sample.prior_version) == (step.prior_logprobs, 7)
+
+
+def test_llm_sample_at_a_cut_bootstraps_and_across_segments_looks_on():
+    cut = Episode(4, [1.0, 2.0], "truncated")
+    buffer = filled([cut])
+    step = buffer._llm_sample(buffer._segments[0], 1)
+    assert step.target_value == pytest.approx(2 + 0.9 * cut.steps[1].root_value)
+    crossing = Episode(5, [1.0, 2.0, 4.0, 8.0], "terminated", cuts=[2, 2])
+    buffer = filled([crossing])
+    assert buffer._llm_sample(buffer._segments[0], 1).target_value == pytest.approx(
+        2 + 0.9 * 4 + 0.81 * crossing.steps[3].root_value)
+
+
+def test_llm_sampling_draws_without_repetition_and_from_the_newest():
+    episodes = [Episode(i, [0.0] * 6, "truncated") for i in range(6)]
+    buffer = filled(episodes)
+    usable = {(e.number, t) for e in episodes for t, s in enumerate(e.steps) if len(s.valid_actions) > 1}
+
+    def keys(samples):
+        return [(next(e.number for e in episodes for st in e.steps if st.state is s.state), int(s.state.observation[5:]))
+                for s in samples]
+
+    everything = keys(buffer.sample_llm(1000))
+    assert len(everything) == len(set(everything)) and set(everything) == usable
+    assert set(keys(buffer.sample_llm(1000, recent=12))) == {k for k in usable if k[0] >= 4}
+    assert len(buffer.sample_llm(3)) == 3
+    assert set(keys(buffer.sample_llm(1000, recent=10_000))) == usable
