@@ -52,6 +52,11 @@ async def measure(args, bench: BenchmarkModel, inputs: dict[Point, Inputs],
         say(f"{point[0]:14}{point[1]:6} tokens {point[2]:3} actions {point[3]:3} states  {name:16}"
             f"{measurement.states_per_second:10.3f} states/s ({measurement.states} timed)")
 
+    base = next(iter(inputs))
+    # First, so that the float32 copy is gone before an engine asks for memory.
+    expected = reference(bench, inputs[base].states[:args.reference_states])
+    if expected:
+        say(f"float32 reference of {len(expected)} states computed")
     if "per_action" in args.methods:
         for point, data in inputs.items():
             keep(point, "per_action", per_action(bench, data, args.seconds))
@@ -63,9 +68,7 @@ async def measure(args, bench: BenchmarkModel, inputs: dict[Point, Inputs],
         except LLMEngineError as error:
             failed["vllm"] = str(error)
             logger.error("vLLM's ways are not measured (further): %s", error)
-    if args.reference_states:
-        base = next(iter(inputs))
-        compare(results[base], reference(bench, inputs[base].states[:args.reference_states]))
+    compare(results[base], expected)
     return results, failed
 
 
@@ -99,7 +102,7 @@ def forward_per_action(bench: BenchmarkModel, model: torch.nn.Module, request: S
 def reference(bench: BenchmarkModel, requests: Sequence[ScoreRequest]) -> Totals:
     """float32, one forward per action."""
     model = bench.model
-    if next(model.parameters()).dtype != torch.float32:
+    if requests and next(model.parameters()).dtype != torch.float32:
         model = copy.deepcopy(model).float()
     return [forward_per_action(bench, model, request) for request in requests]
 
