@@ -12,8 +12,8 @@ compared is read from their evaluations:
 * random: uniformly drawn valid actions.
 
 Runs are processes, `--jobs` at a time. `--minutes` bounds a run and `--total-minutes` everything: SIGTERM lets a run
-finish its step, save and write its summary; after `--grace` seconds it is killed, and its evaluations are read from
-its metrics file. `--plot-only` makes tables and plot anew from what lies in `--out`.
+finish its step, save and write its summary (it is not evaluated once more); after `--grace` seconds it is killed, and
+its evaluations are read from its metrics file. `--plot-only` makes tables and plot anew from what lies in `--out`.
 
 Written to `--out`: runs.csv, summary.md, learning_curves.png, README.md (command, commit, machine), command.json, and
 under runs/ settings and summary of each run (its checkpoints stay in `--work`, a temporary folder by default).

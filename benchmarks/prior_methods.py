@@ -142,6 +142,9 @@ async def _vllm_ways(args, bench: BenchmarkModel, inputs: dict[Point, Inputs], k
     from priorzero.llm.vllm_engine import VLLMEngine
 
     model = next(bench.model.parameters())
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # vLLM counts memory that torch keeps for itself as taken
     longest = max(p[1] for p in inputs) + 64
     settings = EngineSettings(kind="vllm", vllm=VLLMSettings(
         dtype=str(model.dtype).removeprefix("torch."), max_model_len=longest, gpu_memory_utilization=args.gpu_memory,

@@ -20,8 +20,8 @@ LightZero pads every text to 512 tokens (`padded`, the stock path as it is). `tr
 the longest text of the game only. The stock path encodes all rows of a batch at once: with batch 64 and unroll 10 that
 is 640 rows of 512 tokens, several GiB and minutes per update on a CPU; the default sizes are the debug run's.
 
-Our encoder sees each distinct text once; that cost is reported beside the speed
-(`encode_seconds`) and once spread over the updates that were timed (`ours_with_encoding`).
+Our encoder sees each distinct text once; that cost is reported beside the speed (`encode_seconds`) and once spread over
+the updates that were timed (`ours_with_encoding`: with few timed updates it says little about a run of thousands).
 """
 from __future__ import annotations
 
