@@ -142,7 +142,7 @@ def sample_at(buffer: PriorZeroGameBuffer, indices, monkeypatch):
         return buffer.sample(len(indices))
 
 
-# ---- by hand ----------------------------------------------------------------------------------------------------------
+# ---- by hand ------------------------------------------------------------------------------------------------
 
 
 def test_inside_an_episode_across_a_segments_end_and_at_a_true_end(monkeypatch):
@@ -223,7 +223,7 @@ def test_a_window_is_exactly_as_long_as_asked():
             assert view.end == ("terminated" if start + length >= 5 else "more")
 
 
-# ---- random episodes against the reference ------------------------------------------------------------------------------
+# ---- random episodes against the reference ------------------------------------------------------------------
 
 
 def random_episode(number: int, rng) -> Episode:
@@ -273,7 +273,7 @@ def test_random_episodes_equal_the_reference(seed, monkeypatch):
         check_row(drawn, row, *place[int(index)], unroll, td)
 
 
-# ---- removal ------------------------------------------------------------------------------------------------------------
+# ---- removal ------------------------------------------------------------------------------------------------
 
 
 def test_removal_keeps_at_most_the_size_and_never_the_last_segment():
@@ -338,7 +338,7 @@ def test_priorities_stay_with_their_transitions_through_removal_and_compaction()
     assert len(set(np.round(p, 6))) > 30  # there was something to mix up
 
 
-# ---- prioritised sampling -------------------------------------------------------------------------------------------------
+# ---- prioritised sampling -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("alpha", "beta"), [(0.6, 0.4), (1.0, 1.0), (0.0, 0.4)])
@@ -405,7 +405,7 @@ def test_misuse_is_told():
         buffer.update_priority(buffer.sample(2))
 
 
-# ---- decisions for the LLM --------------------------------------------------------------------------------------------------
+# ---- decisions for the LLM ----------------------------------------------------------------------------------
 
 
 def test_llm_samples_by_hand():

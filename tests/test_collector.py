@@ -35,7 +35,7 @@ class ScriptedEnv:
 
     def _observation(self):
         return {"text": f"env {self.number} episode {len(self.played)} step {self.t}",
-                "valid_actions": () if self.t == self.length and self.end == "terminated" else told_actions(self.number, self.t),
+                "valid_actions": told_actions(self.number, self.t) if self.t < self.length or self.end != "terminated" else (),
                 "timestep": self.t, "score": float(sum(range(self.t + 1))), "state_hash": ""}
 
     def reset(self):
@@ -139,7 +139,8 @@ async def test_segments_carry_what_was_played(parts, encoder):
             # The two steps before, oldest first, as they were played.
             past = range(max(t - 2, 0), t)
             assert step.state.history == tuple(
-                HistoryItem(f"env {segment.env_id} episode {episode + 1} step {p}", env.played[episode][p], p + 1.0) for p in past)
+                HistoryItem(f"env {segment.env_id} episode {episode + 1} step {p}", env.played[episode][p], p + 1.0)
+                for p in past)
             seen[segment.env_id, episode, t] = step
         # Segments are cut at 4 steps or at the end, and the last state is the next step's.
         assert [s.timestep for s in segment.steps] in ([0, 1, 2, 3], [4, 5])
@@ -238,7 +239,7 @@ async def test_a_failing_engine_is_counted_or_stops_the_run(parts):
         await collector.collect(1)
 
 
-# ---- evaluator ------------------------------------------------------------------------------------------------------------
+# ---- evaluator ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["world_model", "world_model_llm", "llm", "random"])
@@ -296,7 +297,7 @@ async def test_evaluation_modes_that_cannot_be(parts):
         await evaluator.evaluate("llm", 1, 0)
 
 
-# ---- a real game ------------------------------------------------------------------------------------------------------------
+# ---- a real game --------------------------------------------------------------------------------------------
 
 
 async def test_textworld(make_policy, encoder, tmp_path, monkeypatch):

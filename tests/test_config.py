@@ -57,8 +57,9 @@ def test_debug_is_an_overlay_that_presets_and_overrides_lie_over():
         elif path != ("exp_name",):
             assert look(debug, path) == look(full, path) == value
     main, _ = get_priorzero_config(debug_mode=True, presets=("pure_unizero",), overrides=dict(policy=dict(num_simulations=7)))
-    assert (main.policy.num_simulations, main.policy.embed_dim, main.llm.enable) == (7, config.DEBUG["policy"]["embed_dim"], False)
-    assert get_priorzero_config_for_quick_test("zork1.z5", 3)[0].policy.num_simulations == config.DEBUG["policy"]["num_simulations"]
+    small = config.DEBUG["policy"]
+    assert (main.policy.num_simulations, main.policy.embed_dim, main.llm.enable) == (7, small["embed_dim"], False)
+    assert get_priorzero_config_for_quick_test("zork1.z5", 3)[0].policy.num_simulations == small["num_simulations"]
     assert get_priorzero_config()[0].policy.num_simulations == DEFAULTS["policy"]["num_simulations"]  # nothing leaked
 
 
@@ -140,7 +141,7 @@ def test_integers_pass_as_floats_and_layers_do_not_touch_their_inputs():
     assert given == dict(policy=dict(learning_rate=1))
 
 
-# ---- the schedule -------------------------------------------------------------------------------------------------------
+# ---- the schedule -------------------------------------------------------------------------------------------
 
 
 def test_every_schedule_attribute_exists_with_its_type_and_is_saved():
@@ -206,7 +207,7 @@ def test_enable_llm_and_rft():
     assert (off.llm.enable, off.policy.root_prior.mode, off.eval.modes) == (False, "wm_logits", ["world_model"])
 
 
-# ---- helpers ------------------------------------------------------------------------------------------------------------
+# ---- helpers ------------------------------------------------------------------------------------------------
 
 
 def test_command_line_assignments():
@@ -230,7 +231,8 @@ def test_settings_and_entry_import_nothing_heavy():
     """`--help` and a typing error must answer at once."""
     code = ("import sys, priorzero_config, priorzero_orz_entry\n"
             "priorzero_config.get_priorzero_config(debug_mode=True)\n"
-            "print([m for m in ('torch', 'lzero', 'ding', 'transformers', 'vllm', 'jericho', 'textworld') if m in sys.modules])")
+            "heavy = ('torch', 'lzero', 'ding', 'transformers', 'vllm', 'jericho', 'textworld')\n"
+            "print([m for m in heavy if m in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[1], capture_output=True,
                           text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -109,7 +109,7 @@ def test_importance_weights_change_the_update(corridor):
     assert not torch.equal(moved[0][1], moved[1][1])
 
 
-# ---- targets ------------------------------------------------------------------------------------------------------------
+# ---- targets ------------------------------------------------------------------------------------------------
 
 
 class StateIndexTarget:
@@ -183,7 +183,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(corridor):
         policy.learn_mode.forward(batch)
 
 
-# ---- planning -------------------------------------------------------------------------------------------------------------
+# ---- planning -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -289,7 +289,7 @@ def test_collect_temperature_follows_lightzeros_setting(make_policy):
     assert make_policy(fixed_temperature_value=0.37).collect_temperature() == 0.37
 
 
-# ---- vocabulary and saving ------------------------------------------------------------------------------------------------
+# ---- vocabulary and saving ----------------------------------------------------------------------------------
 
 
 def test_new_actions_are_named_in_both_networks(make_policy, encoder):
