@@ -19,26 +19,26 @@ def overlay(defaults: Mapping[str, Any], *layers: Mapping[str, Any], path: str =
         PriorZeroError: a layer names a setting that the defaults do not have, or gives a value of another type.
     """
     result = copy.deepcopy(dict(defaults))
-    for layer in layers:
-        for key, value in layer.items():
-            where = f"{path}{key}"
-            if key not in result:
-                close = difflib.get_close_matches(key, result, n=3)
-                hint = f"did you mean {' or '.join(close)}?" if close else f"known here: {', '.join(sorted(result))}"
-                raise PriorZeroError(f"setting {where!r} does not exist; {hint}")
-            old = result[key]
-            if isinstance(old, dict) and old:
-                if not isinstance(value, Mapping):
-                    raise PriorZeroError(f"setting {where!r} is a group of settings, not the value {value!r}")
-                result[key] = overlay(old, value, path=where + ".")
-            else:
-                result[key] = _checked(where, old, value)
+    # Merged first: a value's type is checked against the documented default, not against another layer's value.
+    for key, value in merge(*layers).items():
+        where = f"{path}{key}"
+        if key not in result:
+            close = difflib.get_close_matches(key, result, n=3)
+            hint = f"did you mean {' or '.join(close)}?" if close else f"known here: {', '.join(sorted(result))}"
+            raise PriorZeroError(f"setting {where!r} does not exist; {hint}")
+        old = result[key]
+        if isinstance(old, dict) and old:
+            if not isinstance(value, Mapping):
+                raise PriorZeroError(f"setting {where!r} is a group of settings, not the value {value!r}")
+            result[key] = overlay(old, value, path=where + ".")
+        else:
+            result[key] = _checked(where, old, value)
     return result
 
 
 def _checked(where: str, old: Any, value: Any) -> Any:
     """`value` if its type fits the default's; integers pass as floats, None defaults accept anything."""
-    if old is None or value is None or isinstance(old, dict):
+    if old is None or isinstance(old, dict):
         return copy.deepcopy(value)
     if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
