@@ -38,7 +38,9 @@ _PR_SET_PDEATHSIG = 1
 
 def nursery_main(control_fd: int, kind: str) -> None:
     """Entry point of a nursery process; see the module's text."""
+    # A signal to the whole process group is for the run: it finishes its step with us and ends us with SIGKILL.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     parent = os.getppid()
     control = socket.socket(fileno=control_fd)
     failure = ""

@@ -1,11 +1,17 @@
-"""SIGINT and SIGTERM ask the loop to stop after the present step; a second one ends the process at once."""
+"""SIGINT and SIGTERM ask the loop to stop after the present step; a second one ends the process at once.
+
+timeout(1) and some supervisors signal a process and then its process group, so one request arrives twice: a signal
+within `REPEAT_S` of the first is the same request.
+"""
 from __future__ import annotations
 
 import asyncio
 import logging
 import signal
+import time
 
 logger = logging.getLogger(__name__)
+REPEAT_S = 1.0
 
 
 class StopRequest:
@@ -18,6 +24,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested = False
+        self._first = 0.0
 
     def __enter__(self) -> StopRequest:
         self._loop = asyncio.get_running_loop()
@@ -30,9 +37,12 @@ class StopRequest:
             self._loop.remove_signal_handler(number)
 
     def _on_signal(self, number: int) -> None:
+        now = time.monotonic()
+        if self.requested and now - self._first < REPEAT_S:
+            return
         if self.requested:
             logger.warning("second %s: stopping at once; the last checkpoint stands", signal.Signals(number).name)
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.requested = True
+        self.requested, self._first = True, now
         logger.info("%s: finishing the present step, then saving and closing", signal.Signals(number).name)
