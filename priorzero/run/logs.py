@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -10,6 +11,8 @@ _NOISY = ("httpx", "urllib3", "matplotlib", "filelock", "fsspec", "asyncio", "tr
 
 def setup_logging(folder: Path | None, level: int = logging.INFO) -> None:
     """Send our log to the terminal and, with a folder, to `<folder>/run.log`; keep other libraries at WARNING."""
+    if not sys.stderr.isatty():  # bars of model loading fill a log file with control characters
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     root = logging.getLogger()
     for handler in list(root.handlers):
         root.removeHandler(handler)
