@@ -46,7 +46,7 @@ async def train_priorzero_orz(config: HybridTrainingConfig, eval_only: bool = Fa
     folder = Path(config.priorzero_cfg.exp_name)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
-        run = Run(config, folder)
+        run = Run(config, folder, eval_only)
         try:
             await run.build()
             if config.resume or eval_only:
@@ -67,10 +67,11 @@ class Run:
     Args:
         config: schedule and settings.
         folder: where everything of the run is written.
+        eval_only: leave config.json, summary.json and the checkpoints as the training run wrote them.
     """
 
-    def __init__(self, config: HybridTrainingConfig, folder: Path) -> None:
-        self.config, self.cfg, self.folder = config, config.priorzero_cfg, folder
+    def __init__(self, config: HybridTrainingConfig, folder: Path, eval_only: bool = False) -> None:
+        self.config, self.cfg, self.folder, self.eval_only = config, config.priorzero_cfg, folder, eval_only
         self.iteration = 0
         self.best_return = -math.inf
         self.evaluations: list[dict[str, Any]] = []
@@ -98,20 +99,23 @@ class Run:
         await self._build_llm()
         await asyncio.to_thread(self._build_players)
         self._banner()
+        if self.eval_only:
+            return
         text = json.dumps(self.config.as_dict(), indent=1, default=str)
         (self.folder / "config.json").write_text(text, encoding="utf-8")
         self.metrics.text("config", f"```json\n{text}\n```", 0)
 
     def _build_world_model(self) -> None:
-        from ding.utils import set_pkg_seed
-
         from game_buffer_priorzero import PriorZeroGameBuffer
+        from priorzero.quiet import quiet_base
         from priorzero.run.checkpoint import CheckpointStore
         from priorzero.run.learner import make_learner
         from priorzero.run.lightzero import compile_priorzero, resolve_device
         from priorzero.text.encoder import SentenceEncoder
         from priorzero_policy import PriorZeroPolicy
 
+        with quiet_base():
+            from ding.utils import set_pkg_seed
         device = resolve_device(self.cfg.policy.device)
         set_pkg_seed(self.cfg.seed, use_cuda=device == "cuda")
         self.encoder = SentenceEncoder(self.cfg.text.encoder, device=device, cache_bytes=self.cfg.text.cache_mib * 2**20)
@@ -336,7 +340,7 @@ class Run:
         judged = "world_model_llm" if "world_model_llm" in self.cfg.eval.modes else self.cfg.eval.modes[0]
         mean = sum(row[judged]["returns"]) / len(row[judged]["returns"])
         # The untrained network's first evaluation is no checkpoint worth keeping.
-        if self.iteration and mean > self.best_return:
+        if self.iteration and not self.eval_only and mean > self.best_return:
             self.best_return = mean
             await asyncio.to_thread(self.save, True)
 
@@ -349,7 +353,8 @@ class Run:
         with self.watch("save"):
             counters = {"iteration": self.iteration, "env_steps": self.collector.envstep, "best_return": self.best_return,
                         **self._totals}
-            state = {"policy": self.policy.learn_mode.state_dict(), "counters": counters}
+            state = {"policy": self.policy.learn_mode.state_dict(), "counters": counters,
+                     "progress": {"evaluations": self.evaluations, "first_losses": self._first_losses}}
             llm = self.trainer.state_dict() if self.trainer is not None else None
             meta = counters | {"game": self.game.env_id, "encoder": self.cfg.text.encoder, "llm": self.llm_name}
             path = self.checkpoints.save(self.iteration, state, llm, meta, best)
@@ -374,6 +379,8 @@ class Run:
         self.iteration, self.best_return = counters["iteration"], counters["best_return"]
         self.collector.envstep = counters["env_steps"]
         self._totals = {k: counters[k] for k in self._totals}
+        if not self.eval_only:  # the summary goes on where the run left off
+            self.evaluations, self._first_losses = state["progress"]["evaluations"], state["progress"]["first_losses"]
         logger.info("Resumed %s at iteration %d, %d environment steps; the replay buffer starts empty", meta["game"],
                     self.iteration, self.collector.envstep)
 
@@ -385,14 +392,15 @@ class Run:
     # ---- the end --------------------------------------------------------------------------------------------------
 
     def summary(self) -> dict[str, Any]:
-        """Facts of the run; written to summary.json and to the log."""
+        """Facts of the run; written to summary.json (evaluation.json with eval_only) and to the log."""
         result = {
             "experiment": str(self.folder), "game": self.game.env_id, "seed": self.cfg.seed, "iterations": self.iteration,
             "env_steps": self.collector.envstep, "minutes": (time.time() - self._started) / 60, "memory_gb": self._memory(),
             "first_losses": self._first_losses, "last_losses": self._last_losses,
             "seconds_per_stage": {k: round(v, 2) for k, v in self.watch.seconds.items()},
             "llm": self.llm_name, "evaluations": self.evaluations}
-        (self.folder / "summary.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+        path = self.folder / ("evaluation.json" if self.eval_only else "summary.json")
+        path.write_text(json.dumps(result, indent=1), encoding="utf-8")
         losses = ", ".join(f"{k} {self._first_losses[k]:.4f} → {self._last_losses[k]:.4f}" for k in self._last_losses)
         logger.info("Done: %d iterations, %d environment steps in %.1f minutes, %.1f GB at most. %s", self.iteration,
                     self.collector.envstep, result["minutes"], result["memory_gb"], losses)
