@@ -119,6 +119,9 @@ def check_row(batch, row: int, episode: Episode, start: int, unroll: int, td: in
             assert batch.bootstrap_observations[row, at].tolist() == [episode.number, want["bootstrap_state"][k], 1], where
     # The window the bootstrap values are read from is a stretch of the episode, its actions the ones played there.
     first = int(batch.bootstrap_observations[row, 0, 1])
+    for k, state in enumerate(want["bootstrap_state"]):
+        # Beyond the episode the last state is repeated; only its first copy has the right steps before it.
+        assert state is None or batch.bootstrap_index[row, k] == state - first, where
     for k in range(unroll):
         assert batch.bootstrap_observations[row, k, 1] == min(first + k, n), where
         if first + k < n:
@@ -384,6 +387,9 @@ def test_priorities_of_dropped_transitions_are_skipped():
     batch.new_priorities = np.full(3, 100.0, dtype=np.float32)
     buffer.update_priority(batch)
     np.testing.assert_allclose(buffer._priorities[3:6], 1.0)
+    buffer.push_game_segments(Episode(2, [0.0], "truncated").segments(cfg))
+    drawn = np.bincount(buffer._draw(8000)[0] - 3, minlength=4) / 8000
+    np.testing.assert_allclose(drawn, 0.25, atol=0.03)  # new data does not start from a dropped row's priority either
 
 
 def test_uniform_sampling_without_priorities():

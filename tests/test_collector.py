@@ -183,6 +183,28 @@ async def test_a_hang_at_the_first_step_leaves_no_segment(parts):
     assert {s.env_id for s in result.segments} == {1} and collector.counters["hangs"] == 4
 
 
+@pytest.mark.parametrize("who", ["collector", "evaluator"])
+async def test_a_new_episode_starts_with_an_empty_context(parts, monkeypatch, who):
+    """The root looks back on min(time step + 1, C = 3) observations of its own episode."""
+    collector, evaluator, group, _ = parts([ScriptedEnv(0, length=5), ScriptedEnv(1, length=3, end="hang")])
+    policy, seen = collector._policy, []
+    context = policy._collect_context if who == "collector" else policy._eval_context
+    real = context.batch
+
+    def spy(env_ids, device):
+        observations, actions, lengths = real(env_ids, device)
+        seen.extend((group.envs[e].t, int(n)) for e, n in zip(env_ids, lengths, strict=True))
+        return observations, actions, lengths
+
+    monkeypatch.setattr(context, "batch", spy)
+    if who == "collector":
+        await collector.collect(6)
+    else:
+        await evaluator.evaluate("world_model", 5, 0)
+    assert seen.count((0, 1)) >= 5
+    assert all(length == min(t + 1, 3) for t, length in seen)
+
+
 async def test_truncation_is_not_termination(parts):
     collector, _, _, _ = parts([ScriptedEnv(0, length=3, end="truncated")])
     result = await collector.collect(2)

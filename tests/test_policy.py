@@ -95,6 +95,38 @@ def test_priorities_are_the_value_errors_of_the_first_step(corridor):
     assert batch.new_priorities.max() > 0.1
 
 
+def test_the_loss_gets_the_targets_of_the_batch(corridor, monkeypatch):
+    """Latent t is compared with the target encoder's latent of observation t + 1; masks and weights reach their terms."""
+    import priorzero_policy
+
+    policy, buffer = corridor
+    learn(policy, buffer, 2)
+    batch, given = buffer.sample(8), {}
+    real = priorzero_policy.world_model_loss
+
+    def spy(outputs, targets, weights, group_size, loss_weights):
+        given.update(targets=targets, weights=weights, group_size=group_size, loss_weights=loss_weights)
+        return real(outputs, targets, weights, group_size, loss_weights)
+
+    monkeypatch.setattr(priorzero_policy, "world_model_loss", spy)
+    encoder = copy.deepcopy(policy._target_model.eval())
+    batch.weights = np.linspace(0.1, 1.0, 8).astype(np.float32)
+    policy.learn_mode.forward(batch)
+    targets = given["targets"]
+    for k in range(5):
+        torch.testing.assert_close(targets.latent[:, k], encoder.encode(torch.from_numpy(batch.observations[:, k + 1])))
+    assert targets.latent.std() > 0
+    for mask, name in ((targets.mask_latent, "mask_step"), (targets.mask_policy, "mask_step"),
+                       (targets.mask_reward, "mask_reward"), (targets.mask_value, "mask_value")):
+        np.testing.assert_array_equal(mask.numpy(), getattr(batch, name))
+    np.testing.assert_array_equal(targets.policy.numpy(), batch.policies)
+    np.testing.assert_array_equal(given["weights"].numpy(), batch.weights)
+    rewards = policy._scalar_of(torch.log(targets.reward.flatten(0, 1) + 1e-12)).view(8, 5)
+    np.testing.assert_allclose(rewards.numpy(), batch.rewards, atol=2e-3)
+    assert given["loss_weights"].latent == 10.0 and given["group_size"] == 8
+    assert targets.used_actions.tolist() == [i < 8 for i in range(12)]
+
+
 def test_importance_weights_change_the_update(corridor):
     policy, buffer = corridor
     batch, start = buffer.sample(8), copy.deepcopy(policy.learn_mode.state_dict())

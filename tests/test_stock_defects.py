@@ -419,8 +419,9 @@ def test_the_stock_collector_plans_every_step_with_the_first_steps_mask(cfg, tmp
                             visit_count_distributions=[1], visit_count_distribution_entropy=0.0, timestep=timestep[0])}
 
     with quiet_base():
-        collector = MuZeroSegmentCollector(env=CountingEnvs(), policy=Policy(), tb_logger=SimpleNamespace(flush=lambda: None, close=lambda: None),
-                                           exp_name="exp", policy_config=settings)
+        log = SimpleNamespace(flush=lambda: None, close=lambda: None)
+        collector = MuZeroSegmentCollector(env=CountingEnvs(), policy=Policy(), tb_logger=log, exp_name="exp",
+                                           policy_config=settings)
         # A segment is handed out when the next one is full, so two of them are played.
         collector.collect(num_segments=1, train_iter=0, policy_kwargs=dict(temperature=1.0, epsilon=0.0))
     states, masks, timesteps = zip(*planned, strict=True)
