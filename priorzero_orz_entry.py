@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from priorzero.run.experiment import set_aside
 from priorzero.run.logs import setup_logging
 from priorzero.run.settings import parse_assignment
 from priorzero.types import PriorZeroError
@@ -44,6 +45,8 @@ async def train_priorzero_orz(config: HybridTrainingConfig, eval_only: bool = Fa
     from priorzero.run.signals import StopRequest
 
     folder = Path(config.priorzero_cfg.exp_name)
+    if not (config.resume or eval_only):
+        set_aside(folder)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
         run = Run(config, folder, eval_only)
@@ -55,6 +58,7 @@ async def train_priorzero_orz(config: HybridTrainingConfig, eval_only: bool = Fa
             if eval_only:
                 await run.evaluate()
                 return run.summary()
+            run.write_config()
             await run.loop(stop)
             return run.summary()
         finally:
@@ -99,8 +103,9 @@ class Run:
         await self._build_llm()
         await asyncio.to_thread(self._build_players)
         self._banner()
-        if self.eval_only:
-            return
+
+    def write_config(self) -> None:
+        """Keep the settings beside the run; only after a checkpoint was loaded, whose settings these may not be."""
         text = json.dumps(self.config.as_dict(), indent=1, default=str)
         (self.folder / "config.json").write_text(text, encoding="utf-8")
         self.metrics.text("config", f"```json\n{text}\n```", 0)
@@ -371,8 +376,9 @@ class Run:
         try:
             self.policy.learn_mode.load_state_dict(state["policy"])
         except RuntimeError as error:
-            raise PriorZeroError(f"the checkpoint's world model does not fit these settings ({error}); start it with the "
-                                 f"settings in {self.folder / 'config.json'}") from error
+            first = str(error).strip().splitlines()[-1].strip()
+            raise PriorZeroError(f"the checkpoint's world model does not fit these settings (for example: {first}). Start it "
+                                 f"with the settings in {self.folder / 'config.json'}") from error
         if self.trainer is not None and llm is not None:
             self.trainer.load_state_dict(llm)
         counters = state["counters"]
@@ -496,7 +502,10 @@ def main(arguments: list[str] | None = None) -> int:
     setup_logging(None)
     try:
         config = config_from(args, debug_mode)
-        setup_logging(Path(config.priorzero_cfg.exp_name) / "log")
+        folder = Path(config.priorzero_cfg.exp_name)
+        if not (config.resume or args.eval_only):
+            set_aside(folder)  # before this run's log is opened in it
+        setup_logging(folder / "log")
         asyncio.run(train_priorzero_orz(config, args.eval_only))
     except PriorZeroError as error:
         logger.error("Error: %s", error)

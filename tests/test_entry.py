@@ -246,6 +246,28 @@ def test_damaged_checkpoint_is_named_and_left_alone(copied):
     assert files(store) == before
 
 
+def test_checkpoint_of_another_network_is_refused_and_its_settings_stay(copied):
+    before = files(experiment(copied) / "ckpt"), (experiment(copied) / "config.json").read_bytes()
+    result = run(copied, "--iterations=3", "--resume", "--set=policy.embed_dim=64")
+    assert_one_error(result, "does not fit these settings (for example: size mismatch", "config.json")
+    assert (files(experiment(copied) / "ckpt"), (experiment(copied) / "config.json").read_bytes()) == before
+
+
+def test_a_used_name_sets_the_earlier_run_aside(tmp_path, caplog):
+    from priorzero.run.experiment import set_aside
+
+    folder = tmp_path / "game_seed0"
+    assert set_aside(folder) is None
+    for number in (1, 2):
+        (folder / "ckpt").mkdir(parents=True)
+        (folder / "ckpt" / "latest").write_text(f"iter_{number}")
+        aside = set_aside(folder)
+        assert aside == tmp_path / f"game_seed0.old-{number}" and not folder.exists()
+        assert (aside / "ckpt" / "latest").read_text() == f"iter_{number}"
+    (folder / "log").mkdir(parents=True)  # a run that never saved has nothing to lose
+    assert set_aside(folder) is None and folder.exists()
+
+
 def assert_one_error(result: Finished, *parts: str) -> None:
     """Exit 2, one message at the end of standard error that says `parts`, no traceback."""
     assert result.status == 2, result.output
