@@ -65,6 +65,8 @@ POLICY = dict(
     # ---- search ----
     # (int) Expansions per decision.
     num_simulations=50,
+    # (str) puct: our tree, reproducible, priors count from the first visit; lightzero: its C++ tree.
+    search_tree="puct",
     # (int) CPU threads of a search: 1 is fastest up to a width of about 512; 0 leaves torch's own number.
     search_threads=1,
     # (float) Dirichlet noise at the root, in collect only.
@@ -255,6 +257,7 @@ def validate_config(cfg: EasyDict) -> None:
         "policy.discount_factor": (p.discount_factor, 0 < p.discount_factor <= 1, "it must lie in (0, 1]"),
         "policy.value_bootstrap": (p.value_bootstrap, p.value_bootstrap in ("target_network", "search"),
                                    "it must be target_network or search"),
+        "policy.search_tree": (p.search_tree, p.search_tree in ("puct", "lightzero"), "it must be puct or lightzero"),
         "policy.device": (p.device, p.device in ("auto", "cpu", "cuda"), "it must be auto, cpu or cuda"),
         "llm.device": (llm.device, llm.device in ("auto", "cpu", "cuda"), "it must be auto, cpu or cuda"),
         "policy.replay_buffer_size": (p.replay_buffer_size, p.replay_buffer_size >= p.game_segment_length,

@@ -70,6 +70,8 @@ class PriorZeroPolicy(UniZeroPolicy):
         context_steps=4,
         # (int) CPU threads of a search; 0 leaves torch's own number.
         search_threads=1,
+        # (str) puct or lightzero: see `priorzero.search.tree.SearchSettings`.
+        search_tree="puct",
         # (dict) Fields of `priorzero.world_model.loss.LossWeights`.
         loss_weights=dict(),
     )
@@ -110,7 +112,7 @@ class PriorZeroPolicy(UniZeroPolicy):
         self._scalar_of = InverseScalarTransform(cfg.model.support_scale, cfg.device, cfg.model.categorical_distribution)
         self._search_settings = SearchSettings(cfg.num_simulations, cfg.discount_factor,
                                                root_dirichlet_alpha=cfg.root_dirichlet_alpha,
-                                               root_noise_weight=cfg.root_noise_weight)
+                                               root_noise_weight=cfg.root_noise_weight, tree=cfg.search_tree)
         self._prior_settings = RootPriorSettings(**cfg.root_prior)
         self._rng = np.random.default_rng(cfg.get("seed", 0))
         self.positions_clamped = 0
@@ -164,7 +166,7 @@ class PriorZeroPolicy(UniZeroPolicy):
         priors = [mix_root_prior(logits[row, list(ids)], llm, prior_settings, env_steps)
                   for row, (ids, llm) in enumerate(zip(valid_ids, llm_logprobs, strict=True))]
         results = search(self._model, memory, priors, [list(ids) for ids in valid_ids], self._inner_actions(),
-                         self._scalar_of, self._search_settings, noise)
+                         self._scalar_of, self._search_settings, noise, np.asarray(values))
         self.positions_clamped += memory.positions_clamped
         return results, values, priors
 

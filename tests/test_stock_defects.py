@@ -427,3 +427,27 @@ def test_the_stock_collector_plans_every_step_with_the_first_steps_mask(cfg, tmp
     states, masks, timesteps = zip(*planned, strict=True)
     assert list(states) == [float(t) for t in range(len(planned))] and len(planned) >= 2 * LENGTH
     assert set(masks) == {0} and set(timesteps) == {0}   # every state, planned with the mask and time of state 0
+
+
+# ---- (g) the tree ignores the prior on a node's first visit ------------------------------------------------------
+
+
+def test_stock_tree_ignores_the_prior_at_first_and_no_seed_reproduces_it():
+    """One simulation from one root whose prior gives 97 % to action 5: LightZero's tree takes any of the 12."""
+    from priorzero.search.puct import PuctTree
+
+    with quiet_base():
+        from lzero.mcts.ctree.ctree_muzero import mz_tree
+    prior = np.full(12, 0.03 / 11)
+    prior[5] = 0.97
+    taken = set()
+    for _ in range(60):
+        roots = mz_tree.Roots(1, [list(range(12))])
+        roots.prepare_no_noise([0.0], [np.log(prior).tolist()], [-1])
+        stats = mz_tree.MinMaxStatsList(1)
+        stats.set_delta(0.01)
+        taken.add(mz_tree.batch_traverse(roots, 19652, 1.25, 0.99, stats, mz_tree.ResultsWrapper(num=1), [-1])[2][0])
+    assert len(taken) > 3
+    ours = {int(PuctTree(prior[None], np.ones((1, 12), dtype=bool), np.zeros(1), 2, 0.99).select()[1][0])
+            for _ in range(60)}
+    assert ours == {5}

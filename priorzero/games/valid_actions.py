@@ -32,9 +32,9 @@ _SCHEMA = (
 
 
 def cache_root() -> Path:
-    """Where generated games and known states are kept: $PRIORZERO_CACHE, else ~/.cache/priorzero/games."""
+    """Where generated games and known states are kept: $PRIORZERO_CACHE/games, or ~/.cache/priorzero/games."""
     given = os.environ.get("PRIORZERO_CACHE")
-    return Path(given).expanduser() if given else Path.home() / ".cache" / "priorzero" / "games"
+    return (Path(given).expanduser() if given else Path.home() / ".cache" / "priorzero") / "games"
 
 
 def default_cache_path() -> Path:
