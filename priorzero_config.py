@@ -130,6 +130,9 @@ LLM = dict(
     device="auto",
     # (str) Number format of scoring: auto, float32, bfloat16.
     dtype="auto",
+    # (bool) The transformers engine scores with the trainer's float32 weights under autocast (no second copy in memory)
+    # instead of with its own copy in `dtype` (on two cores 1.5 to 1.8 times as fast in bfloat16).
+    share_weights=False,
     # (int) Tokens computed together in one forward: bounds memory.
     max_batch_tokens=4096,
     # (int) Scored states remembered for the present weights.
@@ -175,13 +178,13 @@ DEFAULTS = dict(exp_name="", seed=0, env=ENV, policy=POLICY, text=TEXT, llm=LLM,
 
 # Minutes on two CPU cores instead of hours on a GPU; every part is on, every size is small.
 DEBUG = dict(
-    env=dict(max_steps=50, collector_env_num=2, evaluator_env_num=2, n_evaluator_episode=2),
-    policy=dict(embed_dim=128, num_heads=4, num_simulations=16, game_segment_length=20, num_segments=2, batch_size=32,
+    env=dict(max_steps=50, collector_env_num=4, evaluator_env_num=2, n_evaluator_episode=2),
+    policy=dict(embed_dim=128, num_heads=4, num_simulations=16, game_segment_length=10, num_segments=4, batch_size=32,
                 replay_buffer_size=20_000, learning_rate=3e-4, replay_ratio=0.5,
                 action_vocabulary=dict(capacity=256, overflow=16), root_prior=dict(anneal_env_steps=4000)),
-    llm=dict(prompt=dict(history_length=2, max_observation_chars=120, max_prompt_tokens=320),
-             train=dict(learning_rate=2e-5, batch_size=8, max_batch_tokens=1024),
-             sft=dict(samples=16, recent_transitions=400), rft=dict(samples=16, recent_transitions=200)),
+    llm=dict(prompt=dict(history_length=1, max_observation_chars=100, max_prompt_tokens=320),
+             train=dict(learning_rate=2e-5, batch_size=8),
+             sft=dict(samples=8, recent_transitions=400), rft=dict(samples=8, recent_transitions=200)),
 )
 PURE_UNIZERO = dict(llm=dict(enable=False), policy=dict(root_prior=dict(mode="wm_logits")),
                     eval=dict(modes=["world_model"]))

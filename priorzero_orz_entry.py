@@ -155,7 +155,8 @@ class Run:
             EngineSettings(kind=llm.engine, required=llm.required, compute_dtype=llm.dtype,
                            max_batch_tokens=llm.max_batch_tokens, cache_size=llm.score_cache_size,
                            reasoning=ReasoningSettings(marker=ACTION_MARKER, seed=self.cfg.seed)),
-            resolved, model=self.trainer.model, text=self.trainer.text, lock=self.trainer.lock, device=device)
+            resolved, model=self.trainer.model if llm.share_weights else None, text=self.trainer.text,
+            lock=self.trainer.lock, device=device)
         self._open.append(self.engine)
         prompts = PromptSettings(**llm.prompt)
 
@@ -495,9 +496,11 @@ def config_from(args: argparse.Namespace, debug_mode: bool) -> HybridTrainingCon
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status (0 also after SIGINT or SIGTERM, 2 for a fault the user can mend)."""
     args = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-    # Before torch loads: threads that wait by spinning starve each other where cores are shared (with other processes, or
-    # with our own interpreters). On two busy cores a world-model update took 56 ms with sleeping threads, 900 ms without.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Before torch loads: OpenMP threads that wait by spinning starve each other where cores are shared. On two busy cores
+    # a world-model update took 56 ms with sleeping threads and 900 ms with spinning ones; on two quiet cores sleeping costs
+    # an LLM forward half its speed. A short spin, then sleep, is close to the better of both.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     debug_mode = os.environ.get("DEBUG_MODE", "").lower() in ("1", "true", "yes")
     setup_logging(None)
     try:
