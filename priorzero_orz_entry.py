@@ -7,7 +7,7 @@ Who talks to whom: the collector plays (environments, policy's collect mode, LLM
 trains the policy's network from the buffer; the LLM learner trains the LLM from the same buffer and publishes its weights
 to the engine behind the prior; the evaluator plays with what both have learned. `Run` holds the parts and the order.
 
-Interpreter processes import this module again when they start, so everything heavy is imported inside functions.
+The processes vLLM starts import this module again, so everything heavy is imported inside functions.
 """
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from priorzero.run.cli import parse_arguments
 from priorzero.run.experiment import set_aside
 from priorzero.run.logs import setup_logging
+from priorzero.run.report import banner, evaluation_line
 from priorzero.run.settings import parse_assignment
 from priorzero.types import PriorZeroError
 from priorzero_config import PRESETS, HybridTrainingConfig, orz_available
@@ -85,6 +87,7 @@ class Run:
         self._peak_memory = 0.0
         self._totals = {"segments": 0, "transitions": 0}
         self._saved: int | None = None
+        self._reported: dict[str, float] = {}
         self._first_losses: dict[str, float] = {}
         self._last_losses: dict[str, float] = {}
 
@@ -102,7 +105,9 @@ class Run:
         await asyncio.to_thread(self._build_world_model)
         await self._build_llm()
         await asyncio.to_thread(self._build_players)
-        self._banner()
+        parameters = sum(p.numel() for p in self.policy._model.parameters())
+        logger.info(banner(self.config, self.folder, self.game, self.llm_name, self.compiled.policy.device, parameters,
+                           orz_available()))
 
     def write_config(self) -> None:
         """Keep the settings beside the run; only after a checkpoint was loaded, whose settings these may not be."""
@@ -135,38 +140,23 @@ class Run:
         if not self.cfg.llm.enable:
             self.llm_name = "none (pure UniZero)"
             return
-        from priorzero.llm.factory import EngineSettings, create_engine
-        from priorzero.llm.model import load_llm, resolve_llm
-        from priorzero.llm.requests import ReasoningSettings
-        from priorzero.llm.trainer import LLMTrainer, LLMTrainerSettings, LoraSettings
-        from priorzero.llm_learner import LLMLearner
-        from priorzero.llm_prior import LLMPrior
         from priorzero.run.lightzero import resolve_device
+        from priorzero.run.llm_parts import build_llm
         from priorzero_prompts import ACTION_MARKER, PromptSettings, build_prompt
 
-        llm = self.cfg.llm
+        llm, prompts = self.cfg.llm, PromptSettings(**self.cfg.llm.prompt)
+
+        def make_prompt(tokenizer):
+            def prompt(state):
+                parts = build_prompt(state, prompts, tokenizer)
+                return parts.head, parts.body, bool(parts.truncation)
+            return prompt
         device = self.compiled.policy.device if llm.device == "auto" else resolve_device(llm.device, "llm.device")
-        resolved = await asyncio.to_thread(resolve_llm, llm.model)
-        model, tokenizer = await asyncio.to_thread(load_llm, resolved, device)
-        lora = LoraSettings(rank=llm.lora.rank, alpha=float(llm.lora.alpha)) if llm.lora.enable else None
-        self.trainer = LLMTrainer(model, tokenizer, LLMTrainerSettings(
-            **llm.train, reduction=self.cfg.policy.root_prior.reduction, compute_dtype=llm.dtype, lora=lora))
-        self.engine = await create_engine(
-            EngineSettings(kind=llm.engine, required=llm.required, compute_dtype=llm.dtype,
-                           max_batch_tokens=llm.max_batch_tokens, cache_size=llm.score_cache_size,
-                           reasoning=ReasoningSettings(marker=ACTION_MARKER, seed=self.cfg.seed)),
-            resolved, model=self.trainer.model if llm.share_weights else None, text=self.trainer.text,
-            lock=self.trainer.lock, device=device)
-        self._open.append(self.engine)
-        prompts = PromptSettings(**llm.prompt)
-
-        def prompt(state):
-            parts = build_prompt(state, prompts, tokenizer)
-            return parts.head, parts.body, bool(parts.truncation)
-
-        self.prior = LLMPrior(self.engine, prompt, reasoning=prompts.use_cot, required=llm.required)
-        self.llm_learner = LLMLearner(llm, self.trainer, self.engine, self.prior)
-        self.llm_name = f"{resolved.name} on {self.engine.name}"
+        parts = await build_llm(llm, device=device, reduction=self.cfg.policy.root_prior.reduction, seed=self.cfg.seed,
+                                marker=ACTION_MARKER, make_prompt=make_prompt)
+        self._open.append(parts.engine)
+        self.engine, self.trainer, self.prior = parts.engine, parts.trainer, parts.prior
+        self.llm_learner, self.llm_name = parts.learner, parts.name
 
     def _build_players(self) -> None:
         from functools import partial
@@ -188,23 +178,6 @@ class Run:
         self.evaluator = PriorZeroEvaluator(
             self.policy, self.eval_envs, self.encoder, self.prior, history, self.cfg.policy.root_prior.reduction,
             self.folder / "transcripts" if self.cfg.eval.transcripts else None, self.cfg.seed, self.watch)
-
-    def _banner(self) -> None:
-        p, width = self.cfg.policy, sum(x.numel() for x in self.policy._model.parameters()) / 1e6
-        lines = [
-            "=" * 78, "PriorZero-ORZ", "=" * 78,
-            f"Debug mode:      {self.config.debug_mode}",
-            f"ORZ available:   {orz_available()} (used: {self.config.use_orz_trainer and self.cfg.llm.rft.enable})",
-            f"Experiment:      {self.folder}",
-            f"Iterations:      {self.config.iterations}",
-            f"Training mode:   {self.config.wm_training_mode}: world model every {self.config.wm_train_freq}, "
-            f"LLM every {self.config.llm_train_freq}",
-            f"Game:            {self.game.env_id} ({self.game.kind}), seed {self.cfg.seed}",
-            f"LLM:             {self.llm_name}",
-            f"World model:     UniZero, {width:.1f} M parameters on {self.compiled.policy.device}, "
-            f"{p.num_simulations} simulations, root prior {p.root_prior.mode}",
-            "=" * 78]
-        logger.info("\n".join(lines))
 
     # ---- the loop -------------------------------------------------------------------------------------------------
 
@@ -234,7 +207,7 @@ class Run:
 
     async def iterate(self) -> None:
         """One iteration: collect, train what is due, log."""
-        started, before = time.perf_counter(), dict(self.watch.seconds)
+        started = time.perf_counter()
         logger.info("[Iter %d] Collecting data...", self.iteration)
         with self.watch("collect"):
             result = await self.collector.collect(self.compiled.policy.num_segments)
@@ -250,7 +223,7 @@ class Run:
         llm = await self._train_llm()
         self._log_losses(wm, llm)
         self._sample_prompt(result.segments)
-        self._perf(result.transitions, time.perf_counter() - started, before)
+        self._perf(result.transitions, time.perf_counter() - started)
 
     async def _train_world_model(self, transitions: int) -> dict[str, float]:
         p = self.compiled.policy
@@ -291,9 +264,10 @@ class Run:
         if parts:
             logger.info("✓ WM training done - %s", ", ".join(parts))
 
-    def _perf(self, transitions: int, seconds: float, before: dict[str, float]) -> None:
-        """Seconds per stage, speed and cache hit rates of the iteration or the run so far."""
-        stages = {f"seconds_{k}": v - before.get(k, 0.0) for k, v in self.watch.seconds.items()}
+    def _perf(self, transitions: int, seconds: float) -> None:
+        """Seconds per stage since the last call, speed, and cache hit rates of the run so far."""
+        stages = {f"seconds_{k}": v - self._reported.get(k, 0.0) for k, v in self.watch.seconds.items()}
+        self._reported = dict(self.watch.seconds)
         games = self.collect_envs.stats()
         lookups = games["state_hits"] + games["state_misses"]
         encoder = self.encoder.stats()
@@ -336,14 +310,11 @@ class Run:
                 values = result.metrics()
                 self.metrics.scalars("eval", values, step)
                 row[mode] = dict(returns=result.returns, lengths=result.lengths)
-                known = values.get(f"{mode}/score_share")
-                share = "" if known is None else f", {100 * known:.1f} % of the maximum"
-                logger.info("[Eval %d] %-16s return %.2f ± %.2f (best %.2f), length %.1f%s", self.iteration, mode,
-                            values[f"{mode}/return_mean"], values[f"{mode}/return_std"], values[f"{mode}/return_best"],
-                            values[f"{mode}/length"], share)
+                logger.info(evaluation_line(self.iteration, mode, values))
         self.evaluations.append(row)
         self.metrics.flush()
-        judged = "world_model_llm" if "world_model_llm" in self.cfg.eval.modes else self.cfg.eval.modes[0]
+        modes = self.cfg.eval.modes
+        judged = "world_model_llm" if "world_model_llm" in modes else modes[0]
         mean = sum(row[judged]["returns"]) / len(row[judged]["returns"])
         # The untrained network's first evaluation is no checkpoint worth keeping.
         if self.iteration and not self.eval_only and mean > self.best_return:
@@ -415,7 +386,9 @@ class Run:
 
     def _memory(self) -> float:
         """Most memory seen so far, in GiB; sampled once an iteration."""
-        self._peak_memory = max(self._peak_memory, _memory_gb())
+        from priorzero.run.metrics import memory_gb
+
+        self._peak_memory = max(self._peak_memory, memory_gb())
         return self._peak_memory
 
     async def close(self) -> None:
@@ -428,47 +401,6 @@ class Run:
                     await outcome
             except Exception:
                 logger.exception("closing %s failed; the rest is closed all the same", type(part).__name__)
-
-
-def _memory_gb() -> float:
-    """Memory of this process and its children (interpreters, engine); pages they share count once (PSS)."""
-    import psutil
-
-    me = psutil.Process()
-    total = 0
-    for process in [me, *me.children(recursive=True)]:
-        with contextlib.suppress(psutil.Error):  # a worker may end while we look
-            memory = process.memory_full_info()
-            total += getattr(memory, "pss", memory.rss)
-    return total / 2**30
-
-
-def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    """The command line: what people change often; the rest with --set."""
-    parser = argparse.ArgumentParser(prog="priorzero_orz_entry", description=__doc__.splitlines()[0])
-    parser.add_argument("--env-id", default="auto",
-                        help="zork1.z5, detective.z5, tw-simple, tw-cooking, tw-coin, a path, auto")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--iterations", type=int, help="iterations of collect and train")
-    parser.add_argument("--exp-name", help="folder under data_priorzero/")
-    parser.add_argument("--llm", help="auto, a hub name or a folder")
-    parser.add_argument("--engine", choices=["auto", "vllm", "transformers"])
-    parser.add_argument("--llm-required", action="store_true", help="stop where the LLM engine would be replaced")
-    parser.add_argument("--no-llm", action="store_true", help="pure UniZero")
-    parser.add_argument("--rft", action="store_true", help="also train the LLM with advantages of the world model")
-    parser.add_argument("--encoder", help="sentence encoder: auto, a hub name or a folder")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"])
-    parser.add_argument("--preset", action="append", default=[], choices=sorted(PRESETS), help="may be given several times")
-    parser.add_argument("--eval-freq", type=int, help="iterations between evaluations; 0: none")
-    parser.add_argument("--save-freq", type=int, help="iterations between checkpoints; 0: at the end only")
-    parser.add_argument("--wm-train-freq", type=int, help="iterations between training phases of the world model")
-    parser.add_argument("--llm-train-freq", type=int, help="iterations between training phases of the LLM")
-    parser.add_argument("--set", action="append", default=[], metavar="GROUP.SETTING=VALUE", dest="assignments",
-                        help="any setting of priorzero_config.py, e.g. policy.num_simulations=30")
-    parser.add_argument("--resume", action="store_true", help="continue the experiment's latest checkpoint")
-    parser.add_argument("--checkpoint", default="latest", help="latest, best or a checkpoint folder's name")
-    parser.add_argument("--eval-only", action="store_true", help="evaluate a checkpoint and stop")
-    return parser.parse_args(arguments)
 
 
 def config_from(args: argparse.Namespace, debug_mode: bool) -> HybridTrainingConfig:
@@ -495,7 +427,7 @@ def config_from(args: argparse.Namespace, debug_mode: bool) -> HybridTrainingCon
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status (0 also after SIGINT or SIGTERM, 2 for a fault the user can mend)."""
-    args = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    args = parse_arguments(sys.argv[1:] if arguments is None else arguments, __doc__.splitlines()[0], list(PRESETS))
     # Before torch loads: OpenMP threads that wait by spinning starve each other where cores are shared. On two busy cores
     # a world-model update took 56 ms with sleeping threads and 900 ms with spinning ones; on two quiet cores sleeping costs
     # an LLM forward half its speed. A short spin, then sleep, is close to the better of both.

@@ -16,11 +16,12 @@ import numpy as np
 
 from priorzero.data.batch import LLMSample
 from priorzero.llm.canary import push_and_verify
-from priorzero.llm.engine import LLMEngine
+from priorzero.llm.engine import LLMEngine, LLMEngineError
 from priorzero.llm.requests import ScoreRequest
 from priorzero.llm.trainer import LLMTrainer, RFTSample, SFTSample
 from priorzero.llm_prior import LLMPrior
 from priorzero.search.root_prior import log_softmax
+from priorzero.types import PriorZeroError
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ class LLMLearner:
         Args:
             sample: ``(count, recent) -> list[LLMSample]``, the buffer's `sample_llm`.
         Raises:
-            PriorZeroError: the loss or a gradient is not finite. LLMEngineError: an engine answers with other weights.
+            PriorZeroError: the loss or a gradient is not finite, or the engine does not take over the weights.
         """
         metrics: dict[str, float] = {}
         await self._engine.sleep()
@@ -114,8 +115,16 @@ class LLMLearner:
         return LLMPhase(metrics)
 
     async def publish(self) -> dict[str, float]:
-        """Hand the trainer's weights to the engine and check one state against the trainer's own forward."""
-        return await push_and_verify(self._engine, self.trainer, self._canary)
+        """Hand the trainer's weights to the engine and check one state against the trainer's own forward.
+
+        Raises:
+            PriorZeroError: the engine answers with other weights, or not at all.
+        """
+        try:
+            return await push_and_verify(self._engine, self.trainer, self._canary)
+        except LLMEngineError as error:
+            raise PriorZeroError(f"the LLM engine did not take over the trained weights: {error}. The last checkpoint "
+                                 "stands; continue it with --resume, or use --engine transformers") from error
 
 
 def _prefixed(prefix: str, values: dict[str, float]) -> dict[str, float]:

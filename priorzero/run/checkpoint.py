@@ -40,7 +40,10 @@ class CheckpointStore:
             state: world model, optimiser, target, vocabulary, counters. llm: weights and optimiser, or None without one.
             meta: small JSON facts (iteration, env steps, version, settings that must match on resume).
         """
-        name = f"iter_{iteration:08d}"
+        name, repeat = f"iter_{iteration:08d}", 1
+        while (self._folder / name).exists():  # this iteration again; the older one goes once nothing names it
+            repeat += 1
+            name = f"iter_{iteration:08d}_{repeat}"
         final, temporary = self._folder / name, self._folder / f"{_TEMPORARY}{name}-{os.getpid()}"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -51,8 +54,6 @@ class CheckpointStore:
         for path in temporary.iterdir():
             with path.open("rb") as handle:
                 os.fsync(handle.fileno())
-        if final.exists():  # the same iteration again, e.g. the closing save: the newer one wins
-            final.rename(self._folder / f"{_TEMPORARY}{name}-old")
         temporary.rename(final)
         self._point("latest", name)
         if best:

@@ -9,7 +9,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -73,3 +73,16 @@ class MetricsWriter:
     def close(self) -> None:
         self.tensorboard.close()
         self._lines.close()
+
+
+def memory_gb() -> float:
+    """Memory of this process and its children (interpreters, engine) in GiB; pages they share count once (PSS)."""
+    import psutil
+
+    me = psutil.Process()
+    total = 0
+    for process in [me, *me.children(recursive=True)]:
+        with suppress(psutil.Error):  # a worker may end while we look
+            memory = process.memory_full_info()
+            total += getattr(memory, "pss", memory.rss)
+    return total / 2**30

@@ -1,0 +1,51 @@
+"""Builds the LLM's part of a run: trainer, engine, prior and learner, in the order in which they need each other."""
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from priorzero.llm.engine import LLMEngine
+from priorzero.llm.factory import EngineSettings, create_engine
+from priorzero.llm.model import load_llm, resolve_llm
+from priorzero.llm.requests import ReasoningSettings
+from priorzero.llm.trainer import LLMTrainer, LLMTrainerSettings, LoraSettings
+from priorzero.llm_learner import LLMLearner
+from priorzero.llm_prior import LLMPrior, PromptBuilder
+
+
+@dataclass(frozen=True)
+class LLMParts:
+    """The parts, and a line that names model and engine."""
+
+    trainer: LLMTrainer
+    engine: LLMEngine
+    prior: LLMPrior
+    learner: LLMLearner
+    name: str
+
+
+async def build_llm(settings, *, device: str, reduction: str, seed: int, marker: str,
+                    make_prompt: Callable[[object], PromptBuilder]) -> LLMParts:
+    """Load the model and start its engine.
+
+    Args:
+        settings: the `llm` group of the settings. reduction: how token log-probabilities become one number per action.
+        marker: text that ends a chain of thought. make_prompt: tokenizer -> prompt builder.
+    Raises:
+        PriorZeroError: the model cannot be had, a setting is impossible, or a required engine does not start.
+    """
+    lora = LoraSettings(rank=settings.lora.rank, alpha=float(settings.lora.alpha)) if settings.lora.enable else None
+    # Settings first: a wrong one should not cost the time of loading a model.
+    trainer_settings = LLMTrainerSettings(**settings.train, reduction=reduction, compute_dtype=settings.dtype, lora=lora)
+    engine_settings = EngineSettings(
+        kind=settings.engine, required=settings.required, compute_dtype=settings.dtype,
+        max_batch_tokens=settings.max_batch_tokens, cache_size=settings.score_cache_size,
+        reasoning=ReasoningSettings(marker=marker, seed=seed))
+    resolved = await asyncio.to_thread(resolve_llm, settings.model)
+    model, tokenizer = await asyncio.to_thread(load_llm, resolved, device)
+    trainer = LLMTrainer(model, tokenizer, trainer_settings)
+    engine = await create_engine(engine_settings, resolved, model=trainer.model if settings.share_weights else None,
+                                 text=trainer.text, lock=trainer.lock, device=device)
+    prior = LLMPrior(engine, make_prompt(tokenizer), reasoning=settings.prompt.use_cot, required=settings.required)
+    return LLMParts(trainer, engine, prior, LLMLearner(settings, trainer, engine, prior), f"{resolved.name} on {engine.name}")
