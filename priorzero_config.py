@@ -182,8 +182,8 @@ DEBUG = dict(
     policy=dict(embed_dim=128, num_heads=4, num_simulations=16, game_segment_length=10, num_segments=4, batch_size=32,
                 replay_buffer_size=20_000, learning_rate=3e-4, replay_ratio=0.5,
                 action_vocabulary=dict(capacity=256, overflow=16), root_prior=dict(anneal_env_steps=4000)),
-    llm=dict(prompt=dict(history_length=1, max_observation_chars=100, max_prompt_tokens=320),
-             train=dict(learning_rate=2e-5, batch_size=8),
+    llm=dict(prompt=dict(history_length=1, max_observation_chars=100, max_prompt_tokens=448),
+             train=dict(learning_rate=1e-4, batch_size=4),
              sft=dict(samples=8, recent_transitions=400), rft=dict(samples=8, recent_transitions=200)),
 )
 PURE_UNIZERO = dict(llm=dict(enable=False), policy=dict(root_prior=dict(mode="wm_logits")),

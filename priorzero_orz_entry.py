@@ -88,8 +88,7 @@ class Run:
         self._totals = {"segments": 0, "transitions": 0}
         self._saved: int | None = None
         self._reported: dict[str, float] = {}
-        self._first_losses: dict[str, float] = {}
-        self._last_losses: dict[str, float] = {}
+        self._losses: dict[str, list[float]] = {}
 
     # ---- building -------------------------------------------------------------------------------------------------
 
@@ -259,8 +258,7 @@ class Run:
             parts += [f"llm_{kind}_loss: {llm[f'{kind}_loss']:.4f}" for kind in ("sft", "rft") if f"{kind}_loss" in llm]
         for name, value in (wm | llm).items():
             if name in ("wm_loss", "sft_loss", "rft_loss", "sft_kl"):
-                self._first_losses.setdefault(name, value)
-                self._last_losses[name] = value
+                self._losses.setdefault(name, []).append(value)
         if parts:
             logger.info("✓ WM training done - %s", ", ".join(parts))
 
@@ -331,7 +329,7 @@ class Run:
             counters = {"iteration": self.iteration, "env_steps": self.collector.envstep, "best_return": self.best_return,
                         **self._totals}
             state = {"policy": self.policy.learn_mode.state_dict(), "counters": counters,
-                     "progress": {"evaluations": self.evaluations, "first_losses": self._first_losses}}
+                     "progress": {"evaluations": self.evaluations, "losses": self._losses}}
             llm = self.trainer.state_dict() if self.trainer is not None else None
             meta = counters | {"game": self.game.env_id, "encoder": self.cfg.text.encoder, "llm": self.llm_name}
             path = self.checkpoints.save(self.iteration, state, llm, meta, best)
@@ -358,7 +356,7 @@ class Run:
         self.collector.envstep = counters["env_steps"]
         self._totals = {k: counters[k] for k in self._totals}
         if not self.eval_only:  # the summary goes on where the run left off
-            self.evaluations, self._first_losses = state["progress"]["evaluations"], state["progress"]["first_losses"]
+            self.evaluations, self._losses = state["progress"]["evaluations"], state["progress"]["losses"]
         logger.info("Resumed %s at iteration %d, %d environment steps; the replay buffer starts empty", meta["game"],
                     self.iteration, self.collector.envstep)
 
@@ -371,15 +369,19 @@ class Run:
 
     def summary(self) -> dict[str, Any]:
         """Facts of the run; written to summary.json (evaluation.json with eval_only) and to the log."""
+        # Single phases of the LLM are noisy (a few decisions each), so a fifth of them is averaged at either end.
+        ends = {name: max(1, len(values) // 5) for name, values in self._losses.items()}
+        first = {name: sum(self._losses[name][:n]) / n for name, n in ends.items()}
+        last = {name: sum(self._losses[name][-n:]) / n for name, n in ends.items()}
         result = {
             "experiment": str(self.folder), "game": self.game.env_id, "seed": self.cfg.seed, "iterations": self.iteration,
             "env_steps": self.collector.envstep, "minutes": (time.time() - self._started) / 60, "memory_gb": self._memory(),
-            "first_losses": self._first_losses, "last_losses": self._last_losses,
+            "first_losses": first, "last_losses": last,
             "seconds_per_stage": {k: round(v, 2) for k, v in self.watch.seconds.items()},
             "llm": self.llm_name, "evaluations": self.evaluations}
         path = self.folder / ("evaluation.json" if self.eval_only else "summary.json")
         path.write_text(json.dumps(result, indent=1), encoding="utf-8")
-        losses = ", ".join(f"{k} {self._first_losses[k]:.4f} → {self._last_losses[k]:.4f}" for k in self._last_losses)
+        losses = ", ".join(f"{k} {first[k]:.4f} → {last[k]:.4f}" for k in last)
         logger.info("Done: %d iterations, %d environment steps in %.1f minutes, %.1f GB at most. %s", self.iteration,
                     self.collector.envstep, result["minutes"], result["memory_gb"], losses)
         return result

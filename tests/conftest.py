@@ -5,6 +5,10 @@ import hashlib
 import os
 from pathlib import Path
 
+# As the main command does, and before torch loads: spinning OpenMP threads starve each other on busy cores.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import numpy as np
 import pytest
 

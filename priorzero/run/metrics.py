@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -76,12 +77,17 @@ class MetricsWriter:
 
 
 def memory_gb() -> float:
-    """Memory of this process and its children (interpreters, engine) in GiB; pages they share count once (PSS)."""
+    """Most memory this run has held so far, in GiB: this process at its peak plus its children (interpreters, engine) now.
+
+    Pages that children share count once (PSS).
+    """
+    import resource
+
     import psutil
 
-    me = psutil.Process()
-    total = 0
-    for process in [me, *me.children(recursive=True)]:
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
+    total = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):  # a worker may end while we look
             memory = process.memory_full_info()
             total += getattr(memory, "pss", memory.rss)

@@ -1,6 +1,7 @@
 """Training moves the policy where it should, and engines and checkpoints follow."""
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 
@@ -130,7 +131,7 @@ def test_checkpoint_continues_exactly(tiny, byte_text):
     torch.manual_seed(0)
     first = LLMTrainer(tiny(vocab=262), byte_text.tokenizer, FAST)
     first.sft_update(SAMPLES)
-    saved = first.state_dict()
+    saved = copy.deepcopy(first.state_dict())  # a checkpoint file holds copies; the live tensors go on
     saved["optimizer"] = torch.load(_dumped(saved["optimizer"]), weights_only=True)  # as a checkpoint file would
     first.sft_update(SAMPLES)
     second = LLMTrainer(tiny(seed=9, vocab=262), byte_text.tokenizer, FAST)
