@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from priorzero.run.cli import parse_arguments
+from priorzero.run.cli import calm_openmp, parse_arguments
 from priorzero.run.experiment import set_aside
 from priorzero.run.logs import setup_logging
 from priorzero.run.report import banner, evaluation_line
@@ -430,11 +430,7 @@ def config_from(args: argparse.Namespace, debug_mode: bool) -> HybridTrainingCon
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status (0 also after SIGINT or SIGTERM, 2 for a fault the user can mend)."""
     args = parse_arguments(sys.argv[1:] if arguments is None else arguments, __doc__.splitlines()[0], list(PRESETS))
-    # Before torch loads: OpenMP threads that wait by spinning starve each other where cores are shared. On two busy cores
-    # a world-model update took 56 ms with sleeping threads and 900 ms with spinning ones; on two quiet cores sleeping costs
-    # an LLM forward half its speed. A short spin, then sleep, is close to the better of both.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    calm_openmp()
     debug_mode = os.environ.get("DEBUG_MODE", "").lower() in ("1", "true", "yes")
     setup_logging(None)
     try:

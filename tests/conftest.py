@@ -5,12 +5,12 @@ import hashlib
 import os
 from pathlib import Path
 
-# As the main command does, and before torch loads: spinning OpenMP threads starve each other on busy cores.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
 import numpy as np
 import pytest
+
+from priorzero.run.cli import calm_openmp
+
+calm_openmp()  # as the main command does, before any test loads torch
 
 DIM = 6
 CHECKOUT = Path(__file__).resolve().parents[1]
