@@ -23,10 +23,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from priorzero.run.cli import calm_openmp, parse_arguments
+from priorzero.run.cli import calm_openmp, option_parser
 from priorzero.run.experiment import set_aside
 from priorzero.run.logs import setup_logging
-from priorzero.run.report import banner, evaluation_line
+from priorzero.run.report import banner, evaluation_line, first_and_last
 from priorzero.run.settings import parse_assignment
 from priorzero.types import PriorZeroError
 from priorzero_config import PRESETS, HybridTrainingConfig, orz_available
@@ -369,10 +369,7 @@ class Run:
 
     def summary(self) -> dict[str, Any]:
         """Facts of the run; written to summary.json (evaluation.json with eval_only) and to the log."""
-        # Single phases of the LLM are noisy (a few decisions each), so a fifth of them is averaged at either end.
-        ends = {name: max(1, len(values) // 5) for name, values in self._losses.items()}
-        first = {name: sum(self._losses[name][:n]) / n for name, n in ends.items()}
-        last = {name: sum(self._losses[name][-n:]) / n for name, n in ends.items()}
+        first, last = first_and_last(self._losses)
         result = {
             "experiment": str(self.folder), "game": self.game.env_id, "seed": self.cfg.seed, "iterations": self.iteration,
             "env_steps": self.collector.envstep, "minutes": (time.time() - self._started) / 60, "memory_gb": self._memory(),
@@ -405,6 +402,11 @@ class Run:
                 logger.exception("closing %s failed; the rest is closed all the same", type(part).__name__)
 
 
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    """The command line; see `priorzero.run.cli`."""
+    return option_parser(__doc__.splitlines()[0], list(PRESETS)).parse_args(arguments)
+
+
 def config_from(args: argparse.Namespace, debug_mode: bool) -> HybridTrainingConfig:
     """The configuration a command line asks for.
 
@@ -429,7 +431,7 @@ def config_from(args: argparse.Namespace, debug_mode: bool) -> HybridTrainingCon
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status (0 also after SIGINT or SIGTERM, 2 for a fault the user can mend)."""
-    args = parse_arguments(sys.argv[1:] if arguments is None else arguments, __doc__.splitlines()[0], list(PRESETS))
+    args = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     calm_openmp()
     debug_mode = os.environ.get("DEBUG_MODE", "").lower() in ("1", "true", "yes")
     setup_logging(None)

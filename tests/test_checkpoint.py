@@ -51,7 +51,8 @@ def test_latest_and_best_are_kept_and_the_rest_dropped(store, tmp_path):
 def test_the_same_iteration_again_replaces_it(store, tmp_path):
     save(store, 7)
     store.save(7, {"n": "newer"}, None, {"iteration": 7})
-    assert store.load()[0] == {"n": "newer"} and names(tmp_path / "ckpt") == ["iter_00000007", "latest"]
+    # Under a name of its own, so that `latest` names a whole checkpoint at every moment.
+    assert store.load()[0] == {"n": "newer"} and names(tmp_path / "ckpt") == ["iter_00000007_2", "latest"]
 
 
 @pytest.mark.parametrize("fails_at", [1, 2])

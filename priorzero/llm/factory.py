@@ -9,7 +9,7 @@ import torch
 
 from priorzero.llm.cached import CachedEngine
 from priorzero.llm.engine import LLMEngine, LLMEngineError
-from priorzero.llm.model import ResolvedModel, load_llm, pick_dtype
+from priorzero.llm.model import ResolvedModel, load_llm, pick_dtype, store_layers_in
 from priorzero.llm.requests import TextTokeniser, model_max_tokens
 from priorzero.llm.resilient import ResilientEngine
 from priorzero.llm.settings import EngineSettings
@@ -84,7 +84,9 @@ def _choose(settings: EngineSettings, device: torch.device) -> tuple[str, str]:
 def _transformers_engine(settings, resolved, model, text, lock, device) -> TransformersEngine:
     dtype = pick_dtype(settings.compute_dtype, device)
     if model is None:
-        model, tokenizer = load_llm(resolved, device, dtype)
+        model, tokenizer = load_llm(resolved, device)
+        if dtype != torch.float32:
+            store_layers_in(model, dtype)
         text = text or TextTokeniser(tokenizer, model_max_tokens(model.config, settings.max_prompt_tokens))
     if text is None:
         raise PriorZeroError("create_engine got the trainer's model without its tokeniser; pass text=trainer.text")

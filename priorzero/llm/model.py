@@ -199,6 +199,19 @@ def load_llm(resolved: ResolvedModel, device: torch.device | str = "cpu", dtype:
     return model.to(device).eval(), tokenizer
 
 
+def store_layers_in(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Keep the linear layers' weights in `dtype`, in place; embeddings, norms and the output head stay float32.
+
+    Under autocast this computes what a float32 model under autocast computes, to the bit, and saves casting every weight
+    in every forward. A model that is `dtype` throughout also rounds its residual stream, which moved summed
+    log-probabilities of actions by up to 0.85.
+    """
+    head = model.get_output_embeddings()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module is not head:
+            module.to(dtype)
+
+
 def base_model(model: torch.nn.Module) -> torch.nn.Module:
     """The Hugging Face causal LM inside a PEFT wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

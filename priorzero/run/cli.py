@@ -6,8 +6,8 @@ import os
 from collections.abc import Sequence
 
 
-def parse_arguments(arguments: list[str], description: str, presets: Sequence[str]) -> argparse.Namespace:
-    """What people change often; the rest with --set."""
+def option_parser(description: str, presets: Sequence[str]) -> argparse.ArgumentParser:
+    """Options for what people change often; the rest with --set."""
     parser = argparse.ArgumentParser(prog="priorzero_orz_entry", description=description)
     parser.add_argument("--env-id", default="auto",
                         help="zork1.z5, detective.z5, tw-simple, tw-cooking, tw-coin, a path, auto")
@@ -31,7 +31,7 @@ def parse_arguments(arguments: list[str], description: str, presets: Sequence[st
     parser.add_argument("--resume", action="store_true", help="continue the experiment's latest checkpoint")
     parser.add_argument("--checkpoint", default="latest", help="latest, best or a checkpoint folder's name")
     parser.add_argument("--eval-only", action="store_true", help="evaluate a checkpoint and stop")
-    return parser.parse_args(arguments)
+    return parser
 
 
 def calm_openmp() -> None:

@@ -34,3 +34,10 @@ def evaluation_line(iteration: int, mode: str, values: Mapping[str, float]) -> s
     tail = "" if share is None else f", {100 * share:.1f} % of the maximum"
     return (f"[Eval {iteration}] {mode:<16} return {values[f'{mode}/return_mean']:.2f} ± {values[f'{mode}/return_std']:.2f} "
             f"(best {values[f'{mode}/return_best']:.2f}), length {values[f'{mode}/length']:.1f}{tail}")
+
+
+def first_and_last(series: Mapping[str, list[float]]) -> tuple[dict[str, float], dict[str, float]]:
+    """Means over the first and the last fifth of each series: single LLM phases, a few decisions each, are noisy."""
+    ends = {name: max(1, len(values) // 5) for name, values in series.items()}
+    return ({name: sum(series[name][:n]) / n for name, n in ends.items()},
+            {name: sum(series[name][-n:]) / n for name, n in ends.items()})
