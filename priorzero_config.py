@@ -180,10 +180,12 @@ DEFAULTS = dict(exp_name="", seed=0, env=ENV, policy=POLICY, text=TEXT, llm=LLM,
 DEBUG = dict(
     env=dict(max_steps=50, collector_env_num=4, evaluator_env_num=2, n_evaluator_episode=2),
     policy=dict(embed_dim=128, num_heads=4, num_simulations=16, game_segment_length=10, num_segments=4, batch_size=32,
-                replay_buffer_size=20_000, learning_rate=3e-4, replay_ratio=0.5,
+                replay_buffer_size=20_000, learning_rate=3e-4, replay_ratio=0.25,
                 action_vocabulary=dict(capacity=256, overflow=16), root_prior=dict(anneal_env_steps=4000)),
     llm=dict(prompt=dict(history_length=1, max_observation_chars=100, max_prompt_tokens=448),
-             train=dict(learning_rate=1e-4, batch_size=4),
+             # Adapters follow the search within tens of decisions and stay stable at this rate; with all weights and a few
+             # decisions per step the SFT loss rose (22 November 2026, tw-simple).
+             lora=dict(enable=True), train=dict(learning_rate=1e-3, batch_size=4),
              sft=dict(samples=8, recent_transitions=400), rft=dict(samples=8, recent_transitions=200)),
 )
 PURE_UNIZERO = dict(llm=dict(enable=False), policy=dict(root_prior=dict(mode="wm_logits")),

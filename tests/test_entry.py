@@ -335,6 +335,7 @@ async def test_subclass_in_process(tmp_path, monkeypatch):
 def test_real_llm_enters_the_search_and_learns_from_it(tmp_path):
     result = run(tmp_path, "--env-id=tw-simple", f"--exp-name={EXPERIMENT}", "--llm=embedded", "--engine=transformers",
                  "--iterations=1", "--eval-freq=1", "--llm-train-freq=1", *SETTINGS, "--set=llm.sft.samples=2",
+                 "--set=llm.lora.enable=false",
                  '--set=eval.modes=["llm"]', "--set=env.max_steps=3", tiny=False)
     assert result.status == 0, result.output
     assert "LLM:             SmolLM2-135M-Instruct on transformers" in result.lines
