@@ -76,7 +76,7 @@ POLICY = dict(
     root_prior=dict(mode="llm_plus_wm_logits", weighting="fixed", mixing="logits", weight=0.5, weight_max=0.8,
                     weight_min=0.1, anneal_env_steps=20_000, temperature=1.0, reduction="sum"),
     # (float) Temperature of visit counts when an action is drawn in collect. Lower ones repeat what earns a little: on
-    # detective 0.5 stayed near 60 points a training episode where 1.0 reached 150 (results/, November 2026).
+    # detective 0.5 stayed near 60 points a training episode where 1.0 reached 150 (one seed each, November 2026).
     fixed_temperature_value=1.0,
     # ---- data ----
     # (int) Steps of a segment, and segments collected per iteration.

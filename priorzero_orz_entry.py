@@ -105,8 +105,8 @@ class Run:
         await self._build_llm()
         await asyncio.to_thread(self._build_players)
         parameters = sum(p.numel() for p in self.policy._model.parameters())
-        logger.info(banner(self.config, self.folder, self.game, self.llm_name, self.compiled.policy.device, parameters,
-                           orz_available()))
+        device = self.compiled.policy.device
+        logger.info(banner(self.config, self.folder, self.game, self.llm_name, device, parameters, orz_available()))
 
     def write_config(self) -> None:
         """Keep the settings beside the run; only after a checkpoint was loaded, whose settings these may not be."""
@@ -311,8 +311,7 @@ class Run:
                 logger.info(evaluation_line(self.iteration, mode, values))
         self.evaluations.append(row)
         self.metrics.flush()
-        modes = self.cfg.eval.modes
-        judged = "world_model_llm" if "world_model_llm" in modes else modes[0]
+        judged = "world_model_llm" if "world_model_llm" in row else self.cfg.eval.modes[0]
         mean = sum(row[judged]["returns"]) / len(row[judged]["returns"])
         # The untrained network's first evaluation is no checkpoint worth keeping.
         if self.iteration and not self.eval_only and mean > self.best_return:
@@ -421,9 +420,7 @@ def config_from(args: argparse.Namespace, debug_mode: bool) -> HybridTrainingCon
         if value is not None:
             layers.append(parse_assignment(f"{path}={json.dumps(value)}"))
     names = ("iterations", "eval_freq", "save_freq", "wm_train_freq", "llm_train_freq")
-    schedule = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if args.resume:
-        schedule["resume"] = True
+    schedule = {name: getattr(args, name) for name in names if getattr(args, name) is not None} | {"resume": args.resume}
     return HybridTrainingConfig(
         env_id=args.env_id, seed=args.seed, exp_name=args.exp_name, enable_llm=not args.no_llm, enable_rft=args.rft,
         debug_mode=debug_mode, presets=tuple(args.preset), overrides=merge(*layers), checkpoint=args.checkpoint, **schedule)
@@ -431,8 +428,8 @@ def config_from(args: argparse.Namespace, debug_mode: bool) -> HybridTrainingCon
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status (0 also after SIGINT or SIGTERM, 2 for a fault the user can mend)."""
-    args = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     calm_openmp()
+    args = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     debug_mode = os.environ.get("DEBUG_MODE", "").lower() in ("1", "true", "yes")
     setup_logging(None)
     try:

@@ -25,9 +25,9 @@ def quiet_base() -> Iterator[None]:
         return False
 
     # Without a handler, logging.warning would install one that writes to our buffer for ever.
-    placeholder = logging.NullHandler()
+    handler = logging.NullHandler()
     if not root.handlers:
-        root.addHandler(placeholder)
+        root.addHandler(handler)
     root.addFilter(hold)
     try:
         with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text), warnings.catch_warnings():
@@ -35,7 +35,7 @@ def quiet_base() -> Iterator[None]:
             yield
     finally:
         root.removeFilter(hold)
-        root.removeHandler(placeholder)
+        root.removeHandler(handler)
         root.setLevel(level)
         if text.getvalue().strip():
             logger.debug("output of the base libraries:\n%s", text.getvalue().rstrip())
