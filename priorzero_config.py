@@ -122,7 +122,7 @@ LLM = dict(
     # (str) auto: Qwen/Qwen2.5-0.5B-Instruct where it is cached or reachable, else the embedded SmolLM2-135M-Instruct;
     # or a hub name, or a folder.
     model="auto",
-    # (str) auto, vllm, transformers.
+    # (str) auto, vllm, transformers. auto starts both, times them on the same states and keeps the faster one.
     engine="auto",
     # (bool) True: an engine that cannot start or answer stops the run; False: it is replaced, said and counted.
     required=False,
@@ -133,8 +133,16 @@ LLM = dict(
     # (bool) The transformers engine scores with the trainer's own weights, without a second copy in memory. Otherwise it
     # keeps a copy with its layers in `dtype`: the same numbers, on two cores 1.0 to 1.4 times as fast in bfloat16.
     share_weights=False,
-    # (int) Tokens computed together in one forward: bounds memory.
-    max_batch_tokens=4096,
+    # (int) Tokens the transformers engine computes together in one forward: bounds memory. 0: 4,096 on a CPU, 32,768 on CUDA.
+    max_batch_tokens=0,
+    # (int, int) Tries of one call before its engine counts as dead, and restarts before transformers takes over.
+    attempts=3,
+    max_restarts=2,
+    # (dict) The vLLM engine: fields of `priorzero.llm.settings.VLLMSettings`, where each is explained. sleep_mode gives
+    # the GPU's memory to the trainer while the LLM trains.
+    vllm=dict(dtype="auto", max_model_len=None, gpu_memory_utilization=0.35, kv_cache_gb=1.0, block_size=None,
+              enforce_eager=None, sleep_mode=False, request_timeout_s=120.0, control_timeout_s=300.0,
+              start_timeout_s=600.0),
     # (int) Scored states remembered for the present weights.
     score_cache_size=20_000,
     # (dict) Fields of `priorzero_prompts.PromptSettings`.
@@ -162,14 +170,19 @@ LLM = dict(
     # (dict) PPO-style reinforcement, advantage = n-step return - predicted value of the world model. max_importance
     # truncates the weight pi_LLM / mu of an action the search drew from mu; 0 switches the correction off.
     rft=dict(enable=False, samples=64, recent_transitions=500, max_importance=2.0),
-    # (dict) Train low-rank adapters instead of all weights.
-    lora=dict(enable=False, rank=16, alpha=32),
+    # (dict) Train low-rank adapters instead of all weights. target_modules: all-linear, or names of
+    # linear layers joined by commas. last_layers: only the last so many layers learn, which spares most of the backward
+    # pass; 0: all.
+    lora=dict(enable=False, rank=16, alpha=32, target_modules="all-linear", last_layers=0),
 )
 
 EVAL = dict(
     # (list) world_model: search without the LLM; world_model_llm: search with its prior; llm: its favourite action, no
     # search; random: a uniformly drawn valid action.
     modes=["world_model", "world_model_llm", "llm"],
+    # (float) 0: the most visited action. Above: drawn from visit counts ** (1 / temperature), which leaves the loops a
+    # greedy player never leaves in a deterministic game, and gives episodes a spread.
+    temperature=0.0,
     # (bool) Write every evaluation episode as readable text.
     transcripts=True,
 )
@@ -178,15 +191,21 @@ DEFAULTS = dict(exp_name="", seed=0, env=ENV, policy=POLICY, text=TEXT, llm=LLM,
 
 # Minutes on two CPU cores instead of hours on a GPU; every part is on, every size is small.
 DEBUG = dict(
-    env=dict(max_steps=50, collector_env_num=4, evaluator_env_num=2, n_evaluator_episode=2),
-    policy=dict(embed_dim=128, num_heads=4, num_simulations=16, game_segment_length=10, num_segments=4, batch_size=32,
+    # Eight environments and short segments: 40 transitions an iteration, an LLM call for eight states.
+    env=dict(max_steps=50, collector_env_num=8, evaluator_env_num=2, n_evaluator_episode=2),
+    policy=dict(embed_dim=128, num_heads=4, num_simulations=16, game_segment_length=5, num_segments=8, batch_size=32,
                 replay_buffer_size=20_000, learning_rate=3e-4, replay_ratio=0.25,
-                action_vocabulary=dict(capacity=256, overflow=16), root_prior=dict(anneal_env_steps=4000)),
-    llm=dict(prompt=dict(history_length=1, max_observation_chars=100, max_prompt_tokens=448),
+                action_vocabulary=dict(capacity=256, overflow=16),
+                # mean: the small model's sums favour the shortest commands ("look") by far.
+                root_prior=dict(anneal_env_steps=4000, reduction="mean")),
+    # transformers: a debug run has no minute to spare for vLLM's start, nor the memory for a second engine.
+    llm=dict(engine="transformers",
+             prompt=dict(history_length=1, max_observation_chars=50, include_valid_actions=False, max_prompt_tokens=448),
              # Adapters follow the search within tens of decisions and stay stable at this rate; with all weights and a few
-             # decisions per step the SFT loss rose (22 November 2026, tw-simple).
-             lora=dict(enable=True), train=dict(learning_rate=1e-3, batch_size=4),
-             sft=dict(samples=8, recent_transitions=400), rft=dict(samples=8, recent_transitions=200)),
+             # decisions per step the SFT loss rose (22 November 2026, tw-simple). Ten of the small model's thirty layers
+             # halve the time.
+             lora=dict(enable=True, last_layers=10), train=dict(learning_rate=1e-3, batch_size=4),
+             sft=dict(samples=16, recent_transitions=400), rft=dict(samples=16, recent_transitions=200)),
 )
 PURE_UNIZERO = dict(llm=dict(enable=False), policy=dict(root_prior=dict(mode="wm_logits")),
                     eval=dict(modes=["world_model"]))
@@ -249,7 +268,7 @@ def validate_config(cfg: EasyDict) -> None:
     positive |= {f"env.{k}": env[k] for k in ("collector_env_num", "evaluator_env_num", "n_evaluator_episode",
                                               "step_timeout_s", "describe_timeout_s")}
     positive |= {"llm.sft.samples": llm.sft.samples, "llm.rft.samples": llm.rft.samples,
-                 "llm.sft.recent_transitions": llm.sft.recent_transitions, "llm.max_batch_tokens": llm.max_batch_tokens}
+                 "llm.sft.recent_transitions": llm.sft.recent_transitions}
     rules = {name: (value, value > 0, "it must be positive") for name, value in positive.items()}
     rules |= {
         "seed": (cfg.seed, 0 <= cfg.seed < 2**31, "it must lie in 0..2**31-1"),
@@ -271,10 +290,12 @@ def validate_config(cfg: EasyDict) -> None:
                           "it must be positive or None, and an integer"),
         "env.games_dir": (env.games_dir, env.games_dir is None or isinstance(env.games_dir, str),
                           "it must be a folder or None"),
+        "llm.max_batch_tokens": (llm.max_batch_tokens, llm.max_batch_tokens >= 0, "it must not be negative"),
         "llm.engine": (llm.engine, llm.engine in ("auto", "vllm", "transformers"), "it must be auto, vllm or transformers"),
         "llm.dtype": (llm.dtype, llm.dtype in ("auto", "float32", "bfloat16"), "it must be auto, float32 or bfloat16"),
         "llm.train.objective": (llm.train.objective, llm.train.objective in ("actions", "tokens"),
                                 "it must be actions or tokens"),
+        "eval.temperature": (cfg.eval.temperature, cfg.eval.temperature >= 0, "it must not be negative"),
         "eval.modes": (cfg.eval.modes, bool(cfg.eval.modes) and all(m in modes for m in cfg.eval.modes),
                        f"they must be among {modes}"),
         "llm.enable": (llm.enable, llm.enable or not any(m in cfg.eval.modes for m in ("world_model_llm", "llm")),

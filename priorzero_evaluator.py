@@ -17,6 +17,7 @@ from priorzero.games.group import GameEnvGroup
 from priorzero.llm_prior import LLMPrior, reduced
 from priorzero.run.metrics import Stopwatch
 from priorzero.run.player import Decision, Seat, decisions
+from priorzero.search.root_prior import log_softmax
 from priorzero.text.encoder import SentenceEncoder
 from priorzero.types import PriorZeroError
 from priorzero_policy import PriorZeroPolicy
@@ -55,16 +56,17 @@ class PriorZeroEvaluator:
         policy, envs, encoder, prior, history_length: as the collector's; `envs` with evaluation seeds.
         reduction: how an action's token log-probabilities become one number.
         transcripts: folder the episodes are written to, or None.
-        seed: of mode random.
+        seed: of episodes and of every draw. temperature: 0 plays the most visited action (LLM alone: the likeliest), a
+            higher one draws from visit counts ** (1 / temperature) (LLM alone: from softmax(log p / temperature)).
     """
 
     def __init__(self, policy: PriorZeroPolicy, envs: GameEnvGroup, encoder: SentenceEncoder, prior: LLMPrior | None,
                  history_length: int = 5, reduction: str = "sum", transcripts: Path | None = None, seed: int = 0,
-                 watch: Stopwatch | None = None) -> None:
+                 watch: Stopwatch | None = None, temperature: float = 0.0) -> None:
         self._policy, self._envs, self._encoder, self._prior = policy, envs, encoder, prior
         self._history_length, self._reduction, self._transcripts = history_length, reduction, transcripts
         self._rng = np.random.default_rng(seed)
-        self._seed = seed
+        self._seed, self._temperature = seed, temperature
         self.watch = watch or Stopwatch()
 
     async def evaluate(self, mode: str, episodes: int, env_steps: int, label: str = "") -> EvalResult:
@@ -80,6 +82,7 @@ class PriorZeroEvaluator:
         if mode in ("world_model_llm", "llm") and self._prior is None:
             raise PriorZeroError(f"evaluation mode {mode!r} needs an LLM, and this run has none (llm.enable)")
         self._envs.seed(self._seed)
+        self._rng = np.random.default_rng((self._seed, env_steps))
         done: list[tuple[dict, list[str]]] = []
         seats: dict[int, Seat] = {}
         scripts: dict[int, list[str]] = {}
@@ -131,7 +134,8 @@ class PriorZeroEvaluator:
         prior_mode = "wm_logits" if mode == "world_model" else None
         with self.watch("eval_search"):
             output = await asyncio.to_thread(self._policy.eval_mode.forward, np.stack([d.observation for d in due]),
-                                             [d.valid_ids for d in due], logprobs, env_ids, env_steps, prior_mode)
+                                             [d.valid_ids for d in due], logprobs, env_ids, env_steps, prior_mode,
+                                             self._temperature, self._rng)
         picks, remarks = {}, {}
         for env_id, d in zip(env_ids, due, strict=True):
             plan = output[env_id]
@@ -145,10 +149,15 @@ class PriorZeroEvaluator:
     def _llm_alone(self, env_ids: list[int], due: list[Decision], logprobs) -> tuple[dict[int, str], dict[int, str]]:
         if any(values is None for values in logprobs):
             raise PriorZeroError("the LLM engine failed while the LLM alone was evaluated; see the log above")
-        picks = {e: d.valid_actions[int(np.argmax(v))] for e, d, v in zip(env_ids, due, logprobs, strict=True)}
+        picks = {e: d.valid_actions[self._pick(v)] for e, d, v in zip(env_ids, due, logprobs, strict=True)}
         remarks = {e: ", ".join(f"{d.valid_actions[i]}: {v[i]:.2f}" for i in np.argsort(-v)[:4])
                    for e, d, v in zip(env_ids, due, logprobs, strict=True)}
         return picks, remarks
+
+    def _pick(self, logprobs: np.ndarray) -> int:
+        if not self._temperature:
+            return int(np.argmax(logprobs))
+        return int(self._rng.choice(len(logprobs), p=np.exp(log_softmax(logprobs / self._temperature))))
 
     def _result(self, mode: str, done: list[tuple[dict, list[str]]], label: str) -> EvalResult:
         infos = [info for info, _ in done]

@@ -176,7 +176,8 @@ class Run:
                                             history, self.watch)
         self.evaluator = PriorZeroEvaluator(
             self.policy, self.eval_envs, self.encoder, self.prior, history, self.cfg.policy.root_prior.reduction,
-            self.folder / "transcripts" if self.cfg.eval.transcripts else None, self.cfg.seed, self.watch)
+            self.folder / "transcripts" if self.cfg.eval.transcripts else None, self.cfg.seed, self.watch,
+            self.cfg.eval.temperature)
 
     # ---- the loop -------------------------------------------------------------------------------------------------
 

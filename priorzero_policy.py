@@ -197,18 +197,24 @@ class PriorZeroPolicy(UniZeroPolicy):
 
     def _forward_eval(self, observations: np.ndarray, valid_ids: Sequence[Sequence[int]],
                       llm_logprobs: Sequence[np.ndarray | None], env_ids: Sequence[int], env_steps: int = 0,
-                      prior_mode: str | None = None) -> dict[int, SearchOutput]:
-        """Plan without noise and take the most visited action; `prior_mode` overrides the mixture's mode."""
+                      prior_mode: str | None = None, temperature: float = 0.0,
+                      rng: np.random.Generator | None = None) -> dict[int, SearchOutput]:
+        """Plan without noise. Temperature 0 takes the most visited action, a higher one draws with `rng` from visit counts
+        ** (1 / temperature). `prior_mode` overrides the mixture's mode."""
         settings = self._prior_settings if prior_mode is None else replace_mode(self._prior_settings, prior_mode)
         results, values, priors = self._plan(self._eval_context, observations, valid_ids, llm_logprobs, env_ids, settings,
                                              env_steps, None)
         output = {}
         for row, env_id in enumerate(env_ids):
             counts = results[row].visit_counts
-            # Ties go to the action the mixture prefers, not to the first in the alphabet.
-            index = int(np.lexsort((priors[row].log_mixed, counts))[-1])
-            output[env_id] = SearchOutput(np.asarray(valid_ids[row]), index, counts, np.eye(len(counts))[index],
-                                          results[row].value, values[row], priors[row])
+            if temperature > 0:
+                behaviour = tempered(counts, temperature)
+                index = int(rng.choice(len(behaviour), p=behaviour))
+            else:  # ties go to the action the mixture prefers, not to the first in the alphabet
+                index = int(np.lexsort((priors[row].log_mixed, counts))[-1])
+                behaviour = np.eye(len(counts))[index]
+            output[env_id] = SearchOutput(np.asarray(valid_ids[row]), index, counts, behaviour, results[row].value,
+                                          values[row], priors[row])
             self._eval_context.act(env_id, int(valid_ids[row][index]))
         return output
 

@@ -10,7 +10,8 @@ Ways (`--methods`):
 * vllm_per_action: one vLLM request per action with `prompt_logprobs` (vLLM skips its prefix cache for these);
 * trie: this project's vLLM engine, one request per inner node of the actions' token trie; `trie_again` is the same
   states a second time, with their prompts in the prefix cache;
-* shared: this project's transformers engine, each prompt computed once for all its actions;
+* shared: this project's transformers engine, each prompt computed once for all its actions, as a run uses it: layers in
+  `--dtype`, norms and residual stream in float32; `shared_pure` is the same with everything in `--dtype`;
 * cached: the score cache around it, states seen before.
 
 Prompts are built as in a run, from random play of a real game, then filled up to the length asked for with text of the

@@ -1,4 +1,5 @@
-"""The ways `benchmarks.prior` compares. Each is timed on states it has not seen, after one other state to warm up."""
+"""The ways `benchmarks.prior` compares. Each is timed on states it has not seen, after as many others to warm up
+(the slow ways: after one action), so that kernels and memory of that size are ready."""
 from __future__ import annotations
 
 import asyncio
@@ -16,6 +17,7 @@ from benchmarks.common import synchronize
 from benchmarks.prior_states import BenchmarkModel, Inputs
 from priorzero.llm.cached import CachedEngine
 from priorzero.llm.engine import LLMEngine, LLMEngineError
+from priorzero.llm.model import store_layers_in
 from priorzero.llm.requests import ScoreRequest
 from priorzero.llm.settings import EngineSettings, VLLMSettings
 from priorzero.llm.transformers_engine import TransformersEngine
@@ -23,7 +25,7 @@ from priorzero.types import ActionScores
 
 logger = logging.getLogger("priorzero.benchmarks.prior")
 
-METHODS = ("per_action", "vllm_per_action", "trie", "shared", "cached")
+METHODS = ("per_action", "vllm_per_action", "trie", "shared", "shared_pure", "cached")
 Totals = list[list[float]]  # per state, per action: summed log-probability
 Point = tuple[str, int, int, int]
 
@@ -60,7 +62,7 @@ async def measure(args, bench: BenchmarkModel, inputs: dict[Point, Inputs],
     if "per_action" in args.methods:
         for point, data in inputs.items():
             keep(point, "per_action", per_action(bench, data, args.seconds))
-    if {"shared", "cached"} & set(args.methods):
+    if {"shared", "shared_pure", "cached"} & set(args.methods):
         await _transformers_ways(args, bench, inputs, keep)
     if {"trie", "vllm_per_action"} & set(args.methods):
         try:
@@ -125,14 +127,29 @@ async def timed(work: Callable[[], Awaitable[Sequence[ActionScores]]]) -> Measur
 
 
 async def _transformers_ways(args, bench: BenchmarkModel, inputs: dict[Point, Inputs], keep) -> None:
-    engine = CachedEngine(TransformersEngine(bench.model, bench.text, max_batch_tokens=args.max_batch_tokens))
+    dtype = next(bench.model.parameters()).dtype
+    if "shared" in args.methods or "cached" in args.methods:
+        model = bench.model
+        if dtype != torch.float32:
+            model = copy.deepcopy(model).float()
+            store_layers_in(model, dtype)
+        engine = CachedEngine(TransformersEngine(model, bench.text, max_batch_tokens=args.max_batch_tokens,
+                                                 compute_dtype=None if dtype == torch.float32 else dtype))
+        await _time_engine(engine, [m for m in ("shared", "cached") if m in args.methods], inputs, keep)
+        del model, engine
+    if "shared_pure" in args.methods and dtype != torch.float32:
+        engine = CachedEngine(TransformersEngine(bench.model, bench.text, max_batch_tokens=args.max_batch_tokens))
+        await _time_engine(engine, ["shared_pure"], inputs, keep)
+
+
+async def _time_engine(engine: CachedEngine, names: list[str], inputs: dict[Point, Inputs], keep) -> None:
     try:
         for point, data in inputs.items():
             await engine.inner.score(data.warm_up)
             first = await timed(lambda data=data: engine.score(data.states))
-            if "shared" in args.methods:
-                keep(point, "shared", first)
-            if "cached" in args.methods:
+            if names[0] != "cached":
+                keep(point, names[0], first)
+            if "cached" in names:
                 keep(point, "cached", await timed(lambda data=data: engine.score(data.states)))
     finally:
         await engine.close()

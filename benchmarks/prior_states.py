@@ -115,7 +115,7 @@ class Inputs:
 
 def make_requests(text: TextTokeniser, played: Sequence[PlayedStep], prompt_tokens: int, actions: int, states: int,
                   seed: int = 0) -> Inputs:
-    """`states` distinct requests (and one more to warm up) with `actions` actions and `prompt_tokens` tokens of prompt.
+    """`states` distinct requests (and as many more to warm up) with `actions` actions and `prompt_tokens` tokens of prompt.
 
     Raises:
         PriorZeroError: the prompt is too short for the fixed part, or too long for the model.
@@ -128,8 +128,8 @@ def make_requests(text: TextTokeniser, played: Sequence[PlayedStep], prompt_toke
     if len(pool) < actions:
         raise PriorZeroError(f"{actions} actions are more than the {len(pool)} this play gave; raise --play-steps")
     requests = []
-    for number in range(states + 1):
-        step = played[(number * max(1, len(played) // (states + 1))) % len(played)]
+    for number in range(2 * states):
+        step = played[(number * max(1, len(played) // (2 * states))) % len(played)]
         own = list(step.state.valid_actions)[:actions]
         own += rng.sample([a for a in pool if a not in own], actions - len(own))
         filler = _rotated(transcript, rng.randrange(len(transcript)), prompt_tokens)

@@ -140,7 +140,7 @@ def test_prompts_have_the_length_asked_for():
     text = TextTokeniser(Words(), 2000)
     inputs = make_requests(text, played, 700, 5, 4)
     requests = [*inputs.states, *inputs.warm_up]
-    assert len(requests) == 5 and len({r.body for r in requests}) == 5
+    assert len(requests) == 8 and len({r.body for r in requests}) == 8
     for request in requests:
         assert 690 <= text.tokenise(request).num_prompt_tokens <= 700
         assert len(set(request.actions)) == 5 and {"go east", "go west"} <= set(request.actions)

@@ -69,7 +69,7 @@ GAMES: dict[str, tuple[str, dict[str, _Option]]] = {  # our name -> (tw-make's n
         "tw-simple",
         {
             "rewards": _Option(_choice("dense", "balanced", "sparse"), "dense", "dense, balanced or sparse"),
-            "goal": _Option(_choice("detailed", "brief", "none"), "detailed", "detailed, brief or none"),
+            "goal": _Option(_choice("detailed", "brief", "none"), "brief", "detailed, brief or none"),
             "test": _FLAG,
             "seed": _SEED,
         },

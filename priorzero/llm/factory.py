@@ -12,6 +12,7 @@ from priorzero.llm.engine import LLMEngine, LLMEngineError
 from priorzero.llm.model import ResolvedModel, load_llm, pick_dtype, store_layers_in
 from priorzero.llm.requests import TextTokeniser, model_max_tokens
 from priorzero.llm.resilient import ResilientEngine
+from priorzero.llm.selection import faster_engine
 from priorzero.llm.settings import EngineSettings
 from priorzero.llm.transformers_engine import TransformersEngine
 from priorzero.types import PriorZeroError
@@ -39,46 +40,37 @@ async def create_engine(
     async def transformers() -> LLMEngine:
         return _transformers_engine(settings, resolved, model, text, lock, device)
 
-    wanted, reason = _choose(settings, torch.device(device))
-    engine: LLMEngine | None = None
-    fell_back = False
-    if wanted == "vllm":
-        async def start_vllm() -> LLMEngine:
-            return await _start_vllm(settings, resolved, text, lock, device)
+    async def vllm() -> LLMEngine:
+        return await _start_vllm(settings, resolved, text, lock, device)
 
+    def guarded(first: LLMEngine) -> LLMEngine:
+        fallback = None if settings.required else transformers
+        return ResilientEngine(first, vllm, fallback, max_restarts=settings.max_restarts, attempts=settings.attempts)
+
+    fell_back = False
+    if settings.kind == "transformers":
+        engine, reason = await transformers(), "the setting names it"
+    elif settings.kind == "auto" and not settings.required:
+        choice = await faster_engine(transformers, vllm, settings.prompt_tokens)
+        engine, reason, fell_back = choice.engine, choice.reason, choice.vllm_failed
+        if engine.name == "vllm":
+            engine = guarded(engine)
+    else:
+        reason = "the setting names it" if settings.kind == "vllm" else "llm_required is set"
         try:
-            first = await start_vllm()
-            fallback = None if settings.required else transformers
-            engine = ResilientEngine(
-                first, start_vllm, fallback, max_restarts=settings.max_restarts, attempts=settings.attempts
-            )
+            engine = guarded(await vllm())
         except LLMEngineError as error:
             if settings.required:
                 raise PriorZeroError(
                     f"llm_required is set, but the vLLM engine cannot be used: {error}. Install vLLM for this device "
                     "(see requirements/README.md), or drop llm_required to let transformers take over"
                 ) from error
-            fell_back, reason = True, f"vLLM cannot be used: {error}"
-            logger.warning("LLM engine falls back from vLLM to transformers: %s", error)
-    if engine is None:
-        engine = await transformers()
-        engine.counters["engine_fallbacks"] += fell_back
+            engine, reason, fell_back = await transformers(), f"vLLM cannot be used: {error}", True
+    if fell_back:
+        logger.warning("LLM engine falls back from vLLM to transformers: %s", reason)
+        engine.counters["engine_fallbacks"] += 1
     logger.info("LLM engine: %s, because %s", engine.name, reason)
     return CachedEngine(engine, settings.cache_size) if settings.cache_size else engine
-
-
-def _choose(settings: EngineSettings, device: torch.device) -> tuple[str, str]:
-    """Kind of engine to try first, and why."""
-    if settings.kind != "auto":
-        return settings.kind, "the setting names it"
-    if settings.required:
-        return "vllm", "llm_required is set"
-    if device.type == "cuda":
-        return "vllm", "the device is CUDA"
-    return "transformers", (
-        "on a CPU its shared forward over all states is as fast as vLLM on prompts that do not repeat, starts at once, "
-        "and uses the trainer's weights without a copy"
-    )
 
 
 def _transformers_engine(settings, resolved, model, text, lock, device) -> TransformersEngine:

@@ -42,6 +42,7 @@ class EngineSettings:
     max_restarts: int = 2
     attempts: int = 3  # tries of one call before its engine counts as dead
     max_prompt_tokens: int | None = None  # lowers the model's own limit
+    prompt_tokens: int = 512  # length of the prompts with which "auto" times the engines
     reasoning: ReasoningSettings = field(default_factory=ReasoningSettings)
     vllm: VLLMSettings = field(default_factory=VLLMSettings)
 

@@ -10,6 +10,7 @@ the same lock to a `TransformersEngine` that shares the model.
 """
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import math
@@ -22,7 +23,7 @@ from dataclasses import dataclass, field
 import torch
 
 from priorzero.llm.losses import entropy_of, rft_loss, sft_action_loss, sft_token_loss
-from priorzero.llm.model import base_model, pick_dtype
+from priorzero.llm.model import base_model, pick_dtype, store_layers_in
 from priorzero.llm.requests import ScoreRequest, TextTokeniser, model_max_tokens
 from priorzero.llm.tree_forward import (
     TreeItem,
@@ -47,6 +48,7 @@ class LoraSettings:
     alpha: float = 16.0
     dropout: float = 0.0
     target_modules: str | tuple[str, ...] = "all-linear"
+    last_layers: int = 0  # only the last so many layers get adapters, and gradients go no deeper; 0: all
 
 
 @dataclass(frozen=True)
@@ -131,18 +133,18 @@ class LLMTrainer:
     """Owns the trainable LLM and its optimiser.
 
     :param model: Hugging Face causal LM; its weights are turned into float32 in place. With LoRA settings it gets
-        adapters and only they train.
+        adapters and only they train; frozen layers are then kept in the dtype they are multiplied in.
     """
 
     def __init__(self, model: torch.nn.Module, tokenizer, settings: LLMTrainerSettings | None = None) -> None:
         self.settings = settings or LLMTrainerSettings()
         self.lock = threading.RLock()
         self.device = next(model.parameters()).device
-        self.model = _with_lora(model.float(), self.settings.lora).eval()
-        limit = model_max_tokens(base_model(model).config, self.settings.max_prompt_tokens)
-        self.text = TextTokeniser(tokenizer, limit)
         wanted = pick_dtype(self.settings.compute_dtype, self.device)
         self.compute_dtype = None if wanted == torch.float32 else wanted
+        self.model = _with_lora(model.float(), self.settings.lora, self.compute_dtype).eval()
+        limit = model_max_tokens(base_model(model).config, self.settings.max_prompt_tokens)
+        self.text = TextTokeniser(tokenizer, limit)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=self.settings.learning_rate, betas=self.settings.betas,
@@ -268,7 +270,7 @@ class LLMTrainer:
         items = prepare([self.text.tokenise(r) for r in requests])
         answers: list[ActionScores] = [ActionScores((), self.version)] * len(items)
         filled = [i for i, item in enumerate(items) if item.request.action_ids]
-        with self.lock, torch.no_grad(), autocast(self.device, compute):
+        with self.lock, torch.no_grad(), _float32_layers(self.model, compute is None), autocast(self.device, compute):
             for batch in plan_batches([items[i] for i in filled], self.settings.max_batch_tokens):
                 rows = [filled[j] for j in batch]
                 head = items[rows[0]].request.head_ids
@@ -317,13 +319,37 @@ def _return_freed_memory() -> None:
             trim(0)
 
 
-def _with_lora(model: torch.nn.Module, lora: LoraSettings | None) -> torch.nn.Module:
+@contextlib.contextmanager
+def _float32_layers(model: torch.nn.Module, wanted: bool):
+    """Frozen layers kept in bfloat16 as float32 for a while, where float32 is asked for; there and back nothing is lost."""
+    kept = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.weight.dtype != torch.float32] if wanted else []
+    dtypes = [m.weight.dtype for m in kept]
+    try:
+        for module in kept:
+            module.float()
+        yield
+    finally:
+        for module, dtype in zip(kept, dtypes, strict=True):
+            module.to(dtype)
+
+
+def _with_lora(model: torch.nn.Module, lora: LoraSettings | None, frozen_dtype: torch.dtype | None) -> torch.nn.Module:
     if lora is None:
         return model
+    if frozen_dtype is not None:
+        store_layers_in(model, frozen_dtype)
     from peft import LoraConfig, get_peft_model
 
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    layers = None
+    if lora.last_layers:
+        total = model.config.num_hidden_layers
+        layers = list(range(max(0, total - lora.last_layers), total))
+        if targets == "all-linear":  # peft takes layers only together with names
+            inside = model.get_decoder().layers.named_modules()
+            targets = sorted({name.rpartition(".")[2] for name, m in inside if isinstance(m, torch.nn.Linear)})
     config = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM"
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM",
+        layers_to_transform=layers,
     )
     return get_peft_model(model, config)

@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 
 from priorzero.llm.engine import LLMEngine, LLMEngineDead, LLMEngineError, TokenLogprobs
-from priorzero.llm.model import base_model, export_weights
+from priorzero.llm.model import base_model, export_weights, sync_head
 from priorzero.llm.requests import ReasoningSettings, TextTokeniser, TokenisedRequest
 from priorzero.llm.tree_forward import HeadCache, autocast, plan_batches, prepare, split_actions, tree_logprobs
 
@@ -165,6 +165,7 @@ class TransformersEngine(LLMEngine):
                 for key, value in weights.items():
                     own[key].copy_(value)
                     moved += value.numel() * own[key].element_size()
+                sync_head(base_model(self.model))
             self.head_cache.clear()
             self.weights_version = version
 

@@ -5,8 +5,13 @@ prompt and its own ancestors only, and position ids count along its path, so the
 action (tests/llm compare them). The head, common to many states, is computed once as a row of its own; its keys and
 values are shared by all rows: kept across calls for scoring (`HeadCache`), with gradients flowing into it in training.
 
-Letters: `B` states of a batch, `H` tokens of the head, `S` padded tokens of a row (body and nodes), `R` rows of logits
-that are needed (end of prompt and inner nodes, all states together), `N` vocabulary.
+Letters: `B` states of a batch, `H` tokens of the head, `S` padded tokens of a row (body and nodes), `P` padded
+tokens of a prompt (head and body), `T` padded nodes, `R` rows of logits that are needed (end of prompt and inner nodes,
+all states together), `N` vocabulary, `D` hidden width.
+
+Long prompts on a GPU take two passes instead: all of the prompts first, as plain causal attention, for which there are
+kernels without a mask; then the nodes on their keys and values. Sharing the head would save less than a mask of
+4,000 x 4,000 costs.
 
 Tree attention after SpecInfer (arXiv:2305.09781), used here to score instead of to speculate.
 """
@@ -24,6 +29,7 @@ from priorzero.llm.requests import TokenisedRequest
 from priorzero.llm.trie import TokenTrie, build_trie
 from priorzero.types import PriorZeroError
 
+TWO_PASS_TOKENS = 1024  # body tokens from which a GPU takes two passes
 LayerKV = list[tuple[torch.Tensor, torch.Tensor]]  # per layer: keys, values, each [1, heads, H, head_dim]
 
 
@@ -150,62 +156,104 @@ def tree_logprobs(
     *,
     head_kv: LayerKV | None = None,
     logit_rows: int = 512,
+    two_passes: bool | None = None,
 ) -> list[torch.Tensor]:
     """Log-probabilities (natural log, temperature 1, float32) of all action tokens of one batch of states.
 
     All items share one head. One flat tensor per item: the tokens of its actions one after another, with the lengths
     of ``request.action_ids``. Gradients follow the surrounding grad mode; without ``head_kv`` the head is computed
     here, once for the batch, with gradients too. ``logit_rows`` bounds the rows of logits [R, N] held at a time
-    (without gradients; autograd keeps them all).
+    (without gradients; autograd keeps them all). ``two_passes``: see the module; None decides by device and length.
     """
-    from transformers import DynamicCache
-
     causal_lm = base_model(model)
     device = next(model.parameters()).device
     head_ids = items[0].request.head_ids
     if any(item.request.head_ids != head_ids for item in items):
         raise ValueError("the states of one batch need the same head; use plan_batches")
+    if two_passes is None:
+        two_passes = device.type == "cuda" and max(len(item.request.body_ids) for item in items) >= TWO_PASS_TOKENS
     # An empty body leaves no token in the row that ends the prompt, so the head goes into the row instead.
-    if head_ids and any(not item.request.body_ids for item in items):
+    if head_ids and (two_passes or any(not item.request.body_ids for item in items)):
         items = [TreeItem(_headless(item.request), item.trie) for item in items]
         head_ids, head_kv = (), None
+    if two_passes:
+        return _gather(causal_lm, _two_passes(causal_lm, items, device), items, logit_rows)
     if head_ids and head_kv is None:
         head_kv = head_key_values(model, head_ids)
+    return _gather(causal_lm, _one_pass(causal_lm, items, head_kv, device), items, logit_rows)
+
+
+def _one_pass(causal_lm, items: Sequence[TreeItem], head_kv: LayerKV | None, device: torch.device) -> torch.Tensor:
+    """Needed hidden rows [R, D]: prompt bodies and nodes together, on the head's keys and values."""
+    from transformers import DynamicCache
+
     ids, positions, mask = _layout(items, device)
     _check_sliding(causal_lm.config, mask.shape[-1])
     past = None
-    if head_ids:
+    if head_kv is not None:
         rows = len(items)
         past = DynamicCache([(k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1)) for k, v in head_kv])
     hidden = causal_lm.get_decoder()(
         input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=past, use_cache=past is not None
     ).last_hidden_state  # [B, S, D]
-    return _gather(causal_lm, hidden, items, logit_rows)
+    places = [(b, len(item.request.body_ids) - 1 + row) for b, item in enumerate(items) for row in range(item.trie.num_rows)]
+    state, position = torch.tensor(places, device=device).T
+    return hidden[state, position]
+
+
+def _two_passes(causal_lm, items: Sequence[TreeItem], device: torch.device) -> torch.Tensor:
+    """Needed hidden rows [R, D]: prompts first, padded on the right, where causal attention never looks; then the nodes."""
+    decoder = causal_lm.get_decoder()
+    lengths = [len(item.request.body_ids) for item in items]
+    width, nodes = max(lengths), max(len(item.trie.tokens) for item in items)
+    _check_sliding(causal_lm.config, width + nodes)
+    ids = torch.zeros(len(items), width, dtype=torch.long)
+    for b, item in enumerate(items):
+        ids[b, : lengths[b]] = torch.tensor(item.request.body_ids)
+    # Neither mask nor positions: either would make transformers build a mask.
+    first = decoder(input_ids=ids.to(device), use_cache=nodes > 0)
+    ends = first.last_hidden_state[torch.arange(len(items)), torch.tensor(lengths) - 1]  # [B, D]
+    if not nodes:
+        return ends
+    tokens = torch.zeros(len(items), nodes, dtype=torch.long)
+    positions = torch.zeros(len(items), nodes, dtype=torch.long)
+    mask = torch.zeros(len(items), 1, nodes, width + nodes, dtype=torch.bool)
+    mask[:, 0, torch.arange(nodes), width + torch.arange(nodes)] = True  # padding sees itself: an empty row gives NaN
+    for b, item in enumerate(items):
+        own = len(item.trie.tokens)
+        tokens[b, :own] = torch.tensor(item.trie.tokens, dtype=torch.long)
+        positions[b, :own] = lengths[b] + torch.tensor(item.trie.depths, dtype=torch.long)
+        mask[b, 0, :own, : lengths[b]] = True
+        for node, ancestors in enumerate(item.trie.ancestors()):
+            mask[b, 0, node, [width + a for a in ancestors]] = True
+    second = decoder(
+        input_ids=tokens.to(device), position_ids=positions.to(device), attention_mask=mask.to(device),
+        past_key_values=first.past_key_values, use_cache=True,
+    ).last_hidden_state  # [B, T, D]
+    rows = [torch.cat([ends[b, None], second[b, : len(item.trie.tokens)]]) for b, item in enumerate(items)]
+    return torch.cat(rows)
 
 
 def _headless(request: TokenisedRequest) -> TokenisedRequest:
     return TokenisedRequest((), request.prompt_ids, request.action_ids)
 
 
-def _gather(causal_lm, hidden: torch.Tensor, items: Sequence[TreeItem], logit_rows: int) -> list[torch.Tensor]:
-    """Pick the needed hidden rows, apply the output head to them alone, read the asked tokens' log-probabilities."""
-    places: list[tuple[int, int]] = []  # (state, position in the row) of every needed row of logits
-    lookups: list[tuple[int, int]] = []  # (index into places, token)
+def _gather(causal_lm, needed: torch.Tensor, items: Sequence[TreeItem], logit_rows: int) -> list[torch.Tensor]:
+    """Apply the output head to the needed hidden rows [R, D] and read the asked tokens' log-probabilities."""
+    lookups: list[tuple[int, int]] = []  # (row of `needed`, token)
     counts: list[int] = []
-    for b, item in enumerate(items):
-        first, body = len(places), len(item.request.body_ids)
-        places.extend((b, body - 1 + row) for row in range(item.trie.num_rows))
+    first = 0
+    for item in items:
         wanted = [(first + row, token) for lookup in item.trie.lookups for row, token in lookup]
+        first += item.trie.num_rows
         lookups.extend(wanted)
         counts.append(len(wanted))
-    state, position = torch.tensor(places, device=hidden.device).T
-    needed = hidden[state, position]  # [R, D]
-    row, token = torch.tensor(lookups, dtype=torch.long, device=hidden.device).reshape(-1, 2).T
+    row, token = torch.tensor(lookups, dtype=torch.long, device=needed.device).reshape(-1, 2).T
     head = causal_lm.get_output_embeddings()
     softcap = getattr(causal_lm.config, "final_logit_softcapping", None)
-    flat = torch.empty(len(lookups), dtype=torch.float32, device=hidden.device)
+    flat = torch.empty(len(lookups), dtype=torch.float32, device=needed.device)
     step = max(1, logit_rows)
-    for start in range(0, len(places), step):
+    for start in range(0, len(needed), step):
         inside = ((row >= start) & (row < start + step)).nonzero()[:, 0]
         logits = head(needed[start : start + step]).float()
         if softcap:

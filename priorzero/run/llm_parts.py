@@ -9,6 +9,7 @@ from priorzero.llm.engine import LLMEngine
 from priorzero.llm.factory import EngineSettings, create_engine
 from priorzero.llm.model import load_llm, resolve_llm
 from priorzero.llm.requests import ReasoningSettings
+from priorzero.llm.settings import VLLMSettings
 from priorzero.llm.trainer import LLMTrainer, LLMTrainerSettings, LoraSettings
 from priorzero.llm_learner import LLMLearner
 from priorzero.llm_prior import LLMPrior, PromptBuilder
@@ -35,12 +36,19 @@ async def build_llm(settings, *, device: str, reduction: str, seed: int, marker:
     Raises:
         PriorZeroError: the model cannot be had, a setting is impossible, or a required engine does not start.
     """
-    lora = LoraSettings(rank=settings.lora.rank, alpha=float(settings.lora.alpha)) if settings.lora.enable else None
+    lora = None
+    if settings.lora.enable:
+        targets = settings.lora.target_modules
+        lora = LoraSettings(settings.lora.rank, float(settings.lora.alpha),
+                            target_modules=targets if targets == "all-linear" else tuple(targets.split(",")),
+                            last_layers=settings.lora.last_layers)
     # Settings first: a wrong one should not cost the time of loading a model.
     trainer_settings = LLMTrainerSettings(**settings.train, reduction=reduction, compute_dtype=settings.dtype, lora=lora)
     engine_settings = EngineSettings(
         kind=settings.engine, required=settings.required, compute_dtype=settings.dtype,
-        max_batch_tokens=settings.max_batch_tokens, cache_size=settings.score_cache_size,
+        max_batch_tokens=settings.max_batch_tokens or (32768 if device == "cuda" else 4096),
+        cache_size=settings.score_cache_size, attempts=settings.attempts, max_restarts=settings.max_restarts,
+        vllm=VLLMSettings(**settings.vllm), prompt_tokens=settings.prompt.max_prompt_tokens // 2,
         reasoning=ReasoningSettings(marker=marker, seed=seed))
     resolved = await asyncio.to_thread(resolve_llm, settings.model)
     model, tokenizer = await asyncio.to_thread(load_llm, resolved, device)

@@ -34,15 +34,16 @@ def _random_requests(rng: torch.Generator, head: tuple[int, ...]) -> list[Tokeni
     ]
 
 
+@pytest.mark.parametrize("two_passes", [False, True])
 @pytest.mark.parametrize("head_len", [0, 7])
-def test_tree_equals_full_forward(head_len, tiny, reference):
+def test_tree_equals_full_forward(head_len, two_passes, tiny, reference):
     rng = torch.Generator().manual_seed(1)
     head = tuple(torch.randint(3, 97, (head_len,), generator=rng).tolist())
     model, requests = tiny(), _random_requests(rng, head)
     items, cache = prepare(requests), HeadCache()
     with torch.no_grad():
         kv = cache.get(model, head, None) if head else None
-        flats = tree_logprobs(model, items, head_kv=kv, logit_rows=7)
+        flats = tree_logprobs(model, items, head_kv=kv, logit_rows=7, two_passes=two_passes)
     for flat, request in zip(flats, requests, strict=True):
         expected = reference(model, request)
         for got, want in zip(split_actions(flat, request), expected, strict=True):
@@ -60,14 +61,24 @@ def test_empty_body_is_scored_after_the_head(tiny, reference):
     assert flat.tolist() == pytest.approx(sum(reference(model, request), []), abs=2e-5)
 
 
-def test_gradient_equals_plain_forward(tiny):
+def test_two_passes_without_inner_nodes(tiny, reference):
+    """Only actions of one token: the second pass has nothing to compute."""
+    request = TokenisedRequest((4, 5, 6), (7, 8), ((1,), (9,)))
+    model = tiny()
+    with torch.no_grad():
+        flat = tree_logprobs(model, prepare([request]), two_passes=True)[0]
+    assert flat.tolist() == pytest.approx(sum(reference(model, request), []), abs=2e-5)
+
+
+@pytest.mark.parametrize("two_passes", [False, True])
+def test_gradient_equals_plain_forward(two_passes, tiny):
     """Same loss through one full forward per action: all gradients agree, the head's part included."""
     rng = torch.Generator().manual_seed(2)
     head = tuple(torch.randint(3, 97, (6,), generator=rng).tolist())
     model, requests = tiny(seed=3), _random_requests(rng, head)[::3]
     weights = [torch.rand(len(r.action_ids), generator=rng) for r in requests]
 
-    flats = tree_logprobs(model, prepare(requests))
+    flats = tree_logprobs(model, prepare(requests), two_passes=two_passes)
     triples = zip(flats, requests, weights, strict=True)
     loss = sum((w * action_totals(f, r).log_softmax(-1)).sum() for f, r, w in triples)
     loss.backward()
