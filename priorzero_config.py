@@ -196,8 +196,9 @@ DEBUG = dict(
     policy=dict(embed_dim=128, num_heads=4, num_simulations=16, game_segment_length=5, num_segments=8, batch_size=32,
                 replay_buffer_size=20_000, learning_rate=3e-4, replay_ratio=0.25,
                 action_vocabulary=dict(capacity=256, overflow=16),
-                # mean: the small model's sums favour the shortest commands ("look") by far.
-                root_prior=dict(anneal_env_steps=4000, reduction="mean")),
+                # mean: the small model's sums favour the shortest commands ("look") by far. temperature: untrained it plays
+                # worse than chance (results/learning_check), so its preferences are softened.
+                root_prior=dict(anneal_env_steps=4000, reduction="mean", temperature=2.0)),
     # transformers: a debug run has no minute to spare for vLLM's start, nor the memory for a second engine.
     llm=dict(engine="transformers",
              prompt=dict(history_length=1, max_observation_chars=50, include_valid_actions=False, max_prompt_tokens=448),

@@ -9,7 +9,9 @@ Letters: `B` states of a batch, `H` tokens of the head, `S` padded tokens of a r
 tokens of a prompt (head and body), `T` padded nodes, `R` rows of logits that are needed (end of prompt and inner nodes,
 all states together), `N` vocabulary, `D` hidden width.
 
-Long prompts on a GPU take two passes instead: all of the prompts first, as plain causal attention, for which there are
+On a CPU the states of a batch are packed into one row instead of padded to one length (`packed.py`).
+
+Long prompts on a GPU take two passes: all of the prompts first, as plain causal attention, for which there are
 kernels without a mask; then the nodes on their keys and values. Sharing the head would save less than a mask of
 4,000 x 4,000 costs.
 
@@ -156,34 +158,50 @@ def tree_logprobs(
     *,
     head_kv: LayerKV | None = None,
     logit_rows: int = 512,
-    two_passes: bool | None = None,
+    way: str | None = None,
 ) -> list[torch.Tensor]:
     """Log-probabilities (natural log, temperature 1, float32) of all action tokens of one batch of states.
 
     All items share one head. One flat tensor per item: the tokens of its actions one after another, with the lengths
     of ``request.action_ids``. Gradients follow the surrounding grad mode; without ``head_kv`` the head is computed
     here, once for the batch, with gradients too. ``logit_rows`` bounds the rows of logits [R, N] held at a time
-    (without gradients; autograd keeps them all). ``two_passes``: see the module; None decides by device and length.
+    (without gradients; autograd keeps them all). ``way``: "packed", "padded" or "two_passes", see the module; None
+    decides by device, model and length.
     """
     causal_lm = base_model(model)
     device = next(model.parameters()).device
     head_ids = items[0].request.head_ids
     if any(item.request.head_ids != head_ids for item in items):
         raise ValueError("the states of one batch need the same head; use plan_batches")
-    if two_passes is None:
-        two_passes = device.type == "cuda" and max(len(item.request.body_ids) for item in items) >= TWO_PASS_TOKENS
+    way = way or _choose_way(causal_lm, items, device)
     # An empty body leaves no token in the row that ends the prompt, so the head goes into the row instead.
-    if head_ids and (two_passes or any(not item.request.body_ids for item in items)):
+    if head_ids and (way == "two_passes" or any(not item.request.body_ids for item in items)):
         items = [TreeItem(_headless(item.request), item.trie) for item in items]
         head_ids, head_kv = (), None
-    if two_passes:
-        return _gather(causal_lm, _two_passes(causal_lm, items, device), items, logit_rows)
-    if head_ids and head_kv is None:
-        head_kv = head_key_values(model, head_ids)
-    return _gather(causal_lm, _one_pass(causal_lm, items, head_kv, device), items, logit_rows)
+    if way == "two_passes":
+        needed = _two_passes(causal_lm, items, device)
+    elif way == "packed":
+        from priorzero.llm.packed import packed_pass
+
+        needed = packed_pass(causal_lm, items, head_kv, device)
+    else:
+        if head_ids and head_kv is None:
+            head_kv = head_key_values(model, head_ids)
+        needed = _padded_pass(causal_lm, items, head_kv, device)
+    return _gather(causal_lm, needed, items, logit_rows)
 
 
-def _one_pass(causal_lm, items: Sequence[TreeItem], head_kv: LayerKV | None, device: torch.device) -> torch.Tensor:
+def _choose_way(causal_lm, items: Sequence[TreeItem], device: torch.device) -> str:
+    if device.type == "cuda":
+        # On a GPU padding costs less than the many small kernels of a packed row.
+        longest = max(len(item.request.body_ids) for item in items)
+        return "two_passes" if longest >= TWO_PASS_TOKENS else "padded"
+    from priorzero.llm.packed import supports_packing
+
+    return "packed" if supports_packing(causal_lm) else "padded"
+
+
+def _padded_pass(causal_lm, items: Sequence[TreeItem], head_kv: LayerKV | None, device: torch.device) -> torch.Tensor:
     """Needed hidden rows [R, D]: prompt bodies and nodes together, on the head's keys and values."""
     from transformers import DynamicCache
 

@@ -34,16 +34,16 @@ def _random_requests(rng: torch.Generator, head: tuple[int, ...]) -> list[Tokeni
     ]
 
 
-@pytest.mark.parametrize("two_passes", [False, True])
+@pytest.mark.parametrize("way", ["packed", "padded", "two_passes"])
 @pytest.mark.parametrize("head_len", [0, 7])
-def test_tree_equals_full_forward(head_len, two_passes, tiny, reference):
+def test_tree_equals_full_forward(head_len, way, tiny, reference):
     rng = torch.Generator().manual_seed(1)
     head = tuple(torch.randint(3, 97, (head_len,), generator=rng).tolist())
     model, requests = tiny(), _random_requests(rng, head)
     items, cache = prepare(requests), HeadCache()
     with torch.no_grad():
         kv = cache.get(model, head, None) if head else None
-        flats = tree_logprobs(model, items, head_kv=kv, logit_rows=7, two_passes=two_passes)
+        flats = tree_logprobs(model, items, head_kv=kv, logit_rows=7, way=way)
     for flat, request in zip(flats, requests, strict=True):
         expected = reference(model, request)
         for got, want in zip(split_actions(flat, request), expected, strict=True):
@@ -66,19 +66,19 @@ def test_two_passes_without_inner_nodes(tiny, reference):
     request = TokenisedRequest((4, 5, 6), (7, 8), ((1,), (9,)))
     model = tiny()
     with torch.no_grad():
-        flat = tree_logprobs(model, prepare([request]), two_passes=True)[0]
+        flat = tree_logprobs(model, prepare([request]), way="two_passes")[0]
     assert flat.tolist() == pytest.approx(sum(reference(model, request), []), abs=2e-5)
 
 
-@pytest.mark.parametrize("two_passes", [False, True])
-def test_gradient_equals_plain_forward(two_passes, tiny):
+@pytest.mark.parametrize("way", ["packed", "padded", "two_passes"])
+def test_gradient_equals_plain_forward(way, tiny):
     """Same loss through one full forward per action: all gradients agree, the head's part included."""
     rng = torch.Generator().manual_seed(2)
     head = tuple(torch.randint(3, 97, (6,), generator=rng).tolist())
     model, requests = tiny(seed=3), _random_requests(rng, head)[::3]
     weights = [torch.rand(len(r.action_ids), generator=rng) for r in requests]
 
-    flats = tree_logprobs(model, prepare(requests), two_passes=two_passes)
+    flats = tree_logprobs(model, prepare(requests), way=way)
     triples = zip(flats, requests, weights, strict=True)
     loss = sum((w * action_totals(f, r).log_softmax(-1)).sum() for f, r, w in triples)
     loss.backward()
