@@ -301,6 +301,14 @@ def test_collect_draws_from_the_tempered_visits_and_eval_takes_the_best(planner)
         best = policy.eval_mode.forward(observation(0)[None], [[5, 1, 3]], [None], [0])[0]
         assert best.visit_counts[best.action_index] == best.visit_counts.max()
         assert best.behaviour.tolist() == [float(i == best.action_index) for i in range(3)]
+    drawn = set()
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        policy.eval_mode.reset()
+        out = policy.eval_mode.forward(observation(0)[None], [[5, 1, 3]], [None], [0], temperature=2.0, rng=rng)[0]
+        np.testing.assert_allclose(out.behaviour, out.visit_counts ** 0.5 / (out.visit_counts ** 0.5).sum())
+        drawn.add(out.action_index)
+    assert len(drawn) > 1
 
 
 def test_the_drawn_action_enters_the_context_by_its_id(planner):

@@ -152,3 +152,54 @@ def _dumped(value):
     torch.save(value, buffer)
     buffer.seek(0)
     return buffer
+
+
+def test_frozen_layers_in_bfloat16_train_as_float32_ones_do(tiny, byte_text, monkeypatch):
+    """Adapters on layers kept in bfloat16 see the very numbers autocast gives float32 layers."""
+    import priorzero.llm.trainer as module
+
+    settings = dataclasses.replace(FAST, compute_dtype="bfloat16", lora=LoraSettings(rank=4), learning_rate=2e-2)
+    kept = LLMTrainer(tiny(vocab=262), byte_text.tokenizer, settings)
+    monkeypatch.setattr(module, "store_layers_in", lambda model, dtype: None)
+    whole = LLMTrainer(tiny(vocab=262), byte_text.tokenizer, settings)
+    frozen = [m.weight for m in kept.model.modules() if isinstance(m, torch.nn.Linear) and not m.weight.requires_grad]
+    assert frozen and {w.dtype for w in frozen} == {torch.bfloat16}
+    assert {p.dtype for p in kept.parameters} == {torch.float32}
+    with torch.no_grad():
+        for a, b in zip(kept.parameters, whole.parameters, strict=True):
+            b.copy_(a)
+    for _ in range(3):
+        a, b = kept.sft_update(SAMPLES), whole.sft_update(SAMPLES)
+        assert a["loss"] == b["loss"] and a["grad_norm"] == b["grad_norm"]
+    before = [w.clone() for w in frozen]
+    exact = kept.score(REQUESTS[:1], torch.float32)[0].totals()
+    assert exact != kept.score(REQUESTS[:1])[0].totals()
+    assert all(w.dtype == torch.bfloat16 and torch.equal(w, old) for w, old in zip(
+        [m.weight for m in kept.model.modules() if isinstance(m, torch.nn.Linear) and not m.weight.requires_grad], before,
+        strict=True))
+
+
+def test_adapters_on_the_last_layers_leave_the_others_alone(tiny, byte_text):
+    settings = dataclasses.replace(FAST, lora=LoraSettings(rank=4, last_layers=1), learning_rate=2e-2)
+    trainer = LLMTrainer(tiny(vocab=262), byte_text.tokenizer, settings)
+    names = list(trainer.state_dict()["model"])
+    assert names and all(".layers.1." in name for name in names) and len({n.split(".lora_")[0] for n in names}) == 7
+    history = [trainer.sft_update(SAMPLES) for _ in range(10)]
+    assert history[-1]["kl"] < 0.7 * history[0]["kl"]
+
+
+async def test_engine_with_a_head_of_its_own_follows_the_embedding(tiny, byte_text):
+    """`store_layers_in` unties the output head, and pushed weights hold none where it is tied."""
+    from priorzero.llm.model import store_layers_in
+
+    trainer = LLMTrainer(tiny(vocab=262), byte_text.tokenizer, dataclasses.replace(FAST, compute_dtype="bfloat16"))
+    copy_ = tiny(vocab=262)
+    store_layers_in(copy_, torch.bfloat16)
+    assert copy_.lm_head.weight is not copy_.model.embed_tokens.weight
+    engine = TransformersEngine(copy_, trainer.text, compute_dtype=torch.bfloat16)
+    for _ in range(5):
+        trainer.sft_update(SAMPLES)
+    await engine.push_weights(trainer.model, trainer.version)
+    assert torch.equal(copy_.lm_head.weight, trainer.model.lm_head.weight.to(torch.bfloat16))
+    same = (await engine.score(REQUESTS[:1]))[0].totals()
+    assert same == pytest.approx(trainer.score(REQUESTS[:1])[0].totals(), abs=1e-6)
