@@ -1,0 +1,67 @@
+"""The main job on the real vLLM CPU engine: a killed engine comes back and the run completes; an ended run leaves none."""
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import time
+
+import psutil
+import pytest
+
+from tests.test_entry import EXPERIMENT, SETTINGS, Job, experiment, metrics
+
+pytestmark = [pytest.mark.slow,
+              pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")]
+ARGUMENTS = ["--env-id=tw-simple", f"--exp-name={EXPERIMENT}", "--llm=embedded", "--engine=vllm", "--eval-freq=0",
+             "--llm-train-freq=2", *SETTINGS, "--set=llm.sft.samples=2", "--set=llm.vllm.kv_cache_gb=0.25",
+             "--set=llm.vllm.max_model_len=1024"]
+
+
+def engines(job: Job) -> list[psutil.Process]:
+    """The engine's processes: vLLM names them."""
+    found = []
+    for process in job.session():
+        try:
+            if process.name().startswith("VLLM") or "VLLM" in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def wait_for_engine(job: Job, seconds: float = 240.0) -> list[psutil.Process]:
+    job.wait_for("✓ Collected", seconds)
+    running = engines(job)
+    assert running, [p.cmdline() for p in job.session()]
+    return running
+
+
+def test_killed_engine_is_restarted_and_the_run_completes(tmp_path):
+    with Job(tmp_path, *ARGUMENTS, "--iterations=4", tiny=False) as job:
+        for process in wait_for_engine(job):
+            process.kill()
+        result = job.finish(400)
+    assert result.status == 0, result.output
+    assert "restart 1 of 2" in result.output and "Done: 4 iterations" in result.output
+    rows = metrics(experiment(tmp_path))
+    last = [r for r in rows if r["namespace"] == "perf"][-1]
+    assert last["llm_engine_restarts"] == 1 and last["llm_engine_fallbacks"] == 0
+    # The engine that came back was given the trained weights, and answers with them.
+    trained = [r for r in rows if r["namespace"] == "llm"]
+    assert len(trained) == 2 and trained[-1]["push_version"] == 2 and trained[-1]["push_canary_diff"] < 0.8
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_no_engine_outlives_the_run(tmp_path, how):
+    with Job(tmp_path, *ARGUMENTS, "--iterations=500", tiny=False) as job:
+        running = wait_for_engine(job)
+        os.kill(job.process.pid, how)
+        if how == signal.SIGTERM:
+            assert job.finish(240).status == 0
+        else:
+            job.process.wait(30)
+            deadline = time.monotonic() + 30
+            while any(p.is_running() for p in running) and time.monotonic() < deadline:
+                time.sleep(0.2)
+        assert not [p.pid for p in running if p.is_running()]
