@@ -156,8 +156,9 @@ class LLMTrainer:
     def sft_update(self, samples: Sequence[SFTSample]) -> dict[str, float]:
         """One pass over ``samples``. States without an action teach nothing and are counted as ``skipped``.
 
-        Metrics (means over the samples): loss, kl (KL(target || policy), the part of the cross-entropy that training
-        can remove), target_entropy (its floor), accuracy (argmax of the policy is an argmax of the target), grad_norm
+        Metrics (means over the samples): cross_entropy (what is minimised), target_entropy (its floor: how undecided the
+        search is, which no training of the LLM changes), loss (cross_entropy - target_entropy, 0 where the LLM has become
+        the search), kl (KL(target || policy), equal to loss unless the objective is "tokens"), accuracy (argmax of the policy is an argmax of the target), grad_norm
         (mean before clipping), tokens, seconds, samples, skipped.
         """
         for s in samples:
@@ -192,7 +193,7 @@ class LLMTrainer:
             loss = sft_token_loss(action_totals(flat, item.request, "sum"), target)
         floor = entropy_of(target)
         hit = target[totals.argmax()] >= target.max() - 1e-9
-        tally.add(loss=loss.detach(), kl=action_loss.detach() - floor, target_entropy=floor, accuracy=hit)
+        tally.add(loss=loss.detach() - floor, cross_entropy=loss.detach(), kl=action_loss.detach() - floor, target_entropy=floor, accuracy=hit)
         return loss
 
     def _rft_term(self, flat: torch.Tensor, item: TreeItem, sample: RFTSample, tally: _Tally) -> torch.Tensor:
