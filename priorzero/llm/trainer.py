@@ -158,8 +158,8 @@ class LLMTrainer:
 
         Metrics (means over the samples): cross_entropy (what is minimised), target_entropy (its floor: how undecided the
         search is, which no training of the LLM changes), loss (cross_entropy - target_entropy, 0 where the LLM has become
-        the search), kl (KL(target || policy), equal to loss unless the objective is "tokens"), accuracy (argmax of the policy is an argmax of the target), grad_norm
-        (mean before clipping), tokens, seconds, samples, skipped.
+        the search), kl (KL(target || policy), equal to loss unless the objective is "tokens"), accuracy (argmax of the
+        policy is an argmax of the target), grad_norm (mean before clipping), tokens, seconds, samples, skipped.
         """
         for s in samples:
             if len(s.target) != len(s.request.actions):
