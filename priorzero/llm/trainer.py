@@ -193,7 +193,8 @@ class LLMTrainer:
             loss = sft_token_loss(action_totals(flat, item.request, "sum"), target)
         floor = entropy_of(target)
         hit = target[totals.argmax()] >= target.max() - 1e-9
-        tally.add(loss=loss.detach() - floor, cross_entropy=loss.detach(), kl=action_loss.detach() - floor, target_entropy=floor, accuracy=hit)
+        tally.add(loss=loss.detach() - floor, cross_entropy=loss.detach(), kl=action_loss.detach() - floor,
+                  target_entropy=floor, accuracy=hit)
         return loss
 
     def _rft_term(self, flat: torch.Tensor, item: TreeItem, sample: RFTSample, tally: _Tally) -> torch.Tensor:
