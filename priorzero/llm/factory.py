@@ -68,7 +68,7 @@ async def create_engine(
             engine, reason, fell_back = await transformers(), f"vLLM cannot be used: {error}", True
     if fell_back:
         logger.warning("LLM engine falls back from vLLM to transformers: %s", reason)
-        engine.counters["engine_fallbacks"] += 1
+    engine.counters["engine_fallbacks"] += fell_back  # also 0, so that a run without a fallback says so
     logger.info("LLM engine: %s, because %s", engine.name, reason)
     return CachedEngine(engine, settings.cache_size) if settings.cache_size else engine
 
