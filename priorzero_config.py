@@ -197,7 +197,7 @@ DEBUG = dict(
                 replay_buffer_size=20_000, learning_rate=3e-4, replay_ratio=0.25,
                 action_vocabulary=dict(capacity=256, overflow=16),
                 # mean: the small model's sums favour the shortest commands ("look") by far. Softening them with a temperature
-                # of 3 instead halved the return at 2,400 steps of tw-simple (one seed).
+                # of 3 instead gave 3.8 points a training episode against 5.7 after 2,400 steps of tw-simple (one seed each).
                 root_prior=dict(anneal_env_steps=4000, reduction="mean")),
     # transformers: a debug run has no minute to spare for vLLM's start, nor the memory for a second engine.
     llm=dict(engine="transformers",
