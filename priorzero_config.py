@@ -292,6 +292,7 @@ def validate_config(cfg: EasyDict) -> None:
         "env.games_dir": (env.games_dir, env.games_dir is None or isinstance(env.games_dir, str),
                           "it must be a folder or None"),
         "llm.max_batch_tokens": (llm.max_batch_tokens, llm.max_batch_tokens >= 0, "it must not be negative"),
+        "llm.lora.last_layers": (llm.lora.last_layers, llm.lora.last_layers >= 0, "it must not be negative"),
         "llm.engine": (llm.engine, llm.engine in ("auto", "vllm", "transformers"), "it must be auto, vllm or transformers"),
         "llm.dtype": (llm.dtype, llm.dtype in ("auto", "float32", "bfloat16"), "it must be auto, float32 or bfloat16"),
         "llm.train.objective": (llm.train.objective, llm.train.objective in ("actions", "tokens"),

@@ -65,7 +65,6 @@ class PriorZeroEvaluator:
                  watch: Stopwatch | None = None, temperature: float = 0.0) -> None:
         self._policy, self._envs, self._encoder, self._prior = policy, envs, encoder, prior
         self._history_length, self._reduction, self._transcripts = history_length, reduction, transcripts
-        self._rng = np.random.default_rng(seed)
         self._seed, self._temperature = seed, temperature
         self.watch = watch or Stopwatch()
 

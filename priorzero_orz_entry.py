@@ -258,7 +258,7 @@ class Run:
             self.metrics.scalars("llm", llm, step)
             parts += [f"llm_{kind}_loss: {llm[f'{kind}_loss']:.4f}" for kind in ("sft", "rft") if f"{kind}_loss" in llm]
         for name, value in (wm | llm).items():
-            if name in ("wm_loss", "sft_loss", "rft_loss", "sft_kl"):
+            if name in ("wm_loss", "sft_loss", "rft_loss"):
                 self._losses.setdefault(name, []).append(value)
         if parts:
             logger.info("✓ WM training done - %s", ", ".join(parts))

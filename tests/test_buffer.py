@@ -212,6 +212,8 @@ def test_segments_of_other_episodes_in_between_do_not_mix(monkeypatch):
     batch = sample_at(buffer, range(12), monkeypatch)
     for row, (episode, start) in enumerate(order):
         check_row(batch, row, episode, start, 3, 2)
+        real = batch.mask_step[row] > 0  # past the end of a terminated episode rewards are zero
+        assert set(batch.rewards[row][real]) == {1.0 if episode is a else 10.0}
 
 
 def test_a_window_is_exactly_as_long_as_asked():

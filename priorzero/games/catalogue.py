@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 STORY_SUFFIXES = (".z3", ".z4", ".z5", ".z6", ".z8")
 AUTO_STORY = "zork1.z5"
-AUTO_GENERATED = "tw-simple:rewards=dense,goal=brief"
+AUTO_GENERATED = "tw-simple"
 # Version of what we keep for a state; raise it when backends.describe() changes what it returns.
 _DETAILS_VERSION = 1
 

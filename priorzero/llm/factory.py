@@ -51,7 +51,9 @@ async def create_engine(
     if settings.kind == "transformers":
         engine, reason = await transformers(), "the setting names it"
     elif settings.kind == "auto" and not settings.required:
-        choice = await faster_engine(transformers, vllm, settings.prompt_tokens)
+        # Prompt and action must fit the length vLLM is started for, where the user lowered it.
+        prompt_tokens = min(settings.prompt_tokens, (settings.vllm.max_model_len or settings.prompt_tokens * 2) // 2)
+        choice = await faster_engine(transformers, vllm, prompt_tokens)
         engine, reason, fell_back = choice.engine, choice.reason, choice.vllm_failed
         if engine.name == "vllm":
             engine = guarded(engine)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,7 +33,7 @@ class PackedRow:
     masks: list[torch.Tensor]
     head: int = 0
     head_kv: LayerKV | None = None
-    calls: int = field(default=0)
+    calls: int = 0
 
 
 def supports_packing(causal_lm) -> bool:
@@ -97,7 +97,8 @@ def packed_pass(causal_lm, items: Sequence[TreeItem], head_kv: LayerKV | None, d
         positions += [*range(first, first + len(body)), *(first + len(body) + d for d in item.trie.depths)]
         spans.append((start, len(ids)))
         places += range(start + len(body) - 1, start + len(body) - 1 + item.trie.num_rows)
-        masks.append(_mask(item, dtype).to(device))
+        allowed = item.mask()
+        masks.append(torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, float("-inf")).to(device))
     row = PackedRow(spans, masks, len(inside), head_kv)
     decoder = causal_lm.get_decoder()
     with _packed_attention(decoder):
@@ -110,15 +111,3 @@ def packed_pass(causal_lm, items: Sequence[TreeItem], head_kv: LayerKV | None, d
         raise RuntimeError(f"{row.calls} of {causal_lm.config.num_hidden_layers} layers attended through the packed row: this "
                            "model ignores the attention interface, and supports_packing must say so")
     return hidden[0, torch.tensor(places, device=device)]
-
-
-def _mask(item: TreeItem, dtype: torch.dtype) -> torch.Tensor:
-    """Additive mask `[S, H + S]`: head and body causally, each node the whole prompt and its own ancestors."""
-    head, body, nodes = len(item.request.head_ids), len(item.request.body_ids), len(item.trie.tokens)
-    allowed = torch.zeros(body + nodes, head + body + nodes, dtype=torch.bool)
-    allowed[:, :head] = True
-    allowed[:body, head : head + body] = torch.ones(body, body, dtype=torch.bool).tril()
-    allowed[body:, head : head + body] = True
-    for node, ancestors in enumerate(item.trie.ancestors()):
-        allowed[body + node, [head + body + a for a in ancestors]] = True
-    return torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, float("-inf"))

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from priorzero.llm.engine import LLMEngine, LLMEngineError
-from priorzero.llm.requests import ScoreRequest
+from priorzero.llm.requests import ScoreRequest, TextTokeniser
 
 logger = logging.getLogger(__name__)
 
@@ -30,26 +30,30 @@ class Choice:
     vllm_failed: bool
 
 
-def sample_requests(count: int, prompt_tokens: int, seed: int = 0) -> list[ScoreRequest]:
-    """States of about `prompt_tokens` tokens (an English word is a little more than one), all different."""
+def sample_requests(count: int, prompt_tokens: int, text: TextTokeniser, seed: int = 0) -> list[ScoreRequest]:
+    """States of about `prompt_tokens` tokens, all different; fewer where the model takes no more."""
     rng = random.Random(seed)
-    head_words = max(8, prompt_tokens // 4)
+    per_word = text.count_tokens(" ".join(_NOUNS)) / len(_NOUNS)
+    words = int(min(prompt_tokens, text.max_tokens // 2) / per_word)
+    head_words = max(1, words // 4)
     head = " ".join(rng.choices(_NOUNS, k=head_words)) + "\n"
     actions = [f"{verb} {noun}" for verb in _VERBS for noun in _NOUNS]
-    return [ScoreRequest(head, f"{number} " + " ".join(rng.choices(_NOUNS, k=max(8, prompt_tokens - head_words))) + "\n",
+    return [ScoreRequest(head, f"{number} " + " ".join(rng.choices(_NOUNS, k=max(1, words - head_words))) + "\n",
                          tuple(sorted(rng.sample(actions, _ACTIONS))), " ") for number in range(count)]
 
 
 async def states_per_second(engine: LLMEngine, prompt_tokens: int) -> float:
     """Speed on states the engine has not seen, after two others to warm up; one by one if even those were slow."""
-    warm_up, states = (sample_requests(n, prompt_tokens, seed) for n, seed in ((2, 0), (_STATES, 1)))
+    warm_up, states = (sample_requests(n, prompt_tokens, engine.text, seed) for n, seed in ((2, 0), (_STATES, 1)))
     started = time.perf_counter()
     await engine.score(warm_up)
     if time.perf_counter() - started > _SECONDS / 2:
         states = states[:1]
     started = time.perf_counter()
     await engine.score(states)
-    return len(states) / (time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    engine.counters.clear()  # they count what the run asks
+    return len(states) / seconds
 
 
 async def faster_engine(start_transformers: Callable[[], Awaitable[LLMEngine]], start_vllm: Callable[[], Awaitable[LLMEngine]],
@@ -69,11 +73,13 @@ async def faster_engine(start_transformers: Callable[[], Awaitable[LLMEngine]], 
         for engine in (transformers, vllm):
             speeds[engine.name] = await states_per_second(engine, prompt_tokens)
     except LLMEngineError as error:
-        if "transformers" not in speeds:
-            await vllm.close()
-            raise
         await vllm.close()
+        if "transformers" not in speeds:
+            raise
         return Choice(transformers, f"vLLM started but did not answer: {error}", True)
+    except BaseException:
+        await vllm.close()
+        raise
     winner, loser = (vllm, transformers) if speeds["vllm"] > speeds["transformers"] else (transformers, vllm)
     await loser.close()
     figures = " and ".join(f"{name} {speed:.3g}" for name, speed in speeds.items())

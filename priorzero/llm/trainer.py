@@ -354,4 +354,7 @@ def _with_lora(model: torch.nn.Module, lora: LoraSettings | None, frozen_dtype: 
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM",
         layers_to_transform=layers,
     )
-    return get_peft_model(model, config)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise PriorZeroError(f"LoRA with target_modules {lora.target_modules!r} cannot be put on this LLM: {error}") from error

@@ -46,6 +46,23 @@ class TreeItem:
     def num_tokens(self) -> int:
         return len(self.request.body_ids) + len(self.trie.tokens)
 
+    def node_mask(self) -> torch.Tensor:
+        """`[T, T]`, True where a node may attend: its ancestors and itself."""
+        mask = torch.zeros(len(self.trie.tokens), len(self.trie.tokens), dtype=torch.bool)
+        for node, ancestors in enumerate(self.trie.ancestors()):
+            mask[node, ancestors] = True
+        return mask
+
+    def mask(self) -> torch.Tensor:
+        """`[S, H + S]`: the body head and body causally, each node the whole prompt and its own ancestors."""
+        head, body = len(self.request.head_ids), len(self.request.body_ids)
+        mask = torch.zeros(self.num_tokens, head + self.num_tokens, dtype=torch.bool)
+        mask[:, :head] = True
+        mask[:body, head : head + body] = torch.ones(body, body, dtype=torch.bool).tril()
+        mask[body:, head : head + body] = True
+        mask[body:, head + body :] = self.node_mask()
+        return mask
+
 
 class HeadCache:
     """Keys and values of the most recent heads, valid for one state of the weights."""
@@ -130,11 +147,7 @@ def _layout(items: Sequence[TreeItem], device: torch.device):
         positions[b, :body] = torch.arange(head_len, head_len + body)
         positions[b, body:end] = head_len + body + torch.tensor(item.trie.depths, dtype=torch.long)
         row = mask[b, 0]
-        row[:end, :head_len] = True
-        row[:body, head_len : head_len + body] = torch.ones(body, body, dtype=torch.bool).tril()
-        row[body:end, head_len : head_len + body] = True
-        for node, ancestors in enumerate(item.trie.ancestors()):
-            row[body + node, [head_len + body + a for a in ancestors]] = True
+        row[:end, : head_len + end] = item.mask()
         # A padding token sees itself only: an empty row of the mask would give NaN.
         padding = torch.arange(end, size)
         row[padding, head_len + padding] = True
@@ -242,8 +255,7 @@ def _two_passes(causal_lm, items: Sequence[TreeItem], device: torch.device) -> t
         tokens[b, :own] = torch.tensor(item.trie.tokens, dtype=torch.long)
         positions[b, :own] = lengths[b] + torch.tensor(item.trie.depths, dtype=torch.long)
         mask[b, 0, :own, : lengths[b]] = True
-        for node, ancestors in enumerate(item.trie.ancestors()):
-            mask[b, 0, node, [width + a for a in ancestors]] = True
+        mask[b, 0, :own, width : width + own] = item.node_mask()
     second = decoder(
         input_ids=tokens.to(device), position_ids=positions.to(device), attention_mask=mask.to(device),
         past_key_values=first.past_key_values, use_cache=True,

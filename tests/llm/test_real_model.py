@@ -81,8 +81,10 @@ async def test_transformers_float32_and_bfloat16(smollm, requests, reference):
     expected = [reference(model, text.tokenise(r)) for r in few]
     for dtype, limit in ((None, 0.001), (torch.bfloat16, 0.5)):
         engine = TransformersEngine(model, text, compute_dtype=dtype)
-        for answer, want in zip(await engine.score(few), expected, strict=True):
+        answers = await engine.score(few)
+        for answer, want in zip(answers, expected, strict=True):
             check(answer, want, limit)
+        assert [len(a.token_logprobs) for a in answers] == [3, 3]
         await engine.close()
 
 

@@ -186,6 +186,9 @@ def test_frozen_layers_in_bfloat16_train_as_float32_ones_do(tiny, byte_text, mon
 def test_adapters_on_the_last_layers_leave_the_others_alone(tiny, byte_text):
     settings = dataclasses.replace(FAST, lora=LoraSettings(rank=4, last_layers=1), learning_rate=2e-2)
     trainer = LLMTrainer(tiny(vocab=262), byte_text.tokenizer, settings)
+    wrong = dataclasses.replace(FAST, lora=LoraSettings(target_modules=("nosuch",)))
+    with pytest.raises(PriorZeroError, match="nosuch"):
+        LLMTrainer(tiny(vocab=262), byte_text.tokenizer, wrong)
     names = list(trainer.state_dict()["model"])
     assert names and all(".layers.1." in name for name in names) and len({n.split(".lora_")[0] for n in names}) == 7
     history = [trainer.sft_update(SAMPLES) for _ in range(10)]
