@@ -145,6 +145,12 @@ LLM = dict(
               start_timeout_s=600.0),
     # (int) Scored states remembered for the present weights.
     score_cache_size=20_000,
+    # (int) MiB the transformers engine may take for keys and values of earlier prompts: while a history only grows, a prompt is
+    # computed from where it differs. Emptied when the weights change. 0: only the fixed head is kept.
+    prefix_cache_mib=1024,
+    # (int) On a CPU, with adapters on the last layers only: MiB for what the layers below them gave, which no update changes.
+    # A state met again, or trained on, is computed from there. 0: none.
+    trunk_cache_mib=1024,
     # (dict) Fields of `priorzero_prompts.PromptSettings`.
     prompt=dict(history_length=5, max_observation_chars=400, include_valid_actions=True, use_cot=False,
                 max_prompt_tokens=1024),
@@ -292,6 +298,8 @@ def validate_config(cfg: EasyDict) -> None:
         "env.games_dir": (env.games_dir, env.games_dir is None or isinstance(env.games_dir, str),
                           "it must be a folder or None"),
         "llm.max_batch_tokens": (llm.max_batch_tokens, llm.max_batch_tokens >= 0, "it must not be negative"),
+        "llm.prefix_cache_mib": (llm.prefix_cache_mib, llm.prefix_cache_mib >= 0, "it must not be negative"),
+        "llm.trunk_cache_mib": (llm.trunk_cache_mib, llm.trunk_cache_mib >= 0, "it must not be negative"),
         "llm.lora.last_layers": (llm.lora.last_layers, llm.lora.last_layers >= 0, "it must not be negative"),
         "llm.engine": (llm.engine, llm.engine in ("auto", "vllm", "transformers"), "it must be auto, vllm or transformers"),
         "llm.dtype": (llm.dtype, llm.dtype in ("auto", "float32", "bfloat16"), "it must be auto, float32 or bfloat16"),

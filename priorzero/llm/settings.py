@@ -39,6 +39,7 @@ class EngineSettings:
     compute_dtype: str = "auto"  # transformers engine: "auto", "bfloat16" or "float32"
     max_batch_tokens: int = 4096  # transformers engine: padded tokens of one forward
     cache_size: int = 20_000  # scored states kept; 0 switches the cache off
+    prefix_cache_mib: int = 1024  # transformers engine: keys and values of earlier prompts; 0: of fixed heads only
     max_restarts: int = 2
     attempts: int = 3  # tries of one call before its engine counts as dead
     max_prompt_tokens: int | None = None  # lowers the model's own limit
@@ -51,5 +52,5 @@ class EngineSettings:
             raise PriorZeroError(f"LLM engine {self.kind!r} is unknown; use 'auto', 'vllm' or 'transformers'")
         if self.required and self.kind == "transformers":
             raise PriorZeroError("llm_required demands vLLM, but the engine is fixed to 'transformers'; change one")
-        if self.max_batch_tokens < 1 or self.cache_size < 0 or self.max_restarts < 0 or self.attempts < 1:
+        if min(self.max_batch_tokens, self.attempts) < 1 or min(self.cache_size, self.prefix_cache_mib, self.max_restarts) < 0:
             raise PriorZeroError(f"LLM engine settings hold a number that is too small: {self}")

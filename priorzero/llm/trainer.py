@@ -35,6 +35,7 @@ from priorzero.llm.tree_forward import (
     split_actions,
     tree_logprobs,
 )
+from priorzero.llm.trunk import TrunkCache, frozen_layers
 from priorzero.types import ActionScores, PriorZeroError
 
 logger = logging.getLogger(__name__)
@@ -70,13 +71,15 @@ class LLMTrainerSettings:
     entropy_coef: float = 0.0  # RFT
     max_prompt_tokens: int | None = None  # lowers the model's own limit
     lora: LoraSettings | None = None
+    trunk_cache_mib: int = 1024  # memory for outputs of layers below the adapters (`trunk.py`), on a CPU; 0: none
 
     def __post_init__(self) -> None:
         rules = {
             "learning_rate must be positive": self.learning_rate > 0,
             "max_grad_norm must be positive": self.max_grad_norm > 0,
             "max_batch_tokens must be at least 1": self.max_batch_tokens >= 1,
-            "batch_size and warmup_steps must not be negative": self.batch_size >= 0 and self.warmup_steps >= 0,
+            "batch_size, warmup_steps and trunk_cache_mib must not be negative":
+                min(self.batch_size, self.warmup_steps, self.trunk_cache_mib) >= 0,
             "objective must be 'actions' or 'tokens'": self.objective in ("actions", "tokens"),
             "reduction must be 'sum' or 'mean'": self.reduction in ("sum", "mean"),
             "compute_dtype must be 'auto', 'bfloat16' or 'float32'":
@@ -145,6 +148,8 @@ class LLMTrainer:
         self.model = _with_lora(model.float(), self.settings.lora, self.compute_dtype).eval()
         limit = model_max_tokens(base_model(model).config, self.settings.max_prompt_tokens)
         self.text = TextTokeniser(tokenizer, limit)
+        depth = frozen_layers(self.model) if self.settings.trunk_cache_mib else 0
+        self.trunk = TrunkCache(depth, self.settings.trunk_cache_mib << 20) if depth else None
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=self.settings.learning_rate, betas=self.settings.betas,
@@ -219,7 +224,7 @@ class LLMTrainer:
         useful = [s for s in samples if s.request.actions]
         tally, norms, tokens = _Tally(), [], 0
         with self.lock:
-            items = prepare([self.text.tokenise(s.request) for s in useful])
+            items = prepare(self.text.tokenise_all([s.request for s in useful]))
             size = self.settings.batch_size or max(1, len(useful))
             for start in range(0, len(useful), size):
                 chunk = range(start, min(start + size, len(useful)))
@@ -241,7 +246,7 @@ class LLMTrainer:
 
     def _backward(self, items: list[TreeItem], samples: list, term: Callable, tally: _Tally, share: int) -> None:
         with autocast(self.device, self.compute_dtype):
-            flats = tree_logprobs(self.model, items)
+            flats = tree_logprobs(self.model, items, trunk=self.trunk)
         loss = torch.stack([term(f, i, s, tally) for f, i, s in zip(flats, items, samples, strict=True)]).sum() / share
         if not torch.isfinite(loss):
             raise PriorZeroError(
@@ -269,15 +274,17 @@ class LLMTrainer:
         without a thought.
         """
         compute = self.compute_dtype if dtype is None else None if dtype == torch.float32 else dtype
-        items = prepare([self.text.tokenise(r) for r in requests])
+        trunk = self.trunk if compute == self.compute_dtype else None
+        items = prepare(self.text.tokenise_all(requests))
         answers: list[ActionScores] = [ActionScores((), self.version)] * len(items)
         filled = [i for i, item in enumerate(items) if item.request.action_ids]
         with self.lock, torch.no_grad(), _float32_layers(self.model, compute is None), autocast(self.device, compute):
             for batch in plan_batches([items[i] for i in filled], self.settings.max_batch_tokens):
                 rows = [filled[j] for j in batch]
                 head = items[rows[0]].request.head_ids
-                kv = head_key_values(self.model, head) if head else None
-                for i, flat in zip(rows, tree_logprobs(self.model, [items[i] for i in rows], head_kv=kv), strict=True):
+                kv = head_key_values(self.model, head, trunk) if head else None
+                flats = tree_logprobs(self.model, [items[i] for i in rows], head_kv=kv, trunk=trunk)
+                for i, flat in zip(rows, flats, strict=True):
                     parts = split_actions(flat.cpu(), items[i].request)
                     answers[i] = ActionScores(tuple(tuple(p.tolist()) for p in parts), self.version)
         return answers

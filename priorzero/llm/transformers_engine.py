@@ -17,8 +17,11 @@ import torch
 
 from priorzero.llm.engine import LLMEngine, LLMEngineDead, LLMEngineError, TokenLogprobs
 from priorzero.llm.model import base_model, export_weights, sync_head
+from priorzero.llm.packed import supports_packing
+from priorzero.llm.prefix_cache import PrefixCache
 from priorzero.llm.requests import ReasoningSettings, TextTokeniser, TokenisedRequest
-from priorzero.llm.tree_forward import HeadCache, autocast, plan_batches, prepare, split_actions, tree_logprobs
+from priorzero.llm.tree_forward import LayerKV, TreeItem, autocast, plan_batches, prepare, split_actions, tree_logprobs
+from priorzero.llm.trunk import TrunkCache
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -29,7 +32,9 @@ class TransformersEngine(LLMEngine):
 
     :param compute_dtype: autocast dtype, or None to compute in the weights' dtype.
     :param max_batch_tokens: bound of padded tokens in one forward.
-    :param lock: the trainer's lock when the model object is shared with it.
+    :param lock: the trainer's lock when the model object, or `trunk`, is shared with it.
+    :param prefix_cache_mib: memory for keys and values of earlier prompts, for those that begin alike; 0: heads only.
+    :param trunk: outputs of layers that no update changes; the trainer's own, where it has them.
     """
 
     name = "transformers"
@@ -43,12 +48,15 @@ class TransformersEngine(LLMEngine):
         max_batch_tokens: int = 4096,
         reasoning: ReasoningSettings | None = None,
         lock: threading.RLock | None = None,
+        trunk: TrunkCache | None = None,
+        prefix_cache_mib: int = 0,
     ) -> None:
         super().__init__(text, reasoning)
         self.model = model
         self.compute_dtype = compute_dtype
         self.max_batch_tokens = max_batch_tokens
-        self.head_cache = HeadCache()
+        self.prefixes = PrefixCache(prefix_cache_mib << 20)
+        self.trunk = trunk
         self._lock = lock or threading.RLock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="llm-transformers")
         self._closed = False
@@ -80,14 +88,47 @@ class TransformersEngine(LLMEngine):
     def _score_now(self, requests: Sequence[TokenisedRequest]) -> list[TokenLogprobs]:
         items = prepare(requests)
         answers: list[TokenLogprobs] = [()] * len(items)
-        for batch in plan_batches(items, self.max_batch_tokens):
-            head = items[batch[0]].request.head_ids
-            kv = self.head_cache.get(self.model, head, self.compute_dtype) if head else None
-            for i, flat in zip(batch, tree_logprobs(self.model, [items[i] for i in batch], head_kv=kv), strict=True):
-                answers[i] = tuple(tuple(a.tolist()) for a in split_actions(flat.cpu(), items[i].request))
-            self.counters["forwards"] += 1
-            self.counters["tokens"] += sum(items[i].num_tokens for i in batch)
+        grown = self._grown_prompts(items)
+        rest = [i for i in range(len(items)) if i not in grown]
+        for group, mixed in ((list(grown), True), (rest, False)):
+            members = [grown[i][0] if mixed else items[i] for i in group]
+            for batch in plan_batches(members, self.max_batch_tokens, mixed_heads=mixed):
+                chosen = [members[j] for j in batch]
+                kept: list[LayerKV] | None = [] if self._keeps_prompts else None
+                flats = self._forward(chosen, [grown[group[j]][1] for j in batch] if mixed else None, kept)
+                for j, item, flat in zip(batch, chosen, flats, strict=True):
+                    answers[group[j]] = tuple(tuple(a.tolist()) for a in split_actions(flat.cpu(), item.request))
+                for item, kv in zip(chosen, kept or (), strict=False):
+                    self.prefixes.keep(item.request, kv)
+                self.counters["forwards"] += 1
+                self.counters["tokens"] += sum(item.num_tokens for item in chosen)
         return answers
+
+    def _forward(self, items: list[TreeItem], prefixes: list[LayerKV] | None, kept: list | None) -> list[torch.Tensor]:
+        head, kv = items[0].request.head_ids, None
+        if head and prefixes is None:
+            kv = self.prefixes.head(self.model, head, self.compute_dtype, self.trunk)
+        return tree_logprobs(self.model, items, head_kv=kv, prefixes=prefixes, trunk=self.trunk, kept=kept)
+
+    @property
+    def _keeps_prompts(self) -> bool:
+        """Not beside a trunk: it spares more, as long as states repeat, and keeps nothing of the layers above."""
+        return self.prefixes.max_bytes > 0 and self.trunk is None and supports_packing(base_model(self.model))
+
+    def _grown_prompts(self, items: Sequence[TreeItem]) -> dict[int, tuple[TreeItem, LayerKV]]:
+        """The items that begin as a kept prompt does, by index: cut anew, and the keys and values of their beginning.
+
+        On CUDA only where that is most of the prompt: what is left is computed state by state, not in one large batch.
+        """
+        if not self._keeps_prompts:
+            return {}
+        cuda = next(self.model.parameters()).device.type == "cuda"
+        grown = {}
+        for i, item in enumerate(items):
+            found = self.prefixes.recut(self.model, item.request, self.compute_dtype)
+            if found is not None and (not cuda or len(found[0].head_ids) > len(found[0].body_ids)):
+                grown[i] = (TreeItem(found[0], item.trie), found[1])
+        return grown
 
     async def _generate_tokens(
         self, prompts: list[tuple[int, ...]], max_new_tokens: int, temperature: float, stop: tuple[str, ...],
@@ -166,7 +207,7 @@ class TransformersEngine(LLMEngine):
                     own[key].copy_(value)
                     moved += value.numel() * own[key].element_size()
                 sync_head(base_model(self.model))
-            self.head_cache.clear()
+            self.prefixes.clear()
             self.weights_version = version
 
         started = time.perf_counter()
@@ -178,9 +219,7 @@ class TransformersEngine(LLMEngine):
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def stats(self) -> dict[str, float]:
-        return super().stats() | {
-            "head_cache_hits": float(self.head_cache.hits), "head_cache_misses": float(self.head_cache.misses),
-        }
+        return super().stats() | self.prefixes.stats() | (self.trunk.stats() if self.trunk is not None else {})
 
 
 def cut_at_stop(text: str, stop: Sequence[str]) -> str | None:

@@ -3,7 +3,7 @@
 Each state is one row: its prompt body, then the inner nodes of its actions' token trie. A 4D mask lets a node see the
 prompt and its own ancestors only, and position ids count along its path, so the row equals one full forward per
 action (tests/llm compare them). The head, common to many states, is computed once as a row of its own; its keys and
-values are shared by all rows: kept across calls for scoring (`HeadCache`), with gradients flowing into it in training.
+values are shared by all rows: kept across calls for scoring (`prefix_cache.py`), with gradients flowing into it in training.
 
 Letters: `B` states of a batch, `H` tokens of the head, `S` padded tokens of a row (body and nodes), `P` padded
 tokens of a prompt (head and body), `T` padded nodes, `R` rows of logits that are needed (end of prompt and inner nodes,
@@ -20,16 +20,20 @@ Tree attention after SpecInfer (arXiv:2305.09781), used here to score instead of
 from __future__ import annotations
 
 import contextlib
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from priorzero.llm.model import base_model, weights_stamp
+from priorzero.llm.model import base_model, only_layers
 from priorzero.llm.requests import TokenisedRequest
 from priorzero.llm.trie import TokenTrie, build_trie
 from priorzero.types import PriorZeroError
+
+if TYPE_CHECKING:
+    from priorzero.llm.trunk import TrunkCache
 
 TWO_PASS_TOKENS = 1024  # body tokens from which a GPU takes two passes
 LayerKV = list[tuple[torch.Tensor, torch.Tensor]]  # per layer: keys, values, each [1, heads, H, head_dim]
@@ -64,68 +68,52 @@ class TreeItem:
         return mask
 
 
-class HeadCache:
-    """Keys and values of the most recent heads, valid for one state of the weights."""
-
-    def __init__(self, capacity: int = 4) -> None:
-        self.capacity = capacity
-        self.hits = 0
-        self.misses = 0
-        self._stamp: tuple = ()
-        self._kv: OrderedDict[tuple[int, ...], LayerKV] = OrderedDict()
-
-    def clear(self) -> None:
-        self._kv.clear()
-
-    def get(self, model: torch.nn.Module, head_ids: tuple[int, ...], dtype: torch.dtype | None) -> LayerKV:
-        """Keys and values of ``head_ids`` under the present weights (computed when missing or outdated)."""
-        stamp = (id(model), weights_stamp(model), dtype)
-        if stamp != self._stamp:
-            self._kv.clear()
-            self._stamp = stamp
-        if head_ids in self._kv:
-            self.hits += 1
-            self._kv.move_to_end(head_ids)
-            return self._kv[head_ids]
-        self.misses += 1
-        self._kv[head_ids] = head_key_values(model, head_ids)
-        if len(self._kv) > self.capacity:
-            self._kv.popitem(last=False)
-        return self._kv[head_ids]
-
-
 def autocast(device: torch.device, dtype: torch.dtype | None):
     """Context for the compute dtype: ``None`` computes in the weights' own dtype."""
     return torch.autocast(device.type, dtype=dtype) if dtype is not None else contextlib.nullcontext()
 
 
-def head_key_values(model: torch.nn.Module, head_ids: tuple[int, ...]) -> LayerKV:
-    """Run the head alone. Gradients follow the surrounding grad mode."""
-    decoder, device = base_model(model).get_decoder(), next(model.parameters()).device
-    ids = torch.tensor([head_ids], device=device)
-    out = decoder(input_ids=ids, use_cache=True)
-    return [(layer.keys, layer.values) for layer in out.past_key_values.layers]
+def head_key_values(model: torch.nn.Module, head_ids: tuple[int, ...], trunk: TrunkCache | None = None) -> LayerKV:
+    """Run the head alone. Gradients follow the surrounding grad mode. `trunk` spares the frozen layers."""
+    causal_lm, device = base_model(model), next(model.parameters()).device
+    decoder = causal_lm.get_decoder()
+    if trunk is None:
+        return key_values(decoder(input_ids=torch.tensor([head_ids], device=device), use_cache=True))
+    hidden, lower = trunk.head(causal_lm, head_ids, device)
+    with only_layers(decoder, trunk.depth, len(decoder.layers)):
+        upper = key_values(decoder(inputs_embeds=hidden[None], use_cache=True))
+    return lower + upper[trunk.depth :]
+
+
+def key_values(output) -> LayerKV:
+    """Keys and values per layer of a decoder's output."""
+    return [(layer.keys, layer.values) for layer in output.past_key_values.layers]
 
 
 def prepare(requests: Sequence[TokenisedRequest]) -> list[TreeItem]:
     return [TreeItem(r, build_trie(r.action_ids)) for r in requests]
 
 
-def plan_batches(items: Sequence[TreeItem], max_batch_tokens: int, max_batch_size: int = 64) -> list[list[int]]:
-    """Indices of items that share a forward: same head, similar length, ``B * (H + S)`` at most ``max_batch_tokens``.
+def plan_batches(items: Sequence[TreeItem], max_batch_tokens: int, max_batch_size: int = 64, *,
+                 mixed_heads: bool = False) -> list[list[int]]:
+    """Indices of items that share a forward: similar length, ``B * (H + S)`` at most ``max_batch_tokens``, and the same
+    head unless ``mixed_heads``.
 
-    A single state above the limit gets a batch of its own: it cannot be split. Attention over the shared head counts,
-    because its keys and values are copied for each row.
+    A single state above the limit gets a batch of its own: it cannot be split. Attention over the head counts, because
+    its keys and values are copied for each row.
     """
-    by_head: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    def length(i: int) -> int:
+        return len(items[i].request.head_ids) + items[i].num_tokens
+
+    groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for i, item in enumerate(items):
-        by_head[item.request.head_ids].append(i)
+        groups[() if mixed_heads else item.request.head_ids].append(i)
     batches: list[list[int]] = []
-    for head, members in by_head.items():
+    for members in groups.values():
         batch: list[int] = []
-        for i in sorted(members, key=lambda j: items[j].num_tokens):  # ascending: the newest is the longest
+        for i in sorted(members, key=length):  # ascending: the newest is the longest
             rows = len(batch) + 1
-            if batch and (rows * (len(head) + items[i].num_tokens) > max_batch_tokens or rows > max_batch_size):
+            if batch and (rows * length(i) > max_batch_tokens or rows > max_batch_size):
                 batches.append(batch)
                 batch = []
             batch.append(i)
@@ -170,33 +158,39 @@ def tree_logprobs(
     items: Sequence[TreeItem],
     *,
     head_kv: LayerKV | None = None,
+    prefixes: Sequence[LayerKV] | None = None,
     logit_rows: int = 512,
     way: str | None = None,
+    trunk: TrunkCache | None = None,
+    kept: list[LayerKV] | None = None,
 ) -> list[torch.Tensor]:
     """Log-probabilities (natural log, temperature 1, float32) of all action tokens of one batch of states.
 
-    All items share one head. One flat tensor per item: the tokens of its actions one after another, with the lengths
-    of ``request.action_ids``. Gradients follow the surrounding grad mode; without ``head_kv`` the head is computed
-    here, once for the batch, with gradients too. ``logit_rows`` bounds the rows of logits [R, N] held at a time
-    (without gradients; autograd keeps them all). ``way``: "packed", "padded" or "two_passes", see the module; None
-    decides by device, model and length.
+    All items share one head, unless ``prefixes`` holds the keys and values of each one's own. One flat tensor per item: the
+    tokens of its actions one after another, with the lengths of ``request.action_ids``. Gradients follow the surrounding
+    grad mode; without ``head_kv`` and ``prefixes`` the head is computed here, once for the batch, with gradients too.
+    ``logit_rows`` bounds the rows of logits [R, N] held at a time (without gradients; autograd keeps them all). ``way``:
+    "packed", "padded" or "two_passes", see the module; None decides by device, model and length. ``trunk`` holds outputs of
+    frozen layers; used where states are packed. ``kept`` is filled with each prompt's keys and values where that is possible.
     """
     causal_lm = base_model(model)
     device = next(model.parameters()).device
     head_ids = items[0].request.head_ids
-    if any(item.request.head_ids != head_ids for item in items):
-        raise ValueError("the states of one batch need the same head; use plan_batches")
-    way = way or _choose_way(causal_lm, items, device)
+    if prefixes is None and any(item.request.head_ids != head_ids for item in items):
+        raise ValueError("the states of one batch need the same head, or each its prefix; use plan_batches")
+    way = way or ("packed" if prefixes is not None else choose_way(causal_lm, items, device))
     # An empty body leaves no token in the row that ends the prompt, so the head goes into the row instead.
     if head_ids and (way == "two_passes" or any(not item.request.body_ids for item in items)):
-        items = [TreeItem(_headless(item.request), item.trie) for item in items]
+        items = [headless(item) for item in items]
         head_ids, head_kv = (), None
     if way == "two_passes":
-        needed = _two_passes(causal_lm, items, device)
+        needed = _two_passes(causal_lm, items, device, kept)
     elif way == "packed":
         from priorzero.llm.packed import packed_pass
 
-        needed = packed_pass(causal_lm, items, head_kv, device)
+        if prefixes is None and head_kv is not None:
+            prefixes = [head_kv] * len(items)
+        needed = packed_pass(causal_lm, items, prefixes, device, trunk, kept)
     else:
         if head_ids and head_kv is None:
             head_kv = head_key_values(model, head_ids)
@@ -204,7 +198,8 @@ def tree_logprobs(
     return _gather(causal_lm, needed, items, logit_rows)
 
 
-def _choose_way(causal_lm, items: Sequence[TreeItem], device: torch.device) -> str:
+def choose_way(causal_lm, items: Sequence[TreeItem], device: torch.device) -> str:
+    """How to compute these states together: by device, model and length."""
     if device.type == "cuda":
         # On a GPU padding costs less than the many small kernels of a packed row.
         longest = max(len(item.request.body_ids) for item in items)
@@ -232,40 +227,52 @@ def _padded_pass(causal_lm, items: Sequence[TreeItem], head_kv: LayerKV | None, 
     return hidden[state, position]
 
 
-def _two_passes(causal_lm, items: Sequence[TreeItem], device: torch.device) -> torch.Tensor:
-    """Needed hidden rows [R, D]: prompts first, padded on the right, where causal attention never looks; then the nodes."""
+def _two_passes(causal_lm, items: Sequence[TreeItem], device: torch.device, kept: list[LayerKV] | None = None) -> torch.Tensor:
+    """Needed hidden rows [R, D]: prompts first, padded on the right, where causal attention never looks; then the nodes.
+
+    All inputs are built and moved before the first pass: a copy to the GPU waits for the work queued before it, and the
+    second pass's many small kernels should be queued while the first one still computes.
+    """
     decoder = causal_lm.get_decoder()
     lengths = [len(item.request.body_ids) for item in items]
     width, nodes = max(lengths), max(len(item.trie.tokens) for item in items)
     _check_sliding(causal_lm.config, width + nodes)
     ids = torch.zeros(len(items), width, dtype=torch.long)
-    for b, item in enumerate(items):
-        ids[b, : lengths[b]] = torch.tensor(item.request.body_ids)
-    # Neither mask nor positions: either would make transformers build a mask.
-    first = decoder(input_ids=ids.to(device), use_cache=nodes > 0)
-    ends = first.last_hidden_state[torch.arange(len(items)), torch.tensor(lengths) - 1]  # [B, D]
-    if not nodes:
-        return ends
     tokens = torch.zeros(len(items), nodes, dtype=torch.long)
     positions = torch.zeros(len(items), nodes, dtype=torch.long)
     mask = torch.zeros(len(items), 1, nodes, width + nodes, dtype=torch.bool)
     mask[:, 0, torch.arange(nodes), width + torch.arange(nodes)] = True  # padding sees itself: an empty row gives NaN
     for b, item in enumerate(items):
         own = len(item.trie.tokens)
+        ids[b, : lengths[b]] = torch.tensor(item.request.body_ids)
         tokens[b, :own] = torch.tensor(item.trie.tokens, dtype=torch.long)
         positions[b, :own] = lengths[b] + torch.tensor(item.trie.depths, dtype=torch.long)
         mask[b, 0, :own, : lengths[b]] = True
         mask[b, 0, :own, width : width + own] = item.node_mask()
-    second = decoder(
-        input_ids=tokens.to(device), position_ids=positions.to(device), attention_mask=mask.to(device),
-        past_key_values=first.past_key_values, use_cache=True,
-    ).last_hidden_state  # [B, T, D]
-    rows = [torch.cat([ends[b, None], second[b, : len(item.trie.tokens)]]) for b, item in enumerate(items)]
-    return torch.cat(rows)
+    # The rows that are read, in the first and the second pass's hidden states laid end to end.
+    ends = [b * width + length - 1 for b, length in enumerate(lengths)]
+    second_start = len(items) * width
+    places = [p for b, item in enumerate(items)
+              for p in (ends[b], *range(second_start + b * nodes, second_start + b * nodes + len(item.trie.tokens)))]
+    ids, tokens, positions, mask, places = (x.to(device) for x in (ids, tokens, positions, mask, torch.tensor(places)))
+    # Neither mask nor positions: either would make transformers build a mask.
+    first = decoder(input_ids=ids, use_cache=nodes > 0 or kept is not None)
+    hidden = [first.last_hidden_state.flatten(0, 1)]
+    if kept is not None:
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else causal_lm.dtype
+        layers = key_values(first)
+        kept[:] = [[tuple(x[b : b + 1, :, :length].to(dtype, copy=True) for x in layer) for layer in layers]
+                   for b, length in enumerate(lengths)]
+    if nodes:
+        second = decoder(input_ids=tokens, position_ids=positions, attention_mask=mask,
+                         past_key_values=first.past_key_values, use_cache=True)
+        hidden.append(second.last_hidden_state.flatten(0, 1))
+    return torch.cat(hidden)[places]
 
 
-def _headless(request: TokenisedRequest) -> TokenisedRequest:
-    return TokenisedRequest((), request.prompt_ids, request.action_ids)
+def headless(item: TreeItem) -> TreeItem:
+    """The same state with its head as part of the body."""
+    return TreeItem(TokenisedRequest((), item.request.prompt_ids, item.request.action_ids), item.trie)
 
 
 def _gather(causal_lm, needed: torch.Tensor, items: Sequence[TreeItem], logit_rows: int) -> list[torch.Tensor]:

@@ -43,17 +43,19 @@ async def build_llm(settings, *, device: str, reduction: str, seed: int, marker:
                             target_modules=targets if targets == "all-linear" else tuple(targets.split(",")),
                             last_layers=settings.lora.last_layers)
     # Settings first: a wrong one should not cost the time of loading a model.
-    trainer_settings = LLMTrainerSettings(**settings.train, reduction=reduction, compute_dtype=settings.dtype, lora=lora)
+    trainer_settings = LLMTrainerSettings(**settings.train, reduction=reduction, compute_dtype=settings.dtype, lora=lora,
+                                         trunk_cache_mib=settings.trunk_cache_mib)
     engine_settings = EngineSettings(
         kind=settings.engine, required=settings.required, compute_dtype=settings.dtype,
         max_batch_tokens=settings.max_batch_tokens or (32768 if device == "cuda" else 4096),
-        cache_size=settings.score_cache_size, attempts=settings.attempts, max_restarts=settings.max_restarts,
+        cache_size=settings.score_cache_size, prefix_cache_mib=settings.prefix_cache_mib,
+        attempts=settings.attempts, max_restarts=settings.max_restarts,
         vllm=VLLMSettings(**settings.vllm), prompt_tokens=settings.prompt.max_prompt_tokens // 2,
         reasoning=ReasoningSettings(marker=marker, seed=seed))
     resolved = await asyncio.to_thread(resolve_llm, settings.model)
     model, tokenizer = await asyncio.to_thread(load_llm, resolved, device)
     trainer = LLMTrainer(model, tokenizer, trainer_settings)
     engine = await create_engine(engine_settings, resolved, model=trainer.model if settings.share_weights else None,
-                                 text=trainer.text, lock=trainer.lock, device=device)
+                                 text=trainer.text, lock=trainer.lock, device=device, trunk=trainer.trunk)
     prior = LLMPrior(engine, make_prompt(tokenizer), reasoning=settings.prompt.use_cot, required=settings.required)
     return LLMParts(trainer, engine, prior, LLMLearner(settings, trainer, engine, prior), f"{resolved.name} on {engine.name}")

@@ -18,15 +18,14 @@ def reference_logprobs(model, request: TokenisedRequest) -> list[list[float]]:
     return out
 
 
-def tiny_llama(seed: int = 0, vocab: int = 97, **kwargs):
+def tiny_llama(seed: int = 0, vocab: int = 97, **settings):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    config = LlamaConfig(**dict(
         vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.12, attn_implementation="sdpa",
-        tie_word_embeddings=True, eos_token_id=1, bos_token_id=2, pad_token_id=0, **kwargs,
-    )
+        tie_word_embeddings=True, eos_token_id=1, bos_token_id=2, pad_token_id=0) | settings)
     return LlamaForCausalLM(config).eval()
 
 
@@ -38,7 +37,9 @@ class ByteTokenizer:
     bos_token = ""
     added_tokens_decoder: dict = {}
 
-    def __call__(self, text: str, add_special_tokens: bool = False) -> dict:
+    def __call__(self, text: str | list[str], add_special_tokens: bool = False) -> dict:
+        if isinstance(text, list):
+            return {"input_ids": [self(t)["input_ids"] for t in text]}
         return {"input_ids": [3 + b for b in text.encode()]}
 
     def decode(self, ids, skip_special_tokens: bool = True) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from priorzero.llm.prefix_cache import PrefixCache
 from priorzero.llm.requests import TokenisedRequest
-from priorzero.llm.tree_forward import HeadCache, action_totals, plan_batches, prepare, split_actions, tree_logprobs
+from priorzero.llm.tree_forward import action_totals, plan_batches, prepare, split_actions, tree_logprobs
 from priorzero.llm.trie import build_trie
 
 
@@ -40,9 +41,9 @@ def test_tree_equals_full_forward(head_len, way, tiny, reference):
     rng = torch.Generator().manual_seed(1)
     head = tuple(torch.randint(3, 97, (head_len,), generator=rng).tolist())
     model, requests = tiny(), _random_requests(rng, head)
-    items, cache = prepare(requests), HeadCache()
+    items, cache = prepare(requests), PrefixCache()
     with torch.no_grad():
-        kv = cache.get(model, head, None) if head else None
+        kv = cache.head(model, head, None) if head else None
         flats = tree_logprobs(model, items, head_kv=kv, logit_rows=7, way=way)
     for flat, request in zip(flats, requests, strict=True):
         expected = reference(model, request)
@@ -100,12 +101,12 @@ def test_gradient_equals_plain_forward(way, tiny):
 
 
 def test_head_cache_notices_new_weights(tiny, reference):
-    model, cache = tiny(), HeadCache()
+    model, cache = tiny(), PrefixCache()
     request = TokenisedRequest((4, 5, 6), (7, 8), ((9, 1),))
 
     def scored() -> list[float]:
         with torch.no_grad():
-            kv = cache.get(model, request.head_ids, None)
+            kv = cache.head(model, request.head_ids, None)
             return tree_logprobs(model, prepare([request]), head_kv=kv)[0].tolist()
 
     scored()
