@@ -185,7 +185,7 @@ def tiny_llm(tmp_path_factory) -> str:
     except PriorZeroError as error:
         pytest.skip(str(error))
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                          num_attention_heads=2, max_position_embeddings=1024, tie_word_embeddings=True,
                          eos_token_id=tokenizer.eos_token_id)
     folder = tmp_path_factory.mktemp("llm")
@@ -203,7 +203,8 @@ def test_every_metric_of_a_run_is_explained(tiny_llm, tmp_path):
                    for g, group in settings.items() for n, v in group.items()]
     done = subprocess.run(
         [sys.executable, "-m", "priorzero_orz_entry", "--env-id=tw-simple", "--exp-name=metrics", f"--llm={tiny_llm}",
-         "--engine=transformers", "--iterations=2", "--llm-train-freq=1", "--save-freq=1", "--rft", *assignments],
+         "--engine=transformers", "--iterations=2", "--llm-train-freq=1", "--save-freq=1", "--rft",
+         "--set=llm.lora.last_layers=1", *assignments],
         cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DEBUG_MODE": "True"})
     assert done.returncode == 0, done.stderr
