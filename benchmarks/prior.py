@@ -12,6 +12,8 @@ Ways (`--methods`):
   states a second time, with their prompts in the prefix cache;
 * shared: this project's transformers engine, each prompt computed once for all its actions, as a run uses it: layers in
   `--dtype`, norms and residual stream in float32; `shared_pure` is the same with everything in `--dtype`;
+* grown: the same engines one step later, when the first nine tenths of each prompt are those of a state just scored (as
+  `grown` and, with vLLM, `trie_grown`);
 * cached: the score cache around it, states seen before.
 
 Prompts are built as in a run, from random play of a real game, then filled up to the length asked for with text of the
@@ -54,6 +56,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=60.0, help="a slow way starts no further state after this")
     parser.add_argument("--reference-states", type=int, default=1, help="states compared with float32; 0: none")
     parser.add_argument("--max-batch-tokens", type=int, default=8192, help="of the transformers engine")
+    parser.add_argument("--prefix-cache-mib", type=int, default=1024, help="of the transformers engine, for `grown`")
     parser.add_argument("--gpu-memory", type=float, default=0.4, help="share of the GPU vLLM may take")
     parser.add_argument("--enforce-eager", action="store_true", help="vLLM without CUDA graphs: starts sooner")
     parser.add_argument("--seed", type=int, default=0)

@@ -9,7 +9,7 @@ import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -25,14 +25,15 @@ from priorzero.types import ActionScores
 
 logger = logging.getLogger("priorzero.benchmarks.prior")
 
-METHODS = ("per_action", "vllm_per_action", "trie", "shared", "shared_pure", "cached")
+METHODS = ("per_action", "vllm_per_action", "trie", "shared", "shared_pure", "grown", "cached")
 Totals = list[list[float]]  # per state, per action: summed log-probability
 Point = tuple[str, int, int, int]
 
 
 @dataclass
 class Measurement:
-    """One way at one point. `difference` from the float32 reference, None where it was not compared."""
+    """One way at one point. `difference` from the float32 reference, None where it was not compared; no `totals` where
+    the states are not those of the reference."""
 
     states_per_second: float
     states: int
@@ -62,7 +63,7 @@ async def measure(args, bench: BenchmarkModel, inputs: dict[Point, Inputs],
     if "per_action" in args.methods:
         for point, data in inputs.items():
             keep(point, "per_action", per_action(bench, data, args.seconds))
-    if {"shared", "shared_pure", "cached"} & set(args.methods):
+    if {"shared", "shared_pure", "grown", "cached"} & set(args.methods):
         await _transformers_ways(args, bench, inputs, keep)
     if {"trie", "vllm_per_action"} & set(args.methods):
         try:
@@ -128,14 +129,16 @@ async def timed(work: Callable[[], Awaitable[Sequence[ActionScores]]]) -> Measur
 
 async def _transformers_ways(args, bench: BenchmarkModel, inputs: dict[Point, Inputs], keep) -> None:
     dtype = next(bench.model.parameters()).dtype
-    if "shared" in args.methods or "cached" in args.methods:
+    names = [m for m in ("shared", "grown", "cached") if m in args.methods]
+    if names:
         model = bench.model
         if dtype != torch.float32:
             model = copy.deepcopy(model).float()
             store_layers_in(model, dtype)
-        engine = CachedEngine(TransformersEngine(model, bench.text, max_batch_tokens=args.max_batch_tokens,
-                                                 compute_dtype=None if dtype == torch.float32 else dtype))
-        await _time_engine(engine, [m for m in ("shared", "cached") if m in args.methods], inputs, keep)
+        engine = CachedEngine(TransformersEngine(
+            model, bench.text, max_batch_tokens=args.max_batch_tokens, prefix_cache_mib=args.prefix_cache_mib,
+            compute_dtype=None if dtype == torch.float32 else dtype))
+        await _time_engine(engine, names, inputs, keep)
         del model, engine
     if "shared_pure" in args.methods and dtype != torch.float32:
         engine = CachedEngine(TransformersEngine(bench.model, bench.text, max_batch_tokens=args.max_batch_tokens))
@@ -147,8 +150,10 @@ async def _time_engine(engine: CachedEngine, names: list[str], inputs: dict[Poin
         for point, data in inputs.items():
             await engine.inner.score(data.warm_up)
             first = await timed(lambda data=data: engine.score(data.states))
-            if names[0] != "cached":
+            if names[0].startswith("shared"):
                 keep(point, names[0], first)
+            if "grown" in names:
+                keep(point, "grown", replace(await timed(lambda data=data: engine.score(data.grown)), totals=[]))
             if "cached" in names:
                 keep(point, "cached", await timed(lambda data=data: engine.score(data.states)))
     finally:
@@ -173,6 +178,9 @@ async def _vllm_ways(args, bench: BenchmarkModel, inputs: dict[Point, Inputs], k
                 await engine.score(data.warm_up)
                 keep(point, "trie", await timed(lambda data=data: engine.score(data.states)))
                 keep(point, "trie_again", await timed(lambda data=data: engine.score(data.states)))
+                if "grown" in args.methods:
+                    later = await timed(lambda data=data: engine.score(data.grown))
+                    keep(point, "trie_grown", replace(later, totals=[]))
             if "vllm_per_action" in args.methods:
                 keep(point, "vllm_per_action", await vllm_per_action(engine, data, args.seconds))
     finally:

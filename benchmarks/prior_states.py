@@ -4,7 +4,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -101,9 +101,10 @@ def random_states(args) -> list[PlayedStep]:
 
 @dataclass(frozen=True)
 class Inputs:
-    """`states` to time, and others of the same kind to warm up with."""
+    """`states` to time, the same ones a step later (`grown`: another last tenth), and others of the kind to warm up with."""
 
     states: tuple[ScoreRequest, ...]
+    grown: tuple[ScoreRequest, ...]
     warm_up: tuple[ScoreRequest, ...]
 
     def describe(self, text: TextTokeniser) -> str:
@@ -115,7 +116,7 @@ class Inputs:
 
 def make_requests(text: TextTokeniser, played: Sequence[PlayedStep], prompt_tokens: int, actions: int, states: int,
                   seed: int = 0) -> Inputs:
-    """`states` distinct requests (and as many more to warm up) with `actions` actions and `prompt_tokens` tokens of prompt.
+    """`states` distinct requests (and the other ones of `Inputs`) with `actions` actions and `prompt_tokens` tokens of prompt.
 
     Raises:
         PriorZeroError: the prompt is too short for the fixed part, or too long for the model.
@@ -134,7 +135,16 @@ def make_requests(text: TextTokeniser, played: Sequence[PlayedStep], prompt_toke
         own += rng.sample([a for a in pool if a not in own], actions - len(own))
         filler = _rotated(transcript, rng.randrange(len(transcript)), prompt_tokens)
         requests.append(_request(text, step, tuple(sorted(own)), prompt_tokens, f"({number})", filler))
-    return Inputs(tuple(requests[:states]), tuple(requests[states:]))
+    grown = [_step_later(text, r, _rotated(transcript, rng.randrange(len(transcript)), prompt_tokens), prompt_tokens)
+             for r in requests[:states]]
+    return Inputs(tuple(requests[:states]), tuple(grown), tuple(requests[states:]))
+
+
+def _step_later(text: TextTokeniser, request: ScoreRequest, words: list[str], prompt_tokens: int) -> ScoreRequest:
+    """The request with the last tenth of its body replaced, again at most `prompt_tokens` long."""
+    kept, head = request.body[:len(request.body) * 9 // 10], text.count_tokens(request.head)
+    count = _largest(lambda n: head + text.count_tokens(f"{kept} {' '.join(words[:n])}") <= prompt_tokens, 0, len(words))
+    return replace(request, body=f"{kept} {' '.join(words[:count])}")
 
 
 def _rotated(words: list[str], start: int, length: int) -> list[str]:
