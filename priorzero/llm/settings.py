@@ -19,7 +19,7 @@ class VLLMSettings:
     enforce_eager: bool | None = None  # None: eager on the CPU, CUDA graphs on CUDA
     sleep_mode: bool = False  # CUDA: release the engine's memory while the LLM trains
     # Adapters the trainer pushes: "merge" them and push all weights, "hot_load" them by themselves, or "auto": hot_load on
-    # CUDA (in 16 bits, its kernels know no other), merge on the CPU, where adapters slow scoring by a factor of 2.7.
+    # CUDA (in 16 bits, its kernels know no other), merge on the CPU, where adapters slow scoring to a third or less.
     lora: str = "auto"
     request_timeout_s: float = 120.0  # one request; then it is retried
     control_timeout_s: float = 300.0  # weight transfer, sleep and wake
