@@ -139,10 +139,10 @@ LLM = dict(
     attempts=3,
     max_restarts=2,
     # (dict) The vLLM engine: fields of `priorzero.llm.settings.VLLMSettings`, where each is explained. sleep_mode gives
-    # the GPU's memory to the trainer while the LLM trains.
+    # the GPU's memory to the trainer while the LLM trains. lora: merge, hot_load (adapters alone), auto.
     vllm=dict(dtype="auto", max_model_len=None, gpu_memory_utilization=0.35, kv_cache_gb=1.0, block_size=None,
-              enforce_eager=None, sleep_mode=False, request_timeout_s=120.0, control_timeout_s=300.0,
-              start_timeout_s=600.0),
+              enforce_eager=None, sleep_mode=False, lora="auto", request_timeout_s=120.0,
+              control_timeout_s=300.0, start_timeout_s=600.0),
     # (int) Scored states remembered for the present weights.
     score_cache_size=20_000,
     # (int) MiB the transformers engine may take for keys and values of earlier prompts: while a history only grows, a prompt is

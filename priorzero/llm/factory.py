@@ -30,12 +30,14 @@ async def create_engine(
     lock: threading.RLock | None = None,
     device: torch.device | str = "cpu",
     trunk: TrunkCache | None = None,
+    lora_rank: int = 0,
 ) -> LLMEngine:
     """Start the engine of a run, with retries, restarts, fallback and score cache around it.
 
     :param model: the trainer's model; the transformers engine then shares it (give the trainer's ``lock`` and ``text``
         too). Without it the transformers engine loads a copy of its own.
     :param trunk: the trainer's, for the transformers engine; both must compute in the same dtype.
+    :param lora_rank: of the adapters the trainer will push, 0 where it trains all weights: vLLM must know at its start.
     :raises PriorZeroError: ``required`` is set and vLLM cannot be had, or no engine starts.
 
     An engine started on checkpointed weights answers with the published ones until `push_weights` is called.
@@ -44,7 +46,7 @@ async def create_engine(
         return _transformers_engine(settings, resolved, model, text, lock, device, trunk)
 
     async def vllm() -> LLMEngine:
-        return await _start_vllm(settings, resolved, text, lock, device)
+        return await _start_vllm(settings, resolved, text, lock, device, lora_rank)
 
     def guarded(first: LLMEngine) -> LLMEngine:
         fallback = None if settings.required else transformers
@@ -94,9 +96,11 @@ def _transformers_engine(settings, resolved, model, text, lock, device, trunk) -
     )
 
 
-async def _start_vllm(settings, resolved, text, lock, device) -> LLMEngine:
+async def _start_vllm(settings, resolved, text, lock, device, lora_rank) -> LLMEngine:
     if importlib.util.find_spec("vllm") is None:
         raise LLMEngineError("the package vllm is not installed")
     from priorzero.llm.vllm_engine import VLLMEngine
 
-    return await VLLMEngine.start(resolved, settings, text=text, lock=lock, device=torch.device(device))
+    return await VLLMEngine.start(
+        resolved, settings, text=text, lock=lock, device=torch.device(device), lora_rank=lora_rank,
+    )

@@ -18,6 +18,9 @@ class VLLMSettings:
     block_size: int | None = None  # None: 32 on the CPU (its smallest), vLLM's own choice on CUDA
     enforce_eager: bool | None = None  # None: eager on the CPU, CUDA graphs on CUDA
     sleep_mode: bool = False  # CUDA: release the engine's memory while the LLM trains
+    # Adapters the trainer pushes: "merge" them and push all weights, "hot_load" them by themselves, or "auto": hot_load on
+    # CUDA (in 16 bits, its kernels know no other), merge on the CPU, where adapters slow scoring to a third or less.
+    lora: str = "auto"
     request_timeout_s: float = 120.0  # one request; then it is retried
     control_timeout_s: float = 300.0  # weight transfer, sleep and wake
     start_timeout_s: float = 600.0
@@ -26,6 +29,8 @@ class VLLMSettings:
         times = (self.request_timeout_s, self.control_timeout_s, self.start_timeout_s)
         if self.dtype not in ("auto", "bfloat16", "float16", "float32") or min(times) <= 0:
             raise PriorZeroError(f"vLLM settings need a known dtype and positive time limits: {self}")
+        if self.lora not in ("auto", "merge", "hot_load"):
+            raise PriorZeroError(f"llm.vllm.lora {self.lora!r} is unknown; use 'auto', 'merge' or 'hot_load'")
         if not 0 < self.gpu_memory_utilization <= 1 or self.kv_cache_gb <= 0:
             raise PriorZeroError(f"vLLM settings need memory: 0 < gpu_memory_utilization <= 1, kv_cache_gb > 0: {self}")
 

@@ -28,6 +28,7 @@ from priorzero.llm.model import ResolvedModel, pick_dtype, save_weights
 from priorzero.llm.requests import PromptTooLongError, TextTokeniser, TokenisedRequest, model_max_tokens
 from priorzero.llm.settings import EngineSettings
 from priorzero.llm.trie import build_trie
+from priorzero.llm.vllm_adapters import AdapterSlot, hot_load_rank, refusal, save_adapter
 from priorzero.llm.vllm_worker import TRAINER_PID
 from priorzero.types import PriorZeroError
 
@@ -80,7 +81,7 @@ class VLLMEngine(LLMEngine):
     name = "vllm"
 
     def __init__(self, engine, text: TextTokeniser, settings: EngineSettings, dtype: torch.dtype, max_len: int,
-                 lock: threading.RLock | None) -> None:
+                 lock: threading.RLock | None, adapter_rank: int = 0) -> None:
         super().__init__(text, settings.reasoning)
         self._engine = engine
         self._settings = settings.vllm
@@ -88,25 +89,29 @@ class VLLMEngine(LLMEngine):
         self._max_len = max_len
         self._lock = lock or threading.RLock()
         self._gate = _Gate()
+        self._adapters = AdapterSlot(adapter_rank)
         self._processes: list[psutil.Process] = []
         self._closed = False
 
     @classmethod
     async def start(
         cls, resolved: ResolvedModel, settings: EngineSettings, *, text: TextTokeniser | None = None,
-        lock: threading.RLock | None = None, device: torch.device | None = None,
+        lock: threading.RLock | None = None, device: torch.device | None = None, lora_rank: int = 0,
     ) -> VLLMEngine:
         """Start vLLM without blocking the loop (10 to 20 s on a CPU, 60 to 100 s with CUDA graphs).
 
         The main module must be guarded by ``if __name__ == "__main__"``: vLLM spawns processes that import it.
 
+        :param lora_rank: of the adapters that will be pushed; 0: full weights will be.
         :raises LLMEngineError: vLLM cannot be imported or does not start.
+        :raises PriorZeroError: adapters of that rank cannot be hot-loaded, and the setting asks for it.
         """
         device = device or torch.device("cpu")
         dtype = pick_dtype(settings.vllm.dtype, device)
+        adapter_rank = hot_load_rank(settings.vllm.lora, lora_rank, device, dtype)
         started = time.perf_counter()
         try:
-            starting = asyncio.to_thread(_build, resolved, settings, device, dtype, text)
+            starting = asyncio.to_thread(_build, resolved, settings, device, dtype, text, adapter_rank)
             built = await asyncio.wait_for(starting, settings.vllm.start_timeout_s)
             # Taken out of the thread's result, which outlives this call: AsyncLLM must end when we let it go, because
             # its finaliser fails at the interpreter's exit.
@@ -115,14 +120,15 @@ class VLLMEngine(LLMEngine):
             raise
         except Exception as error:  # anything may go wrong in there; the caller falls back or reports
             raise LLMEngineDead(f"vLLM did not start ({type(error).__name__}: {error})") from error
-        self = cls(engine, text, settings, dtype, max_len, lock)
+        self = cls(engine, text, settings, dtype, max_len, lock, adapter_rank)
         try:
             pids = await self._control(lambda: engine.collective_rpc("trainer_link_pids"))
         except LLMEngineError:
             await self.close()
             raise
         self._processes = [psutil.Process(pid) for pid in {p for worker in pids for p in worker}]
-        logger.info("vLLM started in %.1f s (%s, %s)", time.perf_counter() - started, device, _DTYPES[dtype])
+        adapters = f", adapters up to rank {adapter_rank} are hot-loaded" if adapter_rank else ""
+        logger.info("vLLM started in %.1f s (%s, %s%s)", time.perf_counter() - started, device, _DTYPES[dtype], adapters)
         return self
 
     @property
@@ -174,7 +180,8 @@ class VLLMEngine(LLMEngine):
 
         async def run():
             final = None
-            async for output in self._engine.generate(tokens_input(ids), params, uuid.uuid4().hex):
+            asked = self._engine.generate(tokens_input(ids), params, uuid.uuid4().hex, lora_request=self._adapters.request)
+            async for output in asked:
                 final = output
             return final
 
@@ -265,34 +272,64 @@ class VLLMEngine(LLMEngine):
         return [output.text for output in outputs]
 
     async def push_weights(self, model: torch.nn.Module, version: int) -> dict[str, float]:
-        """Write the weights to shared memory, let the worker load them, and drop everything cached under old ones.
+        """Answer with ``model``'s weights: with its adapters alone where vLLM was started for them, else with all of
+        them, adapters merged. They pass through shared memory.
 
         :raises LLMEngineDead: any step failed. The engine may then hold a mixture, so only a restart is safe.
+        :raises PriorZeroError: vLLM has no place for these adapters.
         """
         started = time.perf_counter()
+        alone = self._adapters.takes(model)
         transit = _weights_folder()
         folder = transit / f"v{version}"  # a new path each time: vLLM has had caches keyed by it
+        try:
+            async with self._gate.change():
+                report = await (self._push_adapter if alone else self._push_all)(model, version, folder)
+                self.weights_version = version
+        finally:
+            # Adapters too are read once: vLLM keeps what it loaded until another takes its place.
+            shutil.rmtree(transit, ignore_errors=True)
+        self.counters["pushes"] += 1
+        self.counters["adapter_pushes"] += alone
+        report["seconds"] = time.perf_counter() - started
+        if alone:
+            logger.info("vLLM hot-loaded the adapters of weights %d: %.2f MB in %.3f s", version, report["bytes"] / 1e6,
+                        report["seconds"])
+        return report
 
+    async def _push_all(self, model: torch.nn.Module, version: int, folder: Path) -> dict[str, float]:
+        """Let the worker load all weights, and drop everything cached under old ones."""
         def save() -> tuple[int, int]:
             with self._lock:
                 return save_weights(model, folder, self._dtype)
 
-        try:
-            async with self._gate.change():
-                size, tensors = await asyncio.to_thread(save)
-                load = lambda: self._engine.collective_rpc("trainer_link_load", args=(str(folder), tensors))  # noqa: E731
-                head_error = max(await self._control(load))
-                if not head_error < _HEAD_ERROR_LIMIT:
-                    raise LLMEngineDead(f"vLLM's output head is off by {head_error:.2g} after the weights were loaded")
-                # Not automatic: keys and values of the old weights would answer for the new ones. False means refused.
-                if not await self._control(self._engine.reset_prefix_cache):
-                    raise LLMEngineDead("vLLM refused to reset its prefix cache after the weights changed")
-                self.weights_version = version
-        finally:
-            shutil.rmtree(transit, ignore_errors=True)
-        seconds = time.perf_counter() - started
-        self.counters["pushes"] += 1
-        return {"seconds": seconds, "bytes": float(size), "head_error": head_error}
+        size, tensors = await asyncio.to_thread(save)
+        self._adapters.clear()
+        load = lambda: self._engine.collective_rpc("trainer_link_load", args=(str(folder), tensors))  # noqa: E731
+        head_error = max(await self._control(load))
+        if not head_error < _HEAD_ERROR_LIMIT:
+            raise LLMEngineDead(f"vLLM's output head is off by {head_error:.2g} after the weights were loaded")
+        # Not automatic: keys and values of the old weights would answer for the new ones. False means refused.
+        if not await self._control(self._engine.reset_prefix_cache):
+            raise LLMEngineDead("vLLM refused to reset its prefix cache after the weights changed")
+        return {"bytes": float(size), "head_error": head_error}
+
+    async def _push_adapter(self, model: torch.nn.Module, version: int, folder: Path) -> dict[str, float]:
+        """Let the worker load the adapters in place of the last ones; requests name them from now on, and what was cached
+        under another name is not found any more."""
+        def save() -> tuple[int, int]:
+            with self._lock:
+                return save_adapter(model, folder, self._dtype)
+
+        size, modules = await asyncio.to_thread(save)
+        request = self._adapters.next_request(version, folder)
+        # At once and not with the first request that names it: a fault belongs to the push.
+        arguments = (request.lora_name, request.lora_int_id, request.lora_path, modules)
+        load = lambda: self._engine.collective_rpc("trainer_link_adapter", args=arguments)  # noqa: E731
+        if refused := refusal(await self._control(load)):
+            raise PriorZeroError(refused)
+        self._adapters.request = request
+        return {"bytes": float(size)}
 
     async def sleep(self) -> None:
         """CUDA with ``sleep_mode``: weights to host memory, keys and values dropped. Otherwise nothing."""
@@ -349,7 +386,7 @@ def _environment(**values: str):
 
 
 def _build(resolved: ResolvedModel, settings: EngineSettings, device: torch.device, dtype: torch.dtype,
-           text: TextTokeniser | None) -> list:
+           text: TextTokeniser | None, adapter_rank: int) -> list:
     """Start `AsyncLLM` (blocking). Returns [longest sequence, tokeniser, engine]."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -370,6 +407,8 @@ def _build(resolved: ResolvedModel, settings: EngineSettings, device: torch.devi
         "worker_extension_cls": "priorzero.llm.vllm_worker.TrainerLink",
         "disable_log_stats": True, "enable_log_requests": False, "use_tqdm_on_load": False,
     }
+    if adapter_rank:
+        arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": adapter_rank}
     if own.block_size or cpu:
         arguments["block_size"] = own.block_size or _CPU_BLOCK
     if cpu:

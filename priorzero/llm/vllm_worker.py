@@ -59,6 +59,11 @@ class TrainerLink:
             found = len(file.keys())
         if found != tensors:
             raise RuntimeError(f"the weight file holds {found} tensors, {tensors} were written")
+        if self.vllm_config.lora_config is not None:
+            from vllm.lora.layers import BaseLayerWithLoRA
+
+            if not hasattr(BaseLayerWithLoRA, "load_weights"):  # 0.26 looks for tensors under the wrapped layers' names
+                raise RuntimeError("this vLLM cannot load full weights once it was started for adapters")
         with set_current_vllm_config(self.vllm_config):  # 0.26 does not set it around reload_weights
             self.reload_weights(weights_path=folder)
             head = getattr(self.model_runner.get_model(), "lm_head", None)
@@ -67,6 +72,28 @@ class TrainerLink:
                 # A tied head gets no tensor from the file, so vLLM (0.32, CPU) keeps its packed copy of the old one.
                 method.process_weights_after_loading(head)
             return self._head_error(head)
+
+    def trainer_link_adapter(self, name: str, number: int, folder: str, modules: int) -> str:
+        """Load the adapters of ``modules`` modules from ``folder`` and forget all others.
+
+        :returns: why vLLM cannot take them, or "". The adapters loaded before are then still there if ``folder`` was
+            refused as a whole.
+        """
+        from vllm.lora.request import LoRARequest
+
+        others = self.list_loras()
+        try:
+            self.add_lora(LoRARequest(name, number, folder))
+        except ValueError as error:  # a module or a feature it does not know; any other fault is not the adapter's
+            return str(error)
+        for other in others & self.list_loras():
+            self.remove_lora(other)
+        # vLLM says nothing of adapters for modules it did not prepare: they would be left out of every answer.
+        manager = self.model_runner.lora_manager._adapter_manager
+        loaded = {n: a.lora_a for n, a in manager.get_adapter(number).loras.items() if n in manager.modules}
+        parts = [part for a in loaded.values() for part in (a if isinstance(a, list) else [a])]  # a list: q, k and v
+        found = sum(part is not None for part in parts)
+        return "" if found == modules else f"it has a place for {found} of {modules} adapted modules"
 
     def _head_error(self, head) -> float:
         """Largest difference between the output head vLLM multiplies with and the embedding it is tied to; 0 on CUDA,

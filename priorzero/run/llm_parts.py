@@ -56,6 +56,7 @@ async def build_llm(settings, *, device: str, reduction: str, seed: int, marker:
     model, tokenizer = await asyncio.to_thread(load_llm, resolved, device)
     trainer = LLMTrainer(model, tokenizer, trainer_settings)
     engine = await create_engine(engine_settings, resolved, model=trainer.model if settings.share_weights else None,
-                                 text=trainer.text, lock=trainer.lock, device=device, trunk=trainer.trunk)
+                                 text=trainer.text, lock=trainer.lock, device=device, trunk=trainer.trunk,
+                                 lora_rank=lora.rank if lora else 0)
     prior = LLMPrior(engine, make_prompt(tokenizer), reasoning=settings.prompt.use_cot, required=settings.required)
     return LLMParts(trainer, engine, prior, LLMLearner(settings, trainer, engine, prior), f"{resolved.name} on {engine.name}")

@@ -1,10 +1,16 @@
 """Small random models and the embedded real one, shared by the LLM tests."""
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
-from priorzero.llm.requests import TextTokeniser, TokenisedRequest
+from priorzero.llm.requests import ScoreRequest, TextTokeniser, TokenisedRequest
+from priorzero.types import HistoryItem, TextState
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def reference_logprobs(model, request: TokenisedRequest) -> list[list[float]]:
@@ -87,3 +93,37 @@ def smollm():
         pytest.skip(str(error))
     model, tokenizer = load_llm(resolved, "cpu", torch.float32)
     return model, tokenizer, resolved
+
+
+@pytest.fixture(scope="session")
+def states() -> list[TextState]:
+    """Two states of a real game, reached by its walkthrough; the candidates are commands of the walkthrough."""
+    folders = [os.environ.get("PRIORZERO_GAMES"), ROOT / "games", ROOT.parent / "shared" / "games"]
+    stories = [Path(f) / "detective.z5" for f in folders if f and (Path(f) / "detective.z5").is_file()]
+    if not stories:
+        pytest.skip("detective.z5 is in none of $PRIORZERO_GAMES, ./games, ../shared/games")
+    from jericho import FrotzEnv
+
+    env = FrotzEnv(str(stories[0]))
+    seen, _ = env.reset()
+    steps = env.get_walkthrough()[:6]
+    candidates = tuple(sorted({*steps, "open door", "open door with key", "look"}))
+    out, history = [], []
+    for step in steps:
+        out.append(TextState(seen.strip(), candidates, tuple(history[-2:])))
+        following, reward, _, _ = env.step(step)
+        history.append(HistoryItem(seen.strip(), step, reward))
+        seen = following
+    env.close()
+    return [out[1], out[4]]
+
+
+@pytest.fixture(scope="session")
+def requests(states, smollm) -> list[ScoreRequest]:
+    from priorzero_prompts import PromptSettings, build_prompt
+
+    made = []
+    for state in states:
+        parts = build_prompt(state, PromptSettings(), smollm[1])
+        made.append(ScoreRequest(parts.head, parts.body, state.valid_actions, " "))
+    return made

@@ -25,43 +25,8 @@ from priorzero.llm.requests import ReasoningSettings, ScoreRequest, TextTokenise
 from priorzero.llm.settings import EngineSettings, VLLMSettings
 from priorzero.llm.trainer import LLMTrainer, LLMTrainerSettings, SFTSample
 from priorzero.llm.transformers_engine import TransformersEngine
-from priorzero.types import HistoryItem, TextState
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def states() -> list[TextState]:
-    """Two states of a real game, reached by its walkthrough; the candidates are commands of the walkthrough."""
-    folders = [os.environ.get("PRIORZERO_GAMES"), ROOT / "games", ROOT.parent / "shared" / "games"]
-    stories = [Path(f) / "detective.z5" for f in folders if f and (Path(f) / "detective.z5").is_file()]
-    if not stories:
-        pytest.skip("detective.z5 is in none of $PRIORZERO_GAMES, ./games, ../shared/games")
-    from jericho import FrotzEnv
-
-    env = FrotzEnv(str(stories[0]))
-    seen, _ = env.reset()
-    steps = env.get_walkthrough()[:6]
-    candidates = tuple(sorted({*steps, "open door", "open door with key", "look"}))
-    out, history = [], []
-    for step in steps:
-        out.append(TextState(seen.strip(), candidates, tuple(history[-2:])))
-        following, reward, _, _ = env.step(step)
-        history.append(HistoryItem(seen.strip(), step, reward))
-        seen = following
-    env.close()
-    return [out[1], out[4]]
-
-
-@pytest.fixture(scope="module")
-def requests(states, smollm) -> list[ScoreRequest]:
-    from priorzero_prompts import PromptSettings, build_prompt
-
-    made = []
-    for state in states:
-        parts = build_prompt(state, PromptSettings(), smollm[1])
-        made.append(ScoreRequest(parts.head, parts.body, state.valid_actions, " "))
-    return made
 
 
 def check(answer, expected, limit: float) -> None:
