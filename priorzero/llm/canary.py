@@ -14,8 +14,9 @@ logger = logging.getLogger(__name__)
 
 # Allowed difference of an action's summed log-probability: a constant and a share of its size. bfloat16 rounds
 # differently in every engine (up to 0.4 measured on sums near -20), so there the canary finds gross faults only; the
-# vLLM engine looks for stale tensors by itself (vllm_worker).
-_TOLERANCE = {torch.float32: (2e-3, 1e-4)}
+# vLLM engine looks for stale tensors by itself (vllm_worker). float32 agrees to 1e-4 on a CPU; on an H100 vLLM's differed by
+# 0.01. A stale output head was off by 2.6.
+_TOLERANCE = {torch.float32: (0.02, 1e-3)}
 _COARSE_TOLERANCE = (0.8, 0.03)
 
 

@@ -85,6 +85,16 @@ def head_key_values(model: torch.nn.Module, head_ids: tuple[int, ...], trunk: Tr
     return lower + upper[trunk.depth :]
 
 
+def attention_kernels(device: torch.device):
+    """Context that keeps PyTorch from cuDNN's attention on CUDA: it builds a plan for every new shape, and every batch of
+    prompts has one. On an H100 that took half a second a batch of 16 prompts; its kernel saves 16 ms of it."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+
+
 def key_values(output) -> LayerKV:
     """Keys and values per layer of a decoder's output."""
     return [(layer.keys, layer.values) for layer in output.past_key_values.layers]
@@ -183,18 +193,19 @@ def tree_logprobs(
     if head_ids and (way == "two_passes" or any(not item.request.body_ids for item in items)):
         items = [headless(item) for item in items]
         head_ids, head_kv = (), None
-    if way == "two_passes":
-        needed = _two_passes(causal_lm, items, device, kept)
-    elif way == "packed":
-        from priorzero.llm.packed import packed_pass
+    with attention_kernels(device):
+        if way == "two_passes":
+            needed = _two_passes(causal_lm, items, device, kept)
+        elif way == "packed":
+            from priorzero.llm.packed import packed_pass
 
-        if prefixes is None and head_kv is not None:
-            prefixes = [head_kv] * len(items)
-        needed = packed_pass(causal_lm, items, prefixes, device, trunk, kept)
-    else:
-        if head_ids and head_kv is None:
-            head_kv = head_key_values(model, head_ids)
-        needed = _padded_pass(causal_lm, items, head_kv, device)
+            if prefixes is None and head_kv is not None:
+                prefixes = [head_kv] * len(items)
+            needed = packed_pass(causal_lm, items, prefixes, device, trunk, kept)
+        else:
+            if head_ids and head_kv is None:
+                head_kv = head_key_values(model, head_ids)
+            needed = _padded_pass(causal_lm, items, head_kv, device)
     return _gather(causal_lm, needed, items, logit_rows)
 
 
