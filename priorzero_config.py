@@ -133,6 +133,10 @@ LLM = dict(
     # (bool) The transformers engine scores with the trainer's own weights, without a second copy in memory. Otherwise it
     # keeps a copy with its layers in `dtype`: the same numbers, on two cores 1.0 to 1.4 times as fast in bfloat16.
     share_weights=False,
+    # (str) Norms and residual stream of that copy, where `dtype` is bfloat16: float32; bfloat16, as vLLM computes (on an H100
+    # 54 instead of 38 states/s, twice the rounding: 0.27 instead of 0.13 in a command's log-probability, SmolLM2, 600
+    # tokens); auto: float32 on a CPU, bfloat16 on CUDA.
+    residual_dtype="auto",
     # (int) Tokens the transformers engine computes together in one forward: bounds memory. 0: 4,096 on a CPU, 32,768 on CUDA.
     max_batch_tokens=0,
     # (int, int) Tries of one call before its engine counts as dead, and restarts before transformers takes over.
@@ -154,6 +158,9 @@ LLM = dict(
     # (dict) Fields of `priorzero_prompts.PromptSettings`.
     prompt=dict(history_length=5, max_observation_chars=400, include_valid_actions=True, use_cot=False,
                 max_prompt_tokens=1024),
+    # (dict) With prompt.use_cot: tokens of a chain of thought at most (it ends earlier at the action marker, which is added
+    # where the LLM writes none), and their sampling temperature; 0 is greedy, and lets the score cache keep such states.
+    reasoning=dict(max_new_tokens=96, temperature=1.0),
     # (dict) The optimiser both kinds of LLM training share: fields of `priorzero.llm.trainer.LLMTrainerSettings`.
     train=dict(
         learning_rate=1e-5,
@@ -304,6 +311,10 @@ def validate_config(cfg: EasyDict) -> None:
         "llm.lora.last_layers": (llm.lora.last_layers, llm.lora.last_layers >= 0, "it must not be negative"),
         "llm.engine": (llm.engine, llm.engine in ("auto", "vllm", "transformers"), "it must be auto, vllm or transformers"),
         "llm.dtype": (llm.dtype, llm.dtype in ("auto", "float32", "bfloat16"), "it must be auto, float32 or bfloat16"),
+        "llm.residual_dtype": (llm.residual_dtype, llm.residual_dtype in ("auto", "float32", "bfloat16"),
+                               "it must be auto, float32 or bfloat16"),
+        "llm.reasoning.max_new_tokens": (llm.reasoning.max_new_tokens, llm.reasoning.max_new_tokens >= 1, "it must be positive"),
+        "llm.reasoning.temperature": (llm.reasoning.temperature, llm.reasoning.temperature >= 0, "it must not be negative"),
         "llm.train.objective": (llm.train.objective, llm.train.objective in ("actions", "tokens"),
                                 "it must be actions or tokens"),
         "eval.temperature": (cfg.eval.temperature, cfg.eval.temperature >= 0, "it must not be negative"),

@@ -10,8 +10,9 @@ Ways (`--methods`):
 * vllm_per_action: one vLLM request per action with `prompt_logprobs` (vLLM skips its prefix cache for these);
 * trie: this project's vLLM engine, one request per inner node of the actions' token trie; `trie_again` is the same
   states a second time, with their prompts in the prefix cache;
-* shared: this project's transformers engine, each prompt computed once for all its actions, as a run uses it: layers in
-  `--dtype`, norms and residual stream in float32; `shared_pure` is the same with everything in `--dtype`;
+* shared: this project's transformers engine, each prompt computed once for all its actions: layers in `--dtype`, norms
+  and residual stream in float32, as a run computes on a CPU; `shared_pure` is the same with everything in `--dtype`, as a
+  run computes on CUDA (`llm.residual_dtype`);
 * grown: the same engines one step later, when the first nine tenths of each prompt are those of a state just scored (as
   `grown` and, with vLLM, `trie_grown`);
 * cached: the score cache around it, states seen before.
@@ -143,7 +144,8 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
         bench = load_benchmark_model(args.model, device, dtype, Path(work), args, need_files=_needs_vllm(args.methods))
         played = random_states(args)
         points = sweep_points(args)
-        inputs = {p: make_requests(bench.text, played, *p[1:], seed=args.seed) for p in dict.fromkeys(points)}
+        # Other texts at every point: what a cache still holds of an earlier one must not help.
+        inputs = {p: make_requests(bench.text, played, *p[1:], seed=args.seed + 1000 * i) for i, p in enumerate(points)}
         say(f"{bench.resolved.name}, {dtype} on {device}; prompts of {inputs[points[0]].describe(bench.text)}")
         results, failed = await measure(args, bench, inputs, say)
     rows = [{"varies": p[0], "prompt_tokens": p[1], "actions": p[2], "states": p[3], "method": name,

@@ -83,9 +83,14 @@ async def create_engine(
 def _transformers_engine(settings, resolved, model, text, lock, device, trunk) -> TransformersEngine:
     dtype = pick_dtype(settings.compute_dtype, device)
     if model is None:
-        model, tokenizer = load_llm(resolved, device)
-        if dtype != torch.float32:
+        usual = "bfloat16" if torch.device(device).type == "cuda" else "float32"
+        residual = usual if settings.residual_dtype == "auto" else settings.residual_dtype
+        mixed = residual == "float32" != str(dtype).removeprefix("torch.")
+        model, tokenizer = load_llm(resolved, device, torch.float32 if mixed else dtype)
+        if mixed:
             store_layers_in(model, dtype)
+        elif dtype != torch.float32:
+            trunk = None  # the trainer's holds other numbers: its residual stream stays float32
         text = text or TextTokeniser(tokenizer, model_max_tokens(model.config, settings.max_prompt_tokens))
     if text is None:
         raise PriorZeroError("create_engine got the trainer's model without its tokeniser; pass text=trainer.text")

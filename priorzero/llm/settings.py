@@ -42,6 +42,9 @@ class EngineSettings:
     kind: str = "auto"  # "auto", "vllm" or "transformers"
     required: bool = False  # True: vLLM must work (at the start and later), False: transformers takes over
     compute_dtype: str = "auto"  # transformers engine: "auto", "bfloat16" or "float32"
+    # transformers engine with a copy of its own, computing in bfloat16: norms and residual stream in "float32" too, or in
+    # "bfloat16"; "auto": float32 on a CPU, bfloat16 on CUDA.
+    residual_dtype: str = "auto"
     max_batch_tokens: int = 4096  # transformers engine: padded tokens of one forward
     cache_size: int = 20_000  # scored states kept; 0 switches the cache off
     prefix_cache_mib: int = 1024  # transformers engine: keys and values of earlier prompts; 0: of fixed heads only
@@ -55,6 +58,8 @@ class EngineSettings:
     def __post_init__(self) -> None:
         if self.kind not in ("auto", "vllm", "transformers"):
             raise PriorZeroError(f"LLM engine {self.kind!r} is unknown; use 'auto', 'vllm' or 'transformers'")
+        if self.residual_dtype not in ("auto", "float32", "bfloat16"):
+            raise PriorZeroError(f"llm.residual_dtype {self.residual_dtype!r} is unknown; use 'auto', 'float32' or 'bfloat16'")
         if self.required and self.kind == "transformers":
             raise PriorZeroError("llm_required demands vLLM, but the engine is fixed to 'transformers'; change one")
         if min(self.max_batch_tokens, self.attempts) < 1 or min(self.cache_size, self.prefix_cache_mib, self.max_restarts) < 0:

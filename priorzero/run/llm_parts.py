@@ -47,11 +47,12 @@ async def build_llm(settings, *, device: str, reduction: str, seed: int, marker:
                                          trunk_cache_mib=settings.trunk_cache_mib)
     engine_settings = EngineSettings(
         kind=settings.engine, required=settings.required, compute_dtype=settings.dtype,
+        residual_dtype=settings.residual_dtype,
         max_batch_tokens=settings.max_batch_tokens or (32768 if device == "cuda" else 4096),
         cache_size=settings.score_cache_size, prefix_cache_mib=settings.prefix_cache_mib,
         attempts=settings.attempts, max_restarts=settings.max_restarts,
         vllm=VLLMSettings(**settings.vllm), prompt_tokens=settings.prompt.max_prompt_tokens // 2,
-        reasoning=ReasoningSettings(marker=marker, seed=seed))
+        reasoning=ReasoningSettings(**settings.reasoning, marker=marker, seed=seed))
     resolved = await asyncio.to_thread(resolve_llm, settings.model)
     model, tokenizer = await asyncio.to_thread(load_llm, resolved, device)
     trainer = LLMTrainer(model, tokenizer, trainer_settings)
