@@ -283,7 +283,8 @@ def validate_config(cfg: EasyDict) -> None:
     positive |= {f"env.{k}": env[k] for k in ("collector_env_num", "evaluator_env_num", "n_evaluator_episode",
                                               "step_timeout_s", "describe_timeout_s")}
     positive |= {"llm.sft.samples": llm.sft.samples, "llm.rft.samples": llm.rft.samples,
-                 "llm.sft.recent_transitions": llm.sft.recent_transitions}
+                 "llm.sft.recent_transitions": llm.sft.recent_transitions,
+                 "llm.reasoning.max_new_tokens": llm.reasoning.max_new_tokens}
     rules = {name: (value, value > 0, "it must be positive") for name, value in positive.items()}
     rules |= {
         "seed": (cfg.seed, 0 <= cfg.seed < 2**31, "it must lie in 0..2**31-1"),
@@ -313,7 +314,6 @@ def validate_config(cfg: EasyDict) -> None:
         "llm.dtype": (llm.dtype, llm.dtype in ("auto", "float32", "bfloat16"), "it must be auto, float32 or bfloat16"),
         "llm.residual_dtype": (llm.residual_dtype, llm.residual_dtype in ("auto", "float32", "bfloat16"),
                                "it must be auto, float32 or bfloat16"),
-        "llm.reasoning.max_new_tokens": (llm.reasoning.max_new_tokens, llm.reasoning.max_new_tokens >= 1, "it must be positive"),
         "llm.reasoning.temperature": (llm.reasoning.temperature, llm.reasoning.temperature >= 0, "it must not be negative"),
         "llm.train.objective": (llm.train.objective, llm.train.objective in ("actions", "tokens"),
                                 "it must be actions or tokens"),

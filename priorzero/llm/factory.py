@@ -85,7 +85,7 @@ def _transformers_engine(settings, resolved, model, text, lock, device, trunk) -
     if model is None:
         usual = "bfloat16" if torch.device(device).type == "cuda" else "float32"
         residual = usual if settings.residual_dtype == "auto" else settings.residual_dtype
-        mixed = residual == "float32" != str(dtype).removeprefix("torch.")
+        mixed = residual == "float32" and dtype != torch.float32
         model, tokenizer = load_llm(resolved, device, torch.float32 if mixed else dtype)
         if mixed:
             store_layers_in(model, dtype)

@@ -148,7 +148,8 @@ class LLMTrainer:
         self.model = _with_lora(model.float(), self.settings.lora, self.compute_dtype).eval()
         limit = model_max_tokens(base_model(model).config, self.settings.max_prompt_tokens)
         self.text = TextTokeniser(tokenizer, limit)
-        depth = frozen_layers(self.model) if self.settings.trunk_cache_mib else 0
+        # On CUDA states are not packed (tree_forward.py), so nothing would be read from it.
+        depth = frozen_layers(self.model) if self.settings.trunk_cache_mib and self.device.type == "cpu" else 0
         self.trunk = TrunkCache(depth, self.settings.trunk_cache_mib << 20) if depth else None
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(

@@ -93,15 +93,15 @@ class TrunkCache:
         inputs = lay_out(causal_lm, items, [head[1]] * len(items) if head is not None else None, device)
         hidden = run_packed(causal_lm, inputs, 0, self.depth)
         if not self._checked:
-            self._check(causal_lm, items, hidden, device)
+            self._check(causal_lm, items[0], device)
         return [hidden[start:end].clone() for start, end in inputs.row.spans]
 
-    def _check(self, causal_lm, items: list[TreeItem], hidden: torch.Tensor, device: torch.device) -> None:
+    def _check(self, causal_lm, item: TreeItem, device: torch.device) -> None:
         """Once: both parts one after the other against all layers at once, on one state without a head.
 
         A model may scale its embeddings or look at its layers from outside; that must not pass unnoticed.
         """
-        inputs = lay_out(causal_lm, [headless(items[0])], None, device)
+        inputs = lay_out(causal_lm, [headless(item)], None, device)
         parts = run_packed(causal_lm, inputs, self.depth, hidden=run_packed(causal_lm, inputs, 0, self.depth))
         whole = run_packed(causal_lm, inputs)
         error, size = float((parts - whole).abs().max()), float(whole.abs().max())
