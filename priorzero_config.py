@@ -150,7 +150,8 @@ LLM = dict(
     # (int) Scored states remembered for the present weights.
     score_cache_size=20_000,
     # (int) MiB the transformers engine may take for keys and values of earlier prompts: while a history only grows, a prompt is
-    # computed from where it differs. Emptied when the weights change. 0: only the fixed head is kept.
+    # computed from where it differs (on CUDA prompts of 1,024 tokens and more, half of them shared). Emptied when the weights
+    # change. 0: only the fixed head is kept.
     prefix_cache_mib=1024,
     # (int) On a CPU, with adapters on the last layers only: MiB for what the layers below them gave, which no update changes.
     # A state met again, or trained on, is computed from there. 0: none.

@@ -279,7 +279,7 @@ class Run:
         perf |= {f"games_{k}": float(v) for k, v in games.items()}
         perf |= {f"vocabulary_{k}": float(v) for k, v in self.policy.vocabulary.stats().items()}
         if self.prior is not None:
-            perf |= {f"llm_{k}": v for k, v in self.prior.stats().items()}
+            perf |= {f"llm_{k}": v for k, v in (self.prior.stats() | self.llm_learner.stats()).items()}
         self.metrics.scalars("perf", perf, self.collector.envstep)
         self.metrics.flush()
 

@@ -87,8 +87,7 @@ class PriorZeroPolicy(UniZeroPolicy):
             self._optimizer_world_model = configure_optimizers_nanogpt(
                 model=self._model.world_model, learning_rate=cfg.learning_rate, weight_decay=cfg.weight_decay,
                 device_type=cfg.device, betas=(0.9, 0.95))
-        for group in self._optimizer_world_model.param_groups:
-            group["fused"] = True  # LightZero asks for it on CUDA only; on two cores a step took 2.0 instead of 6.6 ms
+        self._fuse_optimizer()
         self._target_model = copy.deepcopy(self._model).requires_grad_(False)
         self._learn_model = self._model
         scale = cfg.model.support_scale
@@ -298,6 +297,11 @@ class PriorZeroPolicy(UniZeroPolicy):
         torch._foreach_lerp_(list(self._target_model.parameters()), list(self._learn_model.parameters()),
                              self._cfg.target_update_theta)
 
+    def _fuse_optimizer(self) -> None:
+        """LightZero asks for PyTorch's fused step on CUDA only; on two cores it takes 2.0 instead of 6.6 ms."""
+        for group in self._optimizer_world_model.param_groups:
+            group["fused"] = True
+
     def _monitor_vars_learn(self) -> list[str]:
         return ["wm_loss", "latent_loss", "reward_loss", "policy_loss", "value_loss", "policy_entropy", "grad_norm",
                 "value_error", "target_value", "target_reward", "target_policy_entropy", "learning_rate"]
@@ -311,6 +315,7 @@ class PriorZeroPolicy(UniZeroPolicy):
         self._learn_model.load_state_dict(state["model"])
         self._target_model.load_state_dict(state["target_model"])
         self._optimizer_world_model.load_state_dict(state["optimizer_world_model"])
+        self._fuse_optimizer()  # an older checkpoint's groups say otherwise
         self.vocabulary.load_state_dict(state["vocabulary"])
         self._train_iter = state["train_iter"]
 

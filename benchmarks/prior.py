@@ -12,8 +12,8 @@ Ways (`--methods`):
   states a second time, with their prompts in the prefix cache;
 * shared: this project's transformers engine, each prompt computed once for all its actions: layers in `--dtype`, norms
   and residual stream in float32, as a run computes on a CPU; `shared_pure` is the same with everything in `--dtype`, as a
-  run computes on CUDA (`llm.residual_dtype`);
-* grown: the same engines one step later, when the first nine tenths of each prompt are those of a state just scored (as
+  run computes on CUDA (`llm.residual_dtype`), and keeps no prompts;
+* grown: `shared` and vLLM one step later, when the first nine tenths of each prompt are those of a state just scored (as
   `grown` and, with vLLM, `trie_grown`);
 * cached: the score cache around it, states seen before.
 

@@ -114,6 +114,10 @@ class LLMLearner:
         metrics |= _prefixed("push", await self.publish())
         return LLMPhase(metrics)
 
+    def stats(self) -> dict[str, float]:
+        """Counters of the trainer's caches since the start."""
+        return self.trainer.trunk.stats() if self.trainer.trunk is not None else {}
+
     async def publish(self) -> dict[str, float]:
         """Hand the trainer's weights to the engine and check one state against the trainer's own forward.
 

@@ -129,6 +129,10 @@ class LLMEngine(ABC):
         """Counters since the start, for logging."""
         return {key: float(value) for key, value in self.counters.items()}
 
+    def reset_stats(self) -> None:
+        """Count from here on."""
+        self.counters.clear()
+
 
 def check_scores(request: TokenisedRequest, answer: TokenLogprobs) -> TokenLogprobs:
     """Pass ``answer`` on if it has one finite, non-positive number per token of every action.

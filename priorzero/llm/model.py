@@ -229,6 +229,13 @@ def base_model(model: torch.nn.Module) -> torch.nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def sliding_window(config) -> int | None:
+    """Tokens a layer looks back on, where some layer does not look back on all; None where all do."""
+    types = getattr(config, "layer_types", None)  # Mistral names none: all its layers slide
+    slides = "sliding_attention" in types if types else getattr(config, "use_sliding_window", True)
+    return getattr(config, "sliding_window", None) if slides else None
+
+
 @contextlib.contextmanager
 def only_layers(decoder: torch.nn.Module, first: int, last: int):
     """Let a decoder run its layers from `first` to before `last` only, for a while.

@@ -2,7 +2,7 @@
 
 Prompts of a batch differ in length by a factor of two and more, so a padded batch computes up to half its tokens for
 nothing, which on a CPU is time. Here every linear layer sees the real tokens only, and attention runs state by state.
-Called by `tree_forward` alone; needs a transformers model whose attention goes through the attention interface.
+Used by `tree_forward` and `trunk`; needs a transformers model whose attention goes through the attention interface.
 """
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
-from priorzero.llm.model import only_layers
+from priorzero.llm.model import only_layers, sliding_window
 
 if TYPE_CHECKING:
     from priorzero.llm.tree_forward import LayerKV, TreeItem
@@ -46,8 +46,8 @@ class PackedRow:
 def supports_packing(causal_lm) -> bool:
     """Whether the model's attention can be replaced: it uses the interface, and is plain causal attention."""
     config = causal_lm.config
-    plain = not getattr(config, "attn_logit_softcapping", None) and set(getattr(config, "layer_types", None) or ()) <= {
-        "full_attention"}
+    plain = not getattr(config, "attn_logit_softcapping", None) and not sliding_window(config) and set(
+        getattr(config, "layer_types", None) or ()) <= {"full_attention"}
     return bool(plain and getattr(causal_lm, "_supports_attention_backend", False))
 
 

@@ -1,8 +1,7 @@
 """Keys and values of what prompts begin with: the fixed head, and the prompts of earlier steps.
 
 A prompt whose history only grows begins as the one before it did, up to the step that is new; what lies before need not be
-computed again. Heads are few and kept for good; prompts go when memory is short, the least used first. Everything is
-dropped when the weights change.
+computed again. Prompts go when memory is short, the least used first; everything is dropped when the weights change.
 
 The idea is vLLM's automatic prefix caching (arXiv:2309.06180), here per whole prompt and token instead of per block.
 """
@@ -63,12 +62,12 @@ class PrefixCache:
             self.clear()
             self._stamp = stamp
 
-    def recut(self, model: torch.nn.Module, request: TokenisedRequest,
-              dtype: torch.dtype | None) -> tuple[TokenisedRequest, LayerKV] | None:
+    def recut(self, model: torch.nn.Module, request: TokenisedRequest, dtype: torch.dtype | None,
+              least_share: float = 0.0) -> tuple[TokenisedRequest, LayerKV] | None:
         """The request with all it shares with a kept prompt as its head, and that head's keys and values.
 
-        None where no kept prompt shares enough. The last token of a prompt is never part of the head: its hidden state
-        predicts the actions.
+        None where no kept prompt shares enough: some tokens beyond the head, and ``least_share`` of the prompt. The last
+        token of a prompt is never part of the head: its hidden state predicts the actions.
         """
         self._drop_outdated(model, dtype)
         if not self._prompts:
@@ -76,7 +75,7 @@ class PrefixCache:
         ids = np.asarray(request.prompt_ids, dtype=np.int64)
         shared, best = max(((_common(ids, kept), key) for key, (kept, _) in self._prompts.items()), key=lambda pair: pair[0])
         shared = min(shared, len(ids) - 1)
-        if shared < len(request.head_ids) + _LEAST_GAIN:
+        if shared < max(len(request.head_ids) + _LEAST_GAIN, least_share * len(ids)):
             return None
         self._prompts.move_to_end(best)
         self.tokens_reused += shared - len(request.head_ids)
@@ -93,6 +92,10 @@ class PrefixCache:
         while self.bytes > self.max_bytes:
             _, (_, gone) = self._prompts.popitem(last=False)
             self.bytes -= sum(k.numel() * k.element_size() + v.numel() * v.element_size() for k, v in gone)
+
+    def reset_stats(self) -> None:
+        """Count from here on."""
+        self.hits = self.misses = self.tokens_reused = 0
 
     def stats(self) -> dict[str, float]:
         """Since the start, for logging; ``prefix_tokens`` are those of prompts, heads not counted."""

@@ -52,7 +52,7 @@ async def states_per_second(engine: LLMEngine, prompt_tokens: int) -> float:
     started = time.perf_counter()
     await engine.score(states)
     seconds = time.perf_counter() - started
-    engine.counters.clear()  # they count what the run asks
+    engine.reset_stats()  # they count what the run asks
     return len(states) / seconds
 
 

@@ -28,7 +28,7 @@ from priorzero.llm.requests import ScoreRequest, TextTokeniser, model_max_tokens
 from priorzero.llm.tree_forward import (
     TreeItem,
     action_totals,
-    autocast,
+    computing,
     head_key_values,
     plan_batches,
     prepare,
@@ -150,7 +150,7 @@ class LLMTrainer:
         self.text = TextTokeniser(tokenizer, limit)
         # On CUDA states are not packed (tree_forward.py), so nothing would be read from it.
         depth = frozen_layers(self.model) if self.settings.trunk_cache_mib and self.device.type == "cpu" else 0
-        self.trunk = TrunkCache(depth, self.settings.trunk_cache_mib << 20) if depth else None
+        self.trunk = TrunkCache(depth, self.settings.trunk_cache_mib << 20, self.compute_dtype) if depth else None
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=self.settings.learning_rate, betas=self.settings.betas,
@@ -246,7 +246,7 @@ class LLMTrainer:
         return metrics
 
     def _backward(self, items: list[TreeItem], samples: list, term: Callable, tally: _Tally, share: int) -> None:
-        with autocast(self.device, self.compute_dtype):
+        with computing(self.device, self.compute_dtype):
             flats = tree_logprobs(self.model, items, trunk=self.trunk)
         loss = torch.stack([term(f, i, s, tally) for f, i, s in zip(flats, items, samples, strict=True)]).sum() / share
         if not torch.isfinite(loss):
@@ -268,18 +268,19 @@ class LLMTrainer:
         self.optimizer.step()
         return norm
 
-    def score(self, requests: Sequence[ScoreRequest], dtype: torch.dtype | None = None) -> list[ActionScores]:
+    def score(self, requests: Sequence[ScoreRequest], dtype: torch.dtype | None = None, *,
+              all_layers: bool = False) -> list[ActionScores]:
         """Token log-probabilities under the trainer's own weights: behaviour policies of RFT, canary of engines.
 
-        ``dtype`` computes in another dtype than training does. Requests with ``reasoning`` are scored as they stand,
-        without a thought.
+        ``dtype`` computes in another dtype than training does; ``all_layers`` takes nothing from the trunk cache. Requests
+        with ``reasoning`` are scored as they stand, without a thought.
         """
         compute = self.compute_dtype if dtype is None else None if dtype == torch.float32 else dtype
-        trunk = self.trunk if compute == self.compute_dtype else None
+        trunk = self.trunk if compute == self.compute_dtype and not all_layers else None
         items = prepare(self.text.tokenise_all(requests))
         answers: list[ActionScores] = [ActionScores((), self.version)] * len(items)
         filled = [i for i, item in enumerate(items) if item.request.action_ids]
-        with self.lock, torch.no_grad(), _float32_layers(self.model, compute is None), autocast(self.device, compute):
+        with self.lock, torch.no_grad(), _float32_layers(self.model, compute is None), computing(self.device, compute):
             for batch in plan_batches([items[i] for i in filled], self.settings.max_batch_tokens):
                 rows = [filled[j] for j in batch]
                 head = items[rows[0]].request.head_ids

@@ -20,8 +20,9 @@ from priorzero.llm.model import base_model, export_weights, sync_head
 from priorzero.llm.packed import supports_packing
 from priorzero.llm.prefix_cache import PrefixCache
 from priorzero.llm.requests import ReasoningSettings, TextTokeniser, TokenisedRequest
-from priorzero.llm.tree_forward import LayerKV, TreeItem, autocast, plan_batches, prepare, split_actions, tree_logprobs
+from priorzero.llm.tree_forward import LayerKV, TreeItem, computing, plan_batches, prepare, split_actions, tree_logprobs
 from priorzero.llm.trunk import TrunkCache
+from priorzero.types import PriorZeroError
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -56,6 +57,8 @@ class TransformersEngine(LLMEngine):
         self.compute_dtype = compute_dtype
         self.max_batch_tokens = max_batch_tokens
         self.prefixes = PrefixCache(prefix_cache_mib << 20)
+        if trunk is not None and trunk.dtype != compute_dtype:
+            raise PriorZeroError(f"the trainer's trunk cache is for {trunk.dtype}, this engine computes in {compute_dtype}")
         self.trunk = trunk
         self._lock = lock or threading.RLock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="llm-transformers")
@@ -71,7 +74,7 @@ class TransformersEngine(LLMEngine):
 
         def guarded() -> T:
             started = time.perf_counter()
-            with self._lock, torch.no_grad(), autocast(next(self.model.parameters()).device, self.compute_dtype):
+            with self._lock, torch.no_grad(), computing(next(self.model.parameters()).device, self.compute_dtype):
                 was_training = self.model.training
                 self.model.eval()
                 try:
@@ -125,8 +128,8 @@ class TransformersEngine(LLMEngine):
         cuda = next(self.model.parameters()).device.type == "cuda"
         grown = {}
         for i, item in enumerate(items):
-            found = self.prefixes.recut(self.model, item.request, self.compute_dtype)
-            if found is not None and (not cuda or len(found[0].head_ids) > len(found[0].body_ids)):
+            found = self.prefixes.recut(self.model, item.request, self.compute_dtype, least_share=0.5 if cuda else 0.0)
+            if found is not None:
                 grown[i] = (TreeItem(found[0], item.trie), found[1])
         return grown
 
@@ -219,7 +222,11 @@ class TransformersEngine(LLMEngine):
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def stats(self) -> dict[str, float]:
-        return super().stats() | self.prefixes.stats() | (self.trunk.stats() if self.trunk is not None else {})
+        return super().stats() | self.prefixes.stats()
+
+    def reset_stats(self) -> None:
+        super().reset_stats()
+        self.prefixes.reset_stats()
 
 
 def cut_at_stop(text: str, stop: Sequence[str]) -> str | None:

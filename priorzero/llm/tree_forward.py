@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from priorzero.llm.model import base_model, only_layers
+from priorzero.llm.model import base_model, only_layers, sliding_window
 from priorzero.llm.requests import TokenisedRequest
 from priorzero.llm.trie import TokenTrie, build_trie
 from priorzero.types import PriorZeroError
@@ -68,9 +68,22 @@ class TreeItem:
         return mask
 
 
-def autocast(device: torch.device, dtype: torch.dtype | None):
-    """Context for the compute dtype: ``None`` computes in the weights' own dtype."""
-    return torch.autocast(device.type, dtype=dtype) if dtype is not None else contextlib.nullcontext()
+@contextlib.contextmanager
+def computing(device: torch.device, dtype: torch.dtype | None):
+    """Context of every forward: autocast to ``dtype`` (None: the weights' own), and on CUDA no attention of cuDNN's.
+
+    cuDNN makes a plan for every new shape, and every batch of prompts has one. On an H100 a plan took 80 ms (the first one
+    1.2 s), and its kernel saves 16 ms on 16 prompts of 4,000 tokens.
+    """
+    with contextlib.ExitStack() as stack:
+        if dtype is not None:
+            stack.enter_context(torch.autocast(device.type, dtype=dtype))
+        if device.type == "cuda":
+            from torch.nn.attention import SDPBackend, sdpa_kernel
+
+            kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+            stack.enter_context(sdpa_kernel(kernels))
+        yield
 
 
 def head_key_values(model: torch.nn.Module, head_ids: tuple[int, ...], trunk: TrunkCache | None = None) -> LayerKV:
@@ -83,16 +96,6 @@ def head_key_values(model: torch.nn.Module, head_ids: tuple[int, ...], trunk: Tr
     with only_layers(decoder, trunk.depth, len(decoder.layers)):
         upper = key_values(decoder(inputs_embeds=hidden[None], use_cache=True))
     return lower + upper[trunk.depth :]
-
-
-def attention_kernels(device: torch.device):
-    """Context that keeps PyTorch from cuDNN's attention on CUDA: it makes a plan for every new shape, and every batch of
-    prompts has one. On an H100 a plan took 80 ms (the first one 1.2 s), and its kernel saves 16 ms on 16 prompts of 4,000."""
-    if device.type != "cuda":
-        return contextlib.nullcontext()
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def key_values(output) -> LayerKV:
@@ -154,9 +157,8 @@ def _layout(items: Sequence[TreeItem], device: torch.device):
 
 def _check_sliding(config, length: int) -> None:
     """The tree mask is the full mask; a sliding window shorter than the row would need another one."""
-    window = getattr(config, "sliding_window", None)
-    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ())
-    if slides and window and length > window:
+    window = sliding_window(config)
+    if window and length > window:
         raise PriorZeroError(
             f"this LLM attends over a sliding window of {window} tokens and the row has {length}; "
             "shorten the prompts, or use the vLLM engine"
@@ -193,19 +195,18 @@ def tree_logprobs(
     if head_ids and (way == "two_passes" or any(not item.request.body_ids for item in items)):
         items = [headless(item) for item in items]
         head_ids, head_kv = (), None
-    with attention_kernels(device):
-        if way == "two_passes":
-            needed = _two_passes(causal_lm, items, device, kept)
-        elif way == "packed":
-            from priorzero.llm.packed import packed_pass
+    if way == "two_passes":
+        needed = _two_passes(causal_lm, items, device, kept)
+    elif way == "packed":
+        from priorzero.llm.packed import packed_pass
 
-            if prefixes is None and head_kv is not None:
-                prefixes = [head_kv] * len(items)
-            needed = packed_pass(causal_lm, items, prefixes, device, trunk, kept)
-        else:
-            if head_ids and head_kv is None:
-                head_kv = head_key_values(model, head_ids)
-            needed = _padded_pass(causal_lm, items, head_kv, device)
+        if prefixes is None and head_kv is not None:
+            prefixes = [head_kv] * len(items)
+        needed = packed_pass(causal_lm, items, prefixes, device, trunk, kept)
+    else:
+        if head_ids and head_kv is None:
+            head_kv = head_key_values(model, head_ids)
+        needed = _padded_pass(causal_lm, items, head_kv, device)
     return _gather(causal_lm, needed, items, logit_rows)
 
 
@@ -270,9 +271,11 @@ def _two_passes(causal_lm, items: Sequence[TreeItem], device: torch.device, kept
     first = decoder(input_ids=ids, use_cache=nodes > 0 or kept is not None)
     hidden = [first.last_hidden_state.flatten(0, 1)]
     if kept is not None:
-        # Views, not copies: the batch's memory is freed with the last of its prompts.
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else causal_lm.dtype
         layers = key_values(first)
-        kept[:] = [[tuple(x[b : b + 1, :, :length] for x in layer) for layer in layers] for b, length in enumerate(lengths)]
+        # Copies: a view would hold the whole batch's memory as long as one of its prompts is kept.
+        kept[:] = [[tuple(x[b : b + 1, :, :length].to(dtype, copy=True) for x in layer) for layer in layers]
+                   for b, length in enumerate(lengths)]
     if nodes:
         second = decoder(input_ids=tokens, position_ids=positions, attention_mask=mask,
                          past_key_values=first.past_key_values, use_cache=True)

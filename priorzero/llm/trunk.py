@@ -38,14 +38,16 @@ class TrunkCache:
     trainer's and the engine's. Not safe for use from two threads at once: both hold the trainer's lock while they compute.
 
     :param depth: layers that never change (`frozen_layers`), at least 1.
-    :param max_bytes: memory bound; the states not asked for the longest go first.
+    :param max_bytes: memory bound for states (the few heads come on top); those not asked for the longest go first.
+    :param dtype: autocast dtype of all who use it, None for none.
     """
 
-    def __init__(self, depth: int, max_bytes: int) -> None:
+    def __init__(self, depth: int, max_bytes: int, dtype: torch.dtype | None = None) -> None:
         if depth < 1 or max_bytes < 1:
             raise ValueError(f"a trunk needs at least one layer and a byte, got {depth} and {max_bytes}")
         self.depth = depth
         self.max_bytes = max_bytes
+        self.dtype = dtype
         self.bytes = 0
         self.hits = 0
         self.misses = 0
@@ -104,6 +106,8 @@ class TrunkCache:
         inputs = lay_out(causal_lm, [headless(item)], None, device)
         parts = run_packed(causal_lm, inputs, self.depth, hidden=run_packed(causal_lm, inputs, 0, self.depth))
         whole = run_packed(causal_lm, inputs)
+        # It ran layers that train, without gradients; what autocast remembers of their weights must not serve a backward.
+        torch.clear_autocast_cache()
         error, size = float((parts - whole).abs().max()), float(whole.abs().max())
         if not error <= _TOLERANCE * size:
             raise PriorZeroError(f"this LLM's layers give other numbers when the frozen ones run apart (difference {error:.2g} "
@@ -111,9 +115,11 @@ class TrunkCache:
         self._checked = True
 
     def _keep(self, key: tuple, hidden: torch.Tensor) -> None:
+        if hidden.numel() * hidden.element_size() > self.max_bytes:
+            return
         self._states[key] = hidden
         self.bytes += hidden.numel() * hidden.element_size()
-        while self.bytes > self.max_bytes and self._states:
+        while self.bytes > self.max_bytes:
             _, gone = self._states.popitem(last=False)
             self.bytes -= gone.numel() * gone.element_size()
 

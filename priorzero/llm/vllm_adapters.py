@@ -39,6 +39,8 @@ def hot_load_rank(setting: str, lora_rank: int, device: torch.device, dtype: tor
     if not works:
         raise PriorZeroError(f"llm.vllm.lora 'hot_load' needs 16 bits on CUDA; set llm.vllm.dtype to 'bfloat16', or {_MERGE}")
     fitting = [rank for rank in _RANKS if rank >= lora_rank]
+    if not fitting and setting == "auto":
+        return 0
     if not fitting:
         raise PriorZeroError(f"vLLM loads adapters up to rank {_RANKS[-1]}, got {lora_rank}; lower llm.lora.rank, or {_MERGE}")
     return fitting[0]

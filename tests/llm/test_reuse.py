@@ -10,7 +10,7 @@ from priorzero.llm.prefix_cache import PrefixCache
 from priorzero.llm.requests import ScoreRequest, TextTokeniser, TokenisedRequest
 from priorzero.llm.trainer import LLMTrainer, LLMTrainerSettings, LoraSettings, SFTSample
 from priorzero.llm.transformers_engine import TransformersEngine
-from priorzero.llm.tree_forward import choose_way, prepare, tree_logprobs
+from priorzero.llm.tree_forward import choose_way, computing, prepare, tree_logprobs
 from priorzero.llm.trunk import TrunkCache, frozen_layers
 from priorzero.types import PriorZeroError
 
@@ -18,10 +18,10 @@ REQUESTS = [ScoreRequest("You play.", f" Room {i}, a door{' and a box' * i}.", (
             for i in range(4)]
 
 
-def _trainer(byte_text, deep, mib: int, **settings) -> LLMTrainer:
+def _trainer(byte_text, deep, mib: int, dtype: str = "float32") -> LLMTrainer:
     lora = LoraSettings(rank=4, last_layers=2)
     trainer = LLMTrainer(deep(), byte_text.tokenizer, LLMTrainerSettings(
-        learning_rate=0.05, compute_dtype="float32", lora=lora, trunk_cache_mib=mib, **settings))
+        learning_rate=0.05, compute_dtype=dtype, lora=lora, trunk_cache_mib=mib))
     torch.manual_seed(5)
     with torch.no_grad():  # a fresh adapter's second factor is zero; this one should not be
         for name, weight in trainer.model.named_parameters():
@@ -65,17 +65,24 @@ def test_trunk_changes_neither_scores_nor_updates(byte_text, deep):
     assert with_trunk.trunk.misses == 4 and with_trunk.trunk.hits == 4 * 7
 
 
-def test_trunk_gradients_equal_those_of_the_whole_model(byte_text, deep):
-    trainer = _trainer(byte_text, deep, 8)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_trunk_gradients_equal_those_of_the_whole_model(dtype, byte_text, deep):
+    """bfloat16 is what a run computes in: frozen layers stored in it, the rest under autocast."""
+    trainer = _trainer(byte_text, deep, 8, dtype)
     items = prepare(trainer.text.tokenise_all(REQUESTS))
     gradients = []
-    for trunk in (None, trainer.trunk, trainer.trunk):  # the second time from the cache
+    # First from an empty cache, whose check runs the layers that train without gradients; then from the full one.
+    for trunk in (trainer.trunk, trainer.trunk, None):
         trainer.optimizer.zero_grad(set_to_none=True)
-        torch.cat(tree_logprobs(trainer.model, items, trunk=trunk)).square().sum().backward()
+        with computing(trainer.device, trainer.compute_dtype):
+            flats = tree_logprobs(trainer.model, items, trunk=trunk)
+        torch.cat(flats).square().sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in trainer.parameters]))
-    assert gradients[0].norm() > 1
-    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(gradients[2], gradients[1], rtol=0, atol=0)
+    assert gradients[2].norm() > 1 and trainer.trunk.hits == 4
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=0)
+    # The head is attended to from the row here and from its own pass there: bfloat16 rounds the two apart.
+    off = (gradients[0] - gradients[2]).norm() / gradients[2].norm()
+    assert off < {"float32": 1e-4, "bfloat16": 0.05}[dtype]
 
 
 def test_engine_with_a_copy_of_its_own_shares_the_trainers_trunk(byte_text, deep, reference):
@@ -89,7 +96,7 @@ def test_engine_with_a_copy_of_its_own_shares_the_trainers_trunk(byte_text, deep
         await engine.push_weights(trainer.model, trainer.version)
         misses = trainer.trunk.misses
         scores = await engine.score(REQUESTS)
-        assert trainer.trunk.misses == misses == engine.stats()["trunk_misses"]
+        assert trainer.trunk.misses == misses
         for request, score in zip(REQUESTS, scores, strict=True):
             expected = reference(own, trainer.text.tokenise(request))
             assert score.totals() == pytest.approx([sum(a) for a in expected], abs=1e-3)
@@ -112,6 +119,8 @@ def test_trunk_is_bounded_and_forgets_the_oldest(byte_text, deep):
     assert trunk.misses == 5
     with pytest.raises(ValueError, match="at least one layer"):
         TrunkCache(0, 1)
+    with pytest.raises(PriorZeroError, match="trunk cache is for None"):
+        TransformersEngine(deep(), trainer.text, compute_dtype=torch.bfloat16, trunk=trunk)
 
 
 def test_trunk_refuses_a_model_whose_layers_cannot_run_apart(byte_text, deep):

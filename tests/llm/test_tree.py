@@ -129,7 +129,8 @@ def test_plan_respects_limit_and_heads():
         assert len(batch) == 1 or len(batch) * (1 + max(sizes[i] for i in batch)) <= 60
 
 
-def test_sliding_window_shorter_than_the_row_is_refused():
+@pytest.mark.parametrize("types", [["sliding_attention"], None])
+def test_sliding_window_shorter_than_the_row_is_refused(types):
     from transformers import MistralConfig, MistralForCausalLM
 
     from priorzero.types import PriorZeroError
@@ -137,7 +138,7 @@ def test_sliding_window_shorter_than_the_row_is_refused():
     torch.manual_seed(0)
     config = MistralConfig(vocab_size=97, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
                            num_attention_heads=2, num_key_value_heads=1, sliding_window=8)
-    config.layer_types = ["sliding_attention"]
+    config.layer_types = types
     model = MistralForCausalLM(config).eval()
     with pytest.raises(PriorZeroError, match="sliding window"):
         tree_logprobs(model, prepare([TokenisedRequest((), (3,) * 9, ((4, 1),))]))
