@@ -20,7 +20,7 @@ from priorzero.games.group import GameEnvGroup
 from priorzero.llm_prior import LLMPrior, reduced
 from priorzero.quiet import quiet_base
 from priorzero.run.metrics import Stopwatch
-from priorzero.run.player import Decision, Seat, decisions
+from priorzero.run.player import Decision, HistoryWindow, Seat, decisions
 from priorzero.text.encoder import SentenceEncoder
 from priorzero.types import ActionScores
 from priorzero_policy import PriorZeroPolicy, SearchOutput
@@ -55,15 +55,15 @@ class PriorZeroCollector(ISerialCollector):
         envs: the training environments.
         encoder: frozen sentence encoder.
         prior: the LLM, or None for pure UniZero.
-        history_length: past steps the LLM may see.
+        history: past steps the LLM may see; None: as many as by default.
     """
 
     config = dict(type="priorzero")
 
     def __init__(self, cfg, policy: PriorZeroPolicy, envs: GameEnvGroup, encoder: SentenceEncoder,
-                 prior: LLMPrior | None, history_length: int = 5, watch: Stopwatch | None = None) -> None:
+                 prior: LLMPrior | None, history: HistoryWindow | None = None, watch: Stopwatch | None = None) -> None:
         self._cfg, self._policy, self._envs, self._encoder, self._prior = cfg, policy, envs, encoder, prior
-        self._history_length = history_length
+        self._history = history or HistoryWindow()
         self.watch = watch or Stopwatch()
         self._envstep = 0
         self._episodes = 0
@@ -142,7 +142,7 @@ class PriorZeroCollector(ISerialCollector):
         vectors = await asyncio.to_thread(self._encoder.encode, [first[e]["text"] for e in env_ids])
         self._policy.collect_mode.reset(env_ids)
         for env_id, vector in zip(env_ids, vectors, strict=True):
-            seat = self._seats.setdefault(env_id, Seat(self._envs.envs[env_id].game.goal, self._history_length))
+            seat = self._seats.setdefault(env_id, Seat(self._envs.envs[env_id].game.goal, self._history))
             seat.start(first[env_id])
             self._episode_ids[env_id] = self._episodes
             self._episodes += 1

@@ -157,7 +157,7 @@ LLM = dict(
     # A state met again, or trained on, is computed from there. 0: none.
     trunk_cache_mib=1024,
     # (dict) Fields of `priorzero_prompts.PromptSettings`.
-    prompt=dict(history_length=5, max_observation_chars=400, include_valid_actions=True, use_cot=False,
+    prompt=dict(history_length=5, history_drop=1, max_observation_chars=400, include_valid_actions=True, use_cot=False,
                 max_prompt_tokens=1024),
     # (dict) With prompt.use_cot: tokens of a chain of thought at most (it ends earlier at the action marker, which is added
     # where the LLM writes none), and their sampling temperature; 0 is greedy, and lets the score cache keep such states.

@@ -16,7 +16,7 @@ import numpy as np
 from priorzero.games.group import GameEnvGroup
 from priorzero.llm_prior import LLMPrior, reduced
 from priorzero.run.metrics import Stopwatch
-from priorzero.run.player import Decision, Seat, decisions
+from priorzero.run.player import Decision, HistoryWindow, Seat, decisions
 from priorzero.search.root_prior import log_softmax
 from priorzero.text.encoder import SentenceEncoder
 from priorzero.types import PriorZeroError
@@ -53,7 +53,7 @@ class PriorZeroEvaluator:
     """See the module.
 
     Args:
-        policy, envs, encoder, prior, history_length: as the collector's; `envs` with evaluation seeds.
+        policy, envs, encoder, prior, history: as the collector's; `envs` with evaluation seeds.
         reduction: how an action's token log-probabilities become one number.
         transcripts: folder the episodes are written to, or None.
         seed: of episodes and of every draw. temperature: 0 plays the most visited action (LLM alone: the likeliest), a
@@ -61,10 +61,10 @@ class PriorZeroEvaluator:
     """
 
     def __init__(self, policy: PriorZeroPolicy, envs: GameEnvGroup, encoder: SentenceEncoder, prior: LLMPrior | None,
-                 history_length: int = 5, reduction: str = "sum", transcripts: Path | None = None, seed: int = 0,
+                 history: HistoryWindow | None = None, reduction: str = "sum", transcripts: Path | None = None, seed: int = 0,
                  watch: Stopwatch | None = None, temperature: float = 0.0) -> None:
         self._policy, self._envs, self._encoder, self._prior = policy, envs, encoder, prior
-        self._history_length, self._reduction, self._transcripts = history_length, reduction, transcripts
+        self._history, self._reduction, self._transcripts = history or HistoryWindow(), reduction, transcripts
         self._seed, self._temperature = seed, temperature
         self.watch = watch or Stopwatch()
 
@@ -111,7 +111,7 @@ class PriorZeroEvaluator:
         self._policy.eval_mode.reset(idle)
         for env_id in idle:
             game = self._envs.envs[env_id].game
-            seats[env_id] = Seat(game.goal, self._history_length)
+            seats[env_id] = Seat(game.goal, self._history)
             seats[env_id].start(first[env_id])
             scripts[env_id] = [f"[{game.env_id}, episode seed {self._envs.envs[env_id].episode_seed}]", ""]
 

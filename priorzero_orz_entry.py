@@ -78,8 +78,7 @@ class Run:
 
     def __init__(self, config: HybridTrainingConfig, folder: Path, eval_only: bool = False) -> None:
         self.config, self.cfg, self.folder, self.eval_only = config, config.priorzero_cfg, folder, eval_only
-        self.iteration = 0
-        self.best_return = -math.inf
+        self.iteration, self.best_return = 0, -math.inf
         self.evaluations: list[dict[str, Any]] = []
         self.engine = self.trainer = self.llm_learner = self.prior = None
         self._open: list = []       # what close() has to end, newest last
@@ -163,6 +162,7 @@ class Run:
         from ding.envs import get_vec_env_setting
 
         from priorzero.games.group import GameEnvGroup
+        from priorzero.run.player import HistoryWindow
         from priorzero_collector import PriorZeroCollector
         from priorzero_evaluator import PriorZeroEvaluator
 
@@ -171,7 +171,7 @@ class Run:
         self._open.append(self.collect_envs)
         self.eval_envs = GameEnvGroup([partial(env_fn, cfg=c) for c in eval_cfgs], seed=self.cfg.seed)
         self._open.append(self.eval_envs)
-        history = self.cfg.llm.prompt.history_length
+        history = HistoryWindow(self.cfg.llm.prompt.history_length, self.cfg.llm.prompt.history_drop)
         self.collector = PriorZeroCollector(self.compiled.policy, self.policy, self.collect_envs, self.encoder, self.prior,
                                             history, self.watch)
         self.evaluator = PriorZeroEvaluator(

@@ -43,6 +43,8 @@ class PromptSettings:
 
     history_length: int = 5
     """Past steps shown at most; 0 shows none."""
+    history_drop: int = 1
+    """Oldest steps that leave together once there are more; between two drops prompts only grow, and engines reuse them."""
     max_observation_chars: int = 400
     """Characters kept of each past observation (its beginning). The current observation has no such limit."""
     include_valid_actions: bool = True
@@ -53,11 +55,14 @@ class PromptSettings:
     """Tokens of head and body together; what goes first when there are more is told in `build_prompt`."""
 
     def __post_init__(self) -> None:
-        for name, least in (("history_length", 0), ("max_observation_chars", 1), ("max_prompt_tokens", 32)):
+        for name, least in dict(history_length=0, history_drop=1, max_observation_chars=1, max_prompt_tokens=32).items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise PriorZeroError(f"prompt setting {name}={value!r} is impossible: it must be an integer of at "
                                      f"least {least}")
+        if self.history_drop > max(1, self.history_length):
+            raise PriorZeroError(f"prompt setting history_drop={self.history_drop} is impossible: a history of "
+                                 f"{self.history_length} steps cannot lose so many")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from ding.envs import BaseEnvTimestep
 from priorzero.games.group import GameEnvGroup
 from priorzero.llm.engine import LLMEngineError
 from priorzero.llm_prior import LLMPrior
+from priorzero.run.player import HistoryWindow, Seat
 from priorzero.types import ActionScores, HistoryItem, PriorZeroError
 from priorzero_collector import PriorZeroCollector
 from priorzero_evaluator import PriorZeroEvaluator
@@ -105,8 +106,8 @@ def parts(make_policy, encoder):
         groups.append(group)
         engine = FakeEngine() if engine == "fake" else engine
         prior = make_prior(engine) if engine else None
-        collector = PriorZeroCollector(policy._cfg, policy, group, encoder, prior, history)
-        evaluator = PriorZeroEvaluator(policy, group, encoder, prior, history, transcripts=transcripts)
+        collector = PriorZeroCollector(policy._cfg, policy, group, encoder, prior, HistoryWindow(history))
+        evaluator = PriorZeroEvaluator(policy, group, encoder, prior, HistoryWindow(history), transcripts=transcripts)
         return collector, evaluator, group, engine
 
     yield make
@@ -330,7 +331,7 @@ async def test_textworld(make_policy, encoder, tmp_path, monkeypatch):
     policy = make_policy(actions=0, num_simulations=4, action_vocabulary=dict(capacity=128, overflow=4), game_segment_length=6)
     group = GameEnvGroup([TextGameEnv(dict(env_id="tw-simple", max_steps=10)) for _ in range(2)], seed=0)
     try:
-        collector = PriorZeroCollector(policy._cfg, policy, group, encoder, make_prior(FakeEngine()), 2)
+        collector = PriorZeroCollector(policy._cfg, policy, group, encoder, make_prior(FakeEngine()), HistoryWindow(2))
         result = await collector.collect(4)
         evaluator = PriorZeroEvaluator(policy, group, encoder, None, transcripts=tmp_path / "out")
         played = [await evaluator.evaluate(mode, 2, 0) for mode in ("world_model", "random")]
@@ -345,3 +346,17 @@ async def test_textworld(make_policy, encoder, tmp_path, monkeypatch):
     assert len({s.valid_actions for s in steps}) > 2  # the choice differs along the way
     assert all(len(e.returns) == 2 and max(e.lengths) <= 10 for e in played)
     assert len(list((tmp_path / "out").glob("*.txt"))) == 4
+
+
+@pytest.mark.parametrize(("length", "drop", "kept"), [
+    (0, 1, [0, 0, 0, 0, 0, 0, 0, 0]), (3, 1, [1, 2, 3, 3, 3, 3, 3, 3]), (4, 3, [1, 2, 3, 4, 2, 3, 4, 2])])
+def test_a_full_history_loses_its_oldest_steps_together(length, drop, kept):
+    seat = Seat("Win.", HistoryWindow(length, drop))
+    seat.start({"text": "start", "valid_actions": ("go",), "score": 0.0})
+    sizes = []
+    for step in range(8):
+        seat.advance(f"action {step}", 1.0, {"text": f"text {step}", "valid_actions": ("go",), "score": 0.0})
+        history = seat.state.history
+        assert [h.action for h in history] == [f"action {i}" for i in range(step + 1 - len(history), step + 1)]
+        sizes.append(len(history))
+    assert sizes == kept

@@ -156,7 +156,7 @@ def test_too_small_a_limit_and_impossible_settings_are_refused(tokenizer):
     with pytest.raises(PriorZeroError, match="no room"):
         build_prompt(STATE, PromptSettings(max_prompt_tokens=40), tokenizer)
     for bad in ({"history_length": -1}, {"max_observation_chars": 0}, {"max_prompt_tokens": 1.5},
-                {"history_length": True}):
+                {"history_length": True}, {"history_drop": 0}, {"history_drop": 4, "history_length": 3}):
         with pytest.raises(PriorZeroError, match=next(iter(bad))):
             PromptSettings(**bad)
 

@@ -1,7 +1,6 @@
 """What collector and evaluator share about an environment being played: its state as text, its history, its vector."""
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -24,22 +23,33 @@ class Decision:
     valid_ids: np.ndarray
 
 
+@dataclass(frozen=True)
+class HistoryWindow:
+    """Past steps kept in `TextState.history`: at most `length`, and the oldest `drop` leave together when there are more.
+
+    Between two drops prompts only grow, so an engine computes what is new; with drop 1 a full window moves every step.
+    """
+
+    length: int = 5
+    drop: int = 1
+
+
 class Seat:
     """One environment's running episode.
 
     Args:
         goal: line of the game's goal for the prompts.
-        history_length: past steps kept in `TextState.history`.
+        history: past steps kept in `TextState.history`.
     """
 
-    def __init__(self, goal: str, history_length: int) -> None:
+    def __init__(self, goal: str, history: HistoryWindow) -> None:
         self._goal = goal
-        self._length = history_length
+        self._window = history
         self.start({"text": "", "valid_actions": (), "score": 0.0})
 
     def start(self, observation: dict) -> None:
         """A new episode begins with this observation of the environment."""
-        self._history: deque[HistoryItem] = deque(maxlen=self._length)
+        self._history: list[HistoryItem] = []
         self.observation = observation
         self.timestep = 0
         self.episode_return = 0.0
@@ -47,6 +57,8 @@ class Seat:
     def advance(self, action: str, reward: float, observation: dict) -> None:
         """The action was played and earned `reward`."""
         self._history.append(HistoryItem(self.observation["text"], action, reward))
+        if len(self._history) > self._window.length:
+            del self._history[: self._window.drop]
         self.observation = observation
         self.timestep += 1
         self.episode_return += reward

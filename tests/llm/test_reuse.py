@@ -169,6 +169,37 @@ def test_growing_prompts_are_computed_from_where_they_differ(way, byte_text, byt
     asyncio.run(run())
 
 
+@pytest.mark.parametrize(("drop", "most_computed"), [(1, 1.0), (8, 0.55)])
+def test_histories_that_lose_several_steps_together_are_reused(drop, most_computed, byte_model, byte_text):
+    """A full window that moves every step leaves nothing to reuse but the head; one that moves in blocks most of the prompt."""
+    from priorzero.run.player import HistoryWindow, Seat
+    from priorzero_prompts import PromptSettings, build_prompt
+
+    seat = Seat("Win.", HistoryWindow(10, drop))
+    seat.start({"text": "You wake up.", "valid_actions": ("go", "look"), "score": 0.0})
+    settings = PromptSettings(history_length=10, history_drop=drop, include_valid_actions=False, max_prompt_tokens=2000)
+    byte_text.max_tokens, byte_text.tokenizer.bos_token = 4096, ""
+    reusing, fresh = (TransformersEngine(byte_model, byte_text, prefix_cache_mib=mib) for mib in (64, 0))
+
+    class Counted(type(byte_text.tokenizer)):
+        def __call__(self, text, add_special_tokens=False, verbose=True):
+            return super().__call__(text, add_special_tokens)
+
+    async def run() -> None:
+        for step in range(30):
+            seat.advance(f"go {step}", 0.0, {"text": f"Room {step}.", "valid_actions": ("go", "look"), "score": 0.0})
+            if step < 10:
+                continue  # until the window is full
+            parts = build_prompt(seat.state, settings, Counted())
+            request = ScoreRequest(parts.head, parts.body, seat.state.valid_actions, " ")
+            got, want = (await reusing.score([request]))[0], (await fresh.score([request]))[0]
+            assert got.totals() == pytest.approx(want.totals(), abs=1e-4)
+
+    asyncio.run(run())
+    share = reusing.counters["tokens"] / fresh.counters["tokens"]
+    assert share <= most_computed and (drop > 1 or share > 0.9)
+
+
 def test_kept_prompts_are_dropped_with_the_weights_and_when_memory_is_short(byte_text, byte_model, reference):
     engine = TransformersEngine(byte_model, byte_text, prefix_cache_mib=16)
     first, second = _growing(2)
