@@ -398,7 +398,7 @@ class Run:
                 outcome = part.close()
                 if asyncio.iscoroutine(outcome):
                     await outcome
-            except Exception:
+            except Exception:  # of any kind: it must neither keep the other parts open nor replace the run's own outcome
                 logger.exception("closing %s failed; the rest is closed all the same", type(part).__name__)
 
 

@@ -298,7 +298,8 @@ class PriorZeroPolicy(UniZeroPolicy):
                              self._cfg.target_update_theta)
 
     def _fuse_optimizer(self) -> None:
-        """LightZero asks for PyTorch's fused step on CUDA only; on two cores it takes 2.0 instead of 6.6 ms."""
+        """LightZero asks for PyTorch's fused step on CUDA only; on two cores it took 2.0 instead of 6.6 ms for as many small
+        tensors as the debug network has."""
         for group in self._optimizer_world_model.param_groups:
             group["fused"] = True
 

@@ -236,6 +236,11 @@ def sliding_window(config) -> int | None:
     return getattr(config, "sliding_window", None) if slides else None
 
 
+def multiplying_dtype(causal_lm: torch.nn.Module, device: torch.device) -> torch.dtype:
+    """The dtype attention computes in at this moment: autocast's, or the weights' own."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else causal_lm.dtype
+
+
 @contextlib.contextmanager
 def only_layers(decoder: torch.nn.Module, first: int, last: int):
     """Let a decoder run its layers from `first` to before `last` only, for a while.

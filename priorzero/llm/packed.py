@@ -15,7 +15,7 @@ import torch
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
-from priorzero.llm.model import only_layers, sliding_window
+from priorzero.llm.model import multiplying_dtype, only_layers, sliding_window
 
 if TYPE_CHECKING:
     from priorzero.llm.tree_forward import LayerKV, TreeItem
@@ -104,7 +104,7 @@ def lay_out(causal_lm, items: Sequence[TreeItem], prefixes: Sequence[LayerKV] | 
     """Put the states one after another; without `prefixes` (keys and values of each one's head) their common head is first."""
     inside = [] if prefixes is not None else list(items[0].request.head_ids)
     ids, positions, spans, places, masks = list(inside), list(range(len(inside))), [], [], []
-    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else causal_lm.dtype
+    dtype = multiplying_dtype(causal_lm, device)
     for item in items:
         start, body, nodes = len(ids), item.request.body_ids, item.trie.tokens
         ids += [*body, *nodes]

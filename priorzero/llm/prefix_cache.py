@@ -45,7 +45,7 @@ class PrefixCache:
     def head(self, model: torch.nn.Module, head_ids: tuple[int, ...], dtype: torch.dtype | None,
              trunk: TrunkCache | None = None) -> LayerKV:
         """Keys and values of ``head_ids`` under the present weights (computed when missing or outdated)."""
-        self._drop_outdated(model, dtype)
+        self.refresh(model, dtype)
         if head_ids in self._heads:
             self.hits += 1
             self._heads.move_to_end(head_ids)
@@ -56,20 +56,20 @@ class PrefixCache:
             self._heads.popitem(last=False)
         return self._heads[head_ids]
 
-    def _drop_outdated(self, model: torch.nn.Module, dtype: torch.dtype | None) -> None:
+    def refresh(self, model: torch.nn.Module, dtype: torch.dtype | None) -> None:
+        """Drop everything if it was computed by another model, with other weights or in another dtype."""
         stamp = (id(model), weights_stamp(model), dtype)
         if stamp != self._stamp:
             self.clear()
             self._stamp = stamp
 
-    def recut(self, model: torch.nn.Module, request: TokenisedRequest, dtype: torch.dtype | None,
-              least_share: float = 0.0) -> tuple[TokenisedRequest, LayerKV] | None:
+    def recut(self, request: TokenisedRequest, least_share: float = 0.0) -> tuple[TokenisedRequest, LayerKV] | None:
         """The request with all it shares with a kept prompt as its head, and that head's keys and values.
 
         None where no kept prompt shares enough: some tokens beyond the head, and ``least_share`` of the prompt. The last
-        token of a prompt is never part of the head: its hidden state predicts the actions.
+        token of a prompt is never part of the head: its hidden state predicts the actions. `refresh` comes before, once for
+        all requests of a call: it looks at every weight.
         """
-        self._drop_outdated(model, dtype)
         if not self._prompts:
             return None
         ids = np.asarray(request.prompt_ids, dtype=np.int64)
@@ -84,14 +84,14 @@ class PrefixCache:
 
     def keep(self, request: TokenisedRequest, kv: LayerKV) -> None:
         """Remember the keys and values [1, heads, tokens, d] of a whole prompt."""
-        size = sum(k.numel() * k.element_size() + v.numel() * v.element_size() for k, v in kv)
+        size = _size(kv)
         if request.prompt_ids in self._prompts or size > self.max_bytes:
             return
         self._prompts[request.prompt_ids] = (np.asarray(request.prompt_ids, dtype=np.int64), kv)
         self.bytes += size
         while self.bytes > self.max_bytes:
             _, (_, gone) = self._prompts.popitem(last=False)
-            self.bytes -= sum(k.numel() * k.element_size() + v.numel() * v.element_size() for k, v in gone)
+            self.bytes -= _size(gone)
 
     def reset_stats(self) -> None:
         """Count from here on."""
@@ -101,6 +101,11 @@ class PrefixCache:
         """Since the start, for logging; ``prefix_tokens`` are those of prompts, heads not counted."""
         return {"head_cache_hits": float(self.hits), "head_cache_misses": float(self.misses),
                 "prefix_tokens": float(self.tokens_reused), "prefix_mib": self.bytes / 2**20}
+
+
+def _size(kv: LayerKV) -> int:
+    """Bytes."""
+    return sum(x.numel() * x.element_size() for layer in kv for x in layer)
 
 
 def _common(a: np.ndarray, b: np.ndarray) -> int:

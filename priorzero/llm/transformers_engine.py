@@ -125,10 +125,11 @@ class TransformersEngine(LLMEngine):
         """
         if not self._keeps_prompts:
             return {}
-        cuda = next(self.model.parameters()).device.type == "cuda"
+        least_share = 0.5 if next(self.model.parameters()).device.type == "cuda" else 0.0
+        self.prefixes.refresh(self.model, self.compute_dtype)
         grown = {}
         for i, item in enumerate(items):
-            found = self.prefixes.recut(self.model, item.request, self.compute_dtype, least_share=0.5 if cuda else 0.0)
+            found = self.prefixes.recut(item.request, least_share)
             if found is not None:
                 grown[i] = (TreeItem(found[0], item.trie), found[1])
         return grown

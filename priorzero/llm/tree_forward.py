@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from priorzero.llm.model import base_model, only_layers, sliding_window
+from priorzero.llm.model import base_model, multiplying_dtype, only_layers, sliding_window
 from priorzero.llm.requests import TokenisedRequest
 from priorzero.llm.trie import TokenTrie, build_trie
 from priorzero.types import PriorZeroError
@@ -271,7 +271,7 @@ def _two_passes(causal_lm, items: Sequence[TreeItem], device: torch.device, kept
     first = decoder(input_ids=ids, use_cache=nodes > 0 or kept is not None)
     hidden = [first.last_hidden_state.flatten(0, 1)]
     if kept is not None:
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else causal_lm.dtype
+        dtype = multiplying_dtype(causal_lm, device)
         layers = key_values(first)
         # Copies: a view would hold the whole batch's memory as long as one of its prompts is kept.
         kept[:] = [[tuple(x[b : b + 1, :, :length].to(dtype, copy=True) for x in layer) for layer in layers]

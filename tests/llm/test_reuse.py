@@ -224,13 +224,13 @@ def test_recut_leaves_the_last_token_and_wants_enough_in_common(byte_model):
     cache = PrefixCache(1 << 20)
     prompt = tuple(range(3, 103))
     kv = [(torch.zeros(1, 2, 100, 8), torch.zeros(1, 2, 100, 8))] * 2
-    cache.recut(byte_model, TokenisedRequest((), prompt, ((1,),)), None)
+    cache.refresh(byte_model, None)
     cache.keep(TokenisedRequest(prompt[:10], prompt[10:], ((1,),)), kv)
-    same, same_kv = cache.recut(byte_model, TokenisedRequest(prompt[:10], prompt[10:], ((1,),)), None)
+    same, same_kv = cache.recut(TokenisedRequest(prompt[:10], prompt[10:], ((1,),)))
     assert same.head_ids == prompt[:99] and same.body_ids == prompt[99:]
     assert same_kv[1][0].shape == (1, 2, 99, 8)
     far = TokenisedRequest(prompt[:10], prompt[10:30] + (200,) * 50, ((1,),))
-    assert cache.recut(byte_model, far, None) is None  # 30 tokens in common, 20 beyond the head
+    assert cache.recut(far) is None  # 30 tokens in common, 20 beyond the head
 
 
 def test_a_cpu_packs_plain_models(byte_model):
