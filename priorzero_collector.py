@@ -1,11 +1,14 @@
 """PriorZeroCollector: plays all environments at once and writes what happened into segments.
 
-Per step: all priors in one batch from the LLM engine, one batched search, all environments stepped together. Nothing
-here blocks the event loop: network and search run in a thread, interpreters in their processes.
+Per step: all priors in one batch from the LLM engine, one batched search, all environments stepped
+together. Nothing here blocks the event loop: network and search run in a thread, interpreters in
+their processes.
 
-LightZero's `MuZeroSegmentCollector` plans every step of a `collect` call with the action mask and timestep of the
-call's first step (tests/test_stock_defects.py); here each decision is built from the state it is taken in.
+LightZero's `MuZeroSegmentCollector` plans every step of a `collect` call with the action mask and
+timestep of the call's first step (tests/test_stock_defects.py); here each decision is built from
+the state it is taken in.
 """
+
 from __future__ import annotations
 
 import asyncio
@@ -17,10 +20,10 @@ import numpy as np
 
 from priorzero.data.segment import PriorZeroSegment, StepRecord
 from priorzero.games.group import GameEnvGroup
-from priorzero.llm_prior import LLMPrior, reduced
+from priorzero.llm.prior import LLMPrior, reduced
+from priorzero.play.slot import Decision, HistoryWindow, Seat, decisions
 from priorzero.quiet import quiet_base
 from priorzero.run.metrics import Stopwatch
-from priorzero.run.player import Decision, HistoryWindow, Seat, decisions
 from priorzero.text.encoder import SentenceEncoder
 from priorzero.types import ActionScores
 from priorzero_policy import PriorZeroPolicy, SearchOutput
@@ -34,7 +37,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class CollectResult:
-    """Finished segments, and what to log: `collect` about episodes, `prior` about the LLM's effect on the search."""
+    """Finished segments, and what to log: `collect` about episodes, `prior` about the LLM's effect
+    on the search.
+    """
 
     segments: list[PriorZeroSegment]
     collect: dict[str, float]
@@ -60,9 +65,23 @@ class PriorZeroCollector(ISerialCollector):
 
     config = dict(type="priorzero")
 
-    def __init__(self, cfg, policy: PriorZeroPolicy, envs: GameEnvGroup, encoder: SentenceEncoder,
-                 prior: LLMPrior | None, history: HistoryWindow | None = None, watch: Stopwatch | None = None) -> None:
-        self._cfg, self._policy, self._envs, self._encoder, self._prior = cfg, policy, envs, encoder, prior
+    def __init__(
+        self,
+        cfg,
+        policy: PriorZeroPolicy,
+        envs: GameEnvGroup,
+        encoder: SentenceEncoder,
+        prior: LLMPrior | None,
+        history: HistoryWindow | None = None,
+        watch: Stopwatch | None = None,
+    ) -> None:
+        self._cfg, self._policy, self._envs, self._encoder, self._prior = (
+            cfg,
+            policy,
+            envs,
+            encoder,
+            prior,
+        )
         self._history = history or HistoryWindow()
         self.watch = watch or Stopwatch()
         self._envstep = 0
@@ -85,7 +104,9 @@ class PriorZeroCollector(ISerialCollector):
         self._policy = _policy or self._policy
         self._policy.collect_mode.reset()
 
-    def reset(self, _policy: PriorZeroPolicy | None = None, _env: GameEnvGroup | None = None) -> None:
+    def reset(
+        self, _policy: PriorZeroPolicy | None = None, _env: GameEnvGroup | None = None
+    ) -> None:
         """`reset_env` and `reset_policy`."""
         self.reset_env(_env)
         self.reset_policy(_policy)
@@ -113,14 +134,27 @@ class PriorZeroCollector(ISerialCollector):
         while len(finished) < num_segments:
             env_ids = sorted(self._seats)
             with self.watch("encode"):
-                due = await asyncio.to_thread(decisions, [self._seats[e] for e in env_ids], self._encoder.encode,
-                                              self._policy.register_actions)
+                due = await asyncio.to_thread(
+                    decisions,
+                    [self._seats[e] for e in env_ids],
+                    self._encoder.encode,
+                    self._policy.register_actions,
+                )
             scores = await self._ask(due)
             with self.watch("search"):
                 output = await asyncio.to_thread(
-                    self._policy.collect_mode.forward, np.stack([d.observation for d in due]), [d.valid_ids for d in due],
-                    [reduced(s, self._reduction) for s in scores], env_ids, self._policy.collect_temperature(), self._envstep)
-            chosen = {e: d.valid_actions[output[e].action_index] for e, d in zip(env_ids, due, strict=True)}
+                    self._policy.collect_mode.forward,
+                    np.stack([d.observation for d in due]),
+                    [d.valid_ids for d in due],
+                    [reduced(s, self._reduction) for s in scores],
+                    env_ids,
+                    self._policy.collect_temperature(),
+                    self._envstep,
+                )
+            chosen = {
+                e: d.valid_actions[output[e].action_index]
+                for e, d in zip(env_ids, due, strict=True)
+            }
             with self.watch("env"):
                 timesteps = await asyncio.to_thread(self._envs.step, chosen)
             effects += [prior_effect(output[e]) for e in env_ids]
@@ -142,31 +176,49 @@ class PriorZeroCollector(ISerialCollector):
         vectors = await asyncio.to_thread(self._encoder.encode, [first[e]["text"] for e in env_ids])
         self._policy.collect_mode.reset(env_ids)
         for env_id, vector in zip(env_ids, vectors, strict=True):
-            seat = self._seats.setdefault(env_id, Seat(self._envs.envs[env_id].game.goal, self._history))
+            seat = self._seats.setdefault(
+                env_id, Seat(self._envs.envs[env_id].game.goal, self._history)
+            )
             seat.start(first[env_id])
             self._episode_ids[env_id] = self._episodes
             self._episodes += 1
-            self._segments[env_id] = PriorZeroSegment(self._cfg, env_id, self._episode_ids[env_id], vector)
+            self._segments[env_id] = PriorZeroSegment(
+                self._cfg, env_id, self._episode_ids[env_id], vector
+            )
 
-    async def _record(self, env_ids, due: list[Decision], scores: list[ActionScores | None],
-                      output: dict[int, SearchOutput], timesteps, finished: list[PriorZeroSegment],
-                      episodes: list[dict]) -> list[int]:
-        """Write the step into each environment's segment; returns the environments whose episode ended."""
+    async def _record(
+        self,
+        env_ids,
+        due: list[Decision],
+        scores: list[ActionScores | None],
+        output: dict[int, SearchOutput],
+        timesteps,
+        finished: list[PriorZeroSegment],
+        episodes: list[dict],
+    ) -> list[int]:
+        """Write the step into each environment's segment; returns the environments whose episode
+        ended.
+        """
         with self.watch("encode"):
-            nexts = await asyncio.to_thread(self._encoder.encode, [timesteps[e].obs["text"] for e in env_ids])
+            nexts = await asyncio.to_thread(
+                self._encoder.encode, [timesteps[e].obs["text"] for e in env_ids]
+            )
         ended = []
         for row, env_id in enumerate(env_ids):
             seat, plan, outcome = self._seats[env_id], output[env_id], timesteps[env_id]
             self._envstep += 1
             kind = outcome.info["done_kind"]
             if kind == "hang":
-                # The next state is unknown: what was played before stands, this step does not enter the data.
+                # The next state is unknown: what was played before stands, this step does not enter
+                # the data.
                 self.counters["hangs"] += 1
                 ended.append(env_id)
                 self._close_cut(env_id, finished)
                 episodes.append(outcome.info)
                 continue
-            step = _step_record(due[row], scores[row], plan, float(outcome.reward), kind, seat.timestep)
+            step = _step_record(
+                due[row], scores[row], plan, float(outcome.reward), kind, seat.timestep
+            )
             self._segments[env_id].record(step, nexts[row])
             seat.advance(step.action, step.reward, outcome.obs)
             if outcome.done:
@@ -175,7 +227,9 @@ class PriorZeroCollector(ISerialCollector):
                 finished.append(self._segments[env_id])
             elif self._segments[env_id].is_full():
                 finished.append(self._segments[env_id])
-                self._segments[env_id] = PriorZeroSegment(self._cfg, env_id, self._episode_ids[env_id], nexts[row])
+                self._segments[env_id] = PriorZeroSegment(
+                    self._cfg, env_id, self._episode_ids[env_id], nexts[row]
+                )
         return ended
 
     def _close_cut(self, env_id: int, finished: list[PriorZeroSegment]) -> None:
@@ -183,44 +237,74 @@ class PriorZeroCollector(ISerialCollector):
         if len(self._segments[env_id]):
             finished.append(self._segments[env_id])
 
-    def _episode_metrics(self, episodes: list[dict], finished: list[PriorZeroSegment]) -> dict[str, float]:
+    def _episode_metrics(
+        self, episodes: list[dict], finished: list[PriorZeroSegment]
+    ) -> dict[str, float]:
         steps = [s for segment in finished for s in segment.steps]
         metrics = {
-            "segments": float(len(finished)), "transitions": float(len(steps)), "episodes": float(len(episodes)),
+            "segments": float(len(finished)),
+            "transitions": float(len(steps)),
+            "episodes": float(len(episodes)),
             "reward_per_step": float(np.mean([s.reward for s in steps])),
             "valid_actions": float(np.mean([len(s.valid_actions) for s in steps])),
             "root_value": float(np.mean([s.root_value for s in steps])),
             "visit_entropy": float(np.mean([_entropy(s.visit_distribution) for s in steps])),
         }
         if episodes:
-            metrics["episode_return_mean"] = float(np.mean([e["eval_episode_return"] for e in episodes]))
-            metrics["episode_return_max"] = float(np.max([e["eval_episode_return"] for e in episodes]))
+            metrics["episode_return_mean"] = float(
+                np.mean([e["eval_episode_return"] for e in episodes])
+            )
+            metrics["episode_return_max"] = float(
+                np.max([e["eval_episode_return"] for e in episodes])
+            )
             metrics["episode_length"] = float(np.mean([e["steps"] for e in episodes]))
             for kind in ("terminated", "truncated", "hang"):
                 metrics[f"episodes_{kind}"] = float(sum(e["done_kind"] == kind for e in episodes))
         return metrics
 
 
-def _step_record(due: Decision, scores: ActionScores | None, plan: SearchOutput, reward: float, kind: str,
-                 timestep: int) -> StepRecord:
+def _step_record(
+    due: Decision,
+    scores: ActionScores | None,
+    plan: SearchOutput,
+    reward: float,
+    kind: str,
+    timestep: int,
+) -> StepRecord:
     return StepRecord(
-        state=due.state, observation=due.observation, valid_actions=due.valid_actions, valid_ids=due.valid_ids,
-        action_index=plan.action_index, visit_counts=plan.visit_counts, behaviour=plan.behaviour,
-        root_value=plan.root_value, predicted_value=plan.predicted_value, reward=reward, done_kind=kind,
-        timestep=timestep, prior_logprobs=scores.token_logprobs if scores else None,
-        prior_version=scores.weights_version if scores else 0, prior_weight=plan.prior.weight,
-        reasoning=scores.reasoning if scores else "")
+        state=due.state,
+        observation=due.observation,
+        valid_actions=due.valid_actions,
+        valid_ids=due.valid_ids,
+        action_index=plan.action_index,
+        visit_counts=plan.visit_counts,
+        behaviour=plan.behaviour,
+        root_value=plan.root_value,
+        predicted_value=plan.predicted_value,
+        reward=reward,
+        done_kind=kind,
+        timestep=timestep,
+        prior_logprobs=scores.token_logprobs if scores else None,
+        prior_version=scores.weights_version if scores else 0,
+        prior_weight=plan.prior.weight,
+        reasoning=scores.reasoning if scores else "",
+    )
 
 
 def prior_effect(plan: SearchOutput) -> dict[str, float]:
     """How the LLM's prior bore on one decision.
 
-    kl_from_wm: KL(mixed || world model). entropy: of the mixture. overridden: 1 where the search's most visited action
-    is not the mixture's favourite; llm_overridden: nor the LLM's own. weight: the LLM's share.
+    kl_from_wm: KL(mixed || world model). entropy: of the mixture. overridden: 1 where the search's
+    most visited action is not the mixture's favourite; llm_overridden: nor the LLM's own. weight:
+    the LLM's share.
     """
     best = int(np.argmax(plan.visit_counts))
-    effect = {"kl_from_wm": plan.prior.kl_from_wm, "entropy": plan.prior.entropy, "weight": plan.prior.weight,
-              "overridden": float(best != int(np.argmax(plan.prior.log_mixed)))}
+    effect = {
+        "kl_from_wm": plan.prior.kl_from_wm,
+        "entropy": plan.prior.entropy,
+        "weight": plan.prior.weight,
+        "overridden": float(best != int(np.argmax(plan.prior.log_mixed))),
+    }
     if plan.prior.log_llm is not None:
         effect["llm_overridden"] = float(best != int(np.argmax(plan.prior.log_llm)))
         effect["llm_entropy"] = _entropy(np.exp(plan.prior.log_llm))
@@ -234,4 +318,6 @@ def _entropy(p: np.ndarray) -> float:
 
 def _means(rows: list[dict[str, float]]) -> dict[str, float]:
     names = {name for row in rows for name in row}
-    return {name: float(np.mean([row[name] for row in rows if name in row])) for name in sorted(names)}
+    return {
+        name: float(np.mean([row[name] for row in rows if name in row])) for name in sorted(names)
+    }

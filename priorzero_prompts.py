@@ -1,16 +1,20 @@
-"""What the LLM reads: pure functions from a `TextState` to chat messages and prompt text, and back from an answer.
+"""What the LLM reads: pure functions from a `TextState` to chat messages and prompt text, and back
+from an answer.
 
-A prompt is ``head + body``. The head is the chat template's text up to the start of the user's content: role, goal and
-answer format, the same in every step of a run, so an engine computes its keys and values once. The body is the rest,
-up to and including the assistant's turn and, without reasoning, the action marker: what follows is the action.
+A prompt is ``head + body``. The head is the chat template's text up to the start of the user's
+content: role, goal and answer format, the same in every step of a run, so an engine computes its
+keys and values once. The body is the rest, up to and including the assistant's turn and, without
+reasoning, the action marker: what follows is the action.
 
-Tokens: tokenise head and body separately with ``add_special_tokens=False`` (the template has them already) and join
-the ids; tokenise `action_continuation` (``" open door"``) on its own too. The space belongs to the action, not to the
-prompt, because tokenizers join a space to the word after it: ``Action:`` + `` open`` are the tokens a model has seen,
-``Action: `` + ``open`` are not. Engines and the LLM's trainer must split in the same places.
+Tokens: tokenise head and body separately with ``add_special_tokens=False`` (the template has them
+already) and join the ids; tokenise `action_continuation` (``" open door"``) on its own too. The
+space belongs to the action, not to the prompt, because tokenizers join a space to the word after
+it: ``Action:`` + `` open`` are the tokens a model has seen, ``Action: `` + ``open`` are not.
+Engines and the LLM's trainer must split in the same places.
 
 Called by the LLM engines (to score and generate) and by the LLM's training batches. Needs no torch.
 """
+
 from __future__ import annotations
 
 import re
@@ -44,25 +48,38 @@ class PromptSettings:
     history_length: int = 5
     """Past steps shown at most; 0 shows none."""
     history_drop: int = 1
-    """Oldest steps that leave together once there are more; between two drops prompts only grow, and engines reuse them."""
+    """Oldest steps that leave together once there are more; between two drops prompts only grow,
+    and engines reuse them.
+    """
     max_observation_chars: int = 400
-    """Characters kept of each past observation (its beginning). The current observation has no such limit."""
+    """Characters kept of each past observation (its beginning). The current observation has no such
+    limit.
+    """
     include_valid_actions: bool = True
     """List the valid actions in the prompt."""
     use_cot: bool = False
-    """Ask for a chain of thought before the action; the prompt then ends with the reasoning marker."""
+    """Ask for a chain of thought before the action; the prompt then ends with the reasoning marker.
+    """
     max_prompt_tokens: int = 1024
-    """Tokens of head and body together; what goes first when there are more is told in `build_prompt`."""
+    """Tokens of head and body together; what goes first when there are more is told in
+    `build_prompt`.
+    """
 
     def __post_init__(self) -> None:
-        for name, least in dict(history_length=0, history_drop=1, max_observation_chars=1, max_prompt_tokens=32).items():
+        for name, least in dict(
+            history_length=0, history_drop=1, max_observation_chars=1, max_prompt_tokens=32
+        ).items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise PriorZeroError(f"prompt setting {name}={value!r} is impossible: it must be an integer of at "
-                                     f"least {least}")
+                raise PriorZeroError(
+                    f"prompt setting {name}={value!r} is impossible: it must be an integer of at "
+                    f"least {least}"
+                )
         if self.history_drop > max(1, self.history_length):
-            raise PriorZeroError(f"prompt setting history_drop={self.history_drop} is impossible: a history of "
-                                 f"{self.history_length} steps cannot lose so many")
+            raise PriorZeroError(
+                f"prompt setting history_drop={self.history_drop} is impossible: a history of "
+                f"{self.history_length} steps cannot lose so many"
+            )
 
 
 @dataclass(frozen=True)
@@ -84,7 +101,9 @@ class PromptTruncation:
 
 @dataclass(frozen=True)
 class PromptParts:
-    """A prompt, cut where its fixed part ends. ``num_tokens`` counts head and body, tokenised separately."""
+    """A prompt, cut where its fixed part ends. ``num_tokens`` counts head and body, tokenised
+    separately.
+    """
 
     head: str
     body: str
@@ -98,7 +117,9 @@ class PromptParts:
 
 @dataclass(frozen=True)
 class ParsedAnswer:
-    """A generated answer. ``action`` is one of the valid actions, or None if the answer names none of them."""
+    """A generated answer. ``action`` is one of the valid actions, or None if the answer names none
+    of them.
+    """
 
     action: str | None
     reasoning: str
@@ -112,14 +133,20 @@ def action_continuation(action: str) -> str:
 
 def system_text(state: TextState, settings: PromptSettings) -> str:
     """Role, goal and answer format: all that is the same in every step of a run."""
-    parts = [_ROLE, f"Goal: {_clean(state.goal) or _DEFAULT_GOAL}", _FORMAT_COT if settings.use_cot else _FORMAT_PLAIN]
+    parts = [
+        _ROLE,
+        f"Goal: {_clean(state.goal) or _DEFAULT_GOAL}",
+        _FORMAT_COT if settings.use_cot else _FORMAT_PLAIN,
+    ]
     if settings.include_valid_actions:
         parts.append(_FORMAT_CHOICE)
     return "\n".join(parts)
 
 
 def user_text(state: TextState, settings: PromptSettings) -> str:
-    """Recent history with rewards, oldest first, then the current observation, then the valid actions."""
+    """Recent history with rewards, oldest first, then the current observation, then the valid
+    actions.
+    """
     parts = []
     history = _recent(state, settings)
     if history:
@@ -142,12 +169,13 @@ def build_messages(state: TextState, settings: PromptSettings) -> list[dict[str,
 def build_prompt(state: TextState, settings: PromptSettings, tokenizer: Any) -> PromptParts:
     """The prompt in the tokenizer's own chat template, at most ``settings.max_prompt_tokens`` long.
 
-    When it is longer: the oldest past steps go first, all but the last; then the last one's observation is shortened,
-    then that step goes too; then the list of valid actions loses its end; and only then does the current observation
-    lose its end. ``truncation`` says what was done. PriorZeroError if the fixed part alone is too long.
+    When it is longer: the oldest past steps go first, all but the last; then the last one's
+    observation is shortened, then that step goes too; then the list of valid actions loses its end;
+    and only then does the current observation lose its end. ``truncation`` says what was done.
+    PriorZeroError if the fixed part alone is too long.
 
-    A template that knows no system role gets the system text at the start of the user's message (the head then ends
-    after it); a tokenizer without a template gets plain paragraphs.
+    A template that knows no system role gets the system text at the start of the user's message
+    (the head then ends after it); a tokenizer without a template gets plain paragraphs.
     """
     render = _renderer(system_text(state, settings), settings, tokenizer)
     head = render(_SENTINEL).partition(_SENTINEL)[0]
@@ -155,10 +183,13 @@ def build_prompt(state: TextState, settings: PromptSettings, tokenizer: Any) -> 
 
     def make(shown: TextState, used: PromptSettings, truncation: PromptTruncation) -> PromptParts:
         whole = render(user_text(shown, used))
-        # The head is what every user content shares; a template that rewrites earlier text would have none.
+        # The head is what every user content shares; a template that rewrites earlier text would
+        # have none.
         cut = len(head) if whole.startswith(head) else 0
         body_tokens = _count(tokenizer, whole[cut:])
-        return PromptParts(whole[:cut], whole[cut:], (head_tokens if cut else 0) + body_tokens, truncation)
+        return PromptParts(
+            whole[:cut], whole[cut:], (head_tokens if cut else 0) + body_tokens, truncation
+        )
 
     shown = replace(state, history=_recent(state, settings))
     parts = make(shown, settings, PromptTruncation())
@@ -192,7 +223,11 @@ def _shorten(
 
         def with_chars(kept: int) -> PromptParts:
             truncation = PromptTruncation(history_dropped=total - 1, observations_shortened=1)
-            return make(replace(state, history=last), replace(settings, max_observation_chars=max(1, kept)), truncation)
+            return make(
+                replace(state, history=last),
+                replace(settings, max_observation_chars=max(1, kept)),
+                truncation,
+            )
 
         if chars > 1 and fits(with_chars(1)):
             return with_chars(_largest(lambda kept: fits(with_chars(kept)), 1, chars - 1))
@@ -200,7 +235,9 @@ def _shorten(
     actions = state.valid_actions if settings.include_valid_actions else ()
 
     def with_actions(kept: int) -> PromptParts:
-        truncation = PromptTruncation(history_dropped=total, valid_actions_dropped=len(actions) - kept)
+        truncation = PromptTruncation(
+            history_dropped=total, valid_actions_dropped=len(actions) - kept
+        )
         return make(replace(bare, valid_actions=actions[:kept]), settings, truncation)
 
     if fits(with_actions(0)):
@@ -217,14 +254,20 @@ def _shorten(
             f"max_prompt_tokens={settings.max_prompt_tokens} has no room for an observation: the fixed part of the "
             f"prompt alone takes {with_observation(0).num_tokens} tokens. Raise max_prompt_tokens or shorten the goal."
         )
-    return with_observation(_largest(lambda kept: fits(with_observation(kept)), 0, len(observation) - 1))
+    return with_observation(
+        _largest(lambda kept: fits(with_observation(kept)), 0, len(observation) - 1)
+    )
 
 
-def with_reasoning(parts: PromptParts, generated: str, tokenizer: Any) -> tuple[PromptParts, ParsedAnswer]:
-    """The prompt after a chain of thought, ready for the action: the body ends with the action marker again.
+def with_reasoning(
+    parts: PromptParts, generated: str, tokenizer: Any
+) -> tuple[PromptParts, ParsedAnswer]:
+    """The prompt after a chain of thought, ready for the action: the body ends with the action
+    marker again.
 
-    ``generated`` is what the model wrote after `build_prompt` with ``use_cot``, with or without the marker; whatever
-    follows the marker is left off. A missing marker is added; ``marker_found`` of the answer tells.
+    ``generated`` is what the model wrote after `build_prompt` with ``use_cot``, with or without the
+    marker; whatever follows the marker is left off. A missing marker is added; ``marker_found`` of
+    the answer tells.
     """
     answer = parse_action(generated, ())
     reasoning = answer.reasoning if answer.marker_found else _clean(generated)
@@ -237,10 +280,11 @@ def with_reasoning(parts: PromptParts, generated: str, tokenizer: Any) -> tuple[
 def parse_action(text: str, valid_actions: Sequence[str]) -> ParsedAnswer:
     """Read a generated answer.
 
-    The action is the rest of the line after the first marker that begins a line (else after the first marker at all).
-    Without a marker the last line that is not empty is taken, and everything is reasoning if that is no valid action.
-    Case, surrounding quotes, spaces and full stops do not matter; otherwise the text must equal a valid action, since a
-    guess would put words in the model's mouth.
+    The action is the rest of the line after the first marker that begins a line (else after the
+    first marker at all). Without a marker the last line that is not empty is taken, and everything
+    is reasoning if that is no valid action. Case, surrounding quotes, spaces and full stops do not
+    matter; otherwise the text must equal a valid action, since a guess would put words in the
+    model's mouth.
     """
     marker = re.escape(ACTION_MARKER)
     match = re.search(rf"^[ \t*]*{marker}", text, re.IGNORECASE | re.MULTILINE)
@@ -267,7 +311,9 @@ def _normal(action: str) -> str:
 
 
 def _clean(text: str) -> str:
-    """Without spaces at line ends, runs of empty lines and outer white space: some templates strip, so we do first."""
+    """Without spaces at line ends, runs of empty lines and outer white space: some templates strip,
+    so we do first.
+    """
     lines = (line.rstrip() for line in text.replace("\r\n", "\n").split("\n"))
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
 
@@ -294,19 +340,26 @@ def _largest(holds: Callable[[int], bool], low: int, high: int) -> int:
 
 
 def _renderer(system: str, settings: PromptSettings, tokenizer: Any) -> Callable[[str], str]:
-    """A function from the user's content to the whole prompt text, in the form this tokenizer's template can take."""
+    """A function from the user's content to the whole prompt text, in the form this tokenizer's
+    template can take.
+    """
     opening = REASONING_MARKER if settings.use_cot else ACTION_MARKER
     if not getattr(tokenizer, "chat_template", None):
         start = tokenizer.bos_token or ""
         return lambda user: f"{start}{system}\n\n{user}\n\n{opening}"
 
     def apply(messages: list[dict[str, str]]) -> str:
-        # Templates of reasoning models open their own thinking otherwise; all others ignore the switch.
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
-                                             enable_thinking=False)
+        # Templates of reasoning models open their own thinking otherwise; all others ignore the
+        # switch.
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
 
     def with_system(user: str) -> str:
-        return apply([{"role": "system", "content": system}, {"role": "user", "content": user}]) + opening
+        return (
+            apply([{"role": "system", "content": system}, {"role": "user", "content": user}])
+            + opening
+        )
 
     def folded(user: str) -> str:
         return apply([{"role": "user", "content": f"{system}\n\n{user}"}]) + opening

@@ -1,1 +1,3 @@
-"""Commands that measure: `python -m benchmarks.NAME` in the repository's root. The last line printed is JSON."""
+"""Commands that measure: `python -m benchmarks.NAME` in the repository's root. The last line
+printed is JSON.
+"""

@@ -1,18 +1,21 @@
-"""Environment steps per second of the collector, by stage: with this project's caches and without any.
+"""Environment steps per second of the collector, by stage: with this project's caches and without
+any.
 
     python -m benchmarks.collect --env-id detective.z5 --segments 4
     python -m benchmarks.collect --env-id tw-simple --no-llm
 
-Three measurements of the same settings in one process. `cold`: all caches on and empty. `warm`: the same collector goes
-on, as in a run that has seen part of the game. `no_caches`: every state's valid actions, every text's embedding and
-every state's LLM scores are computed when they are needed (the head of the prompt is still shared: that is part of the
-engine, not a cache of answers). The network is untrained and nothing trains; `no_caches` plays what `cold` played.
+Three measurements of the same settings in one process. `cold`: all caches on and empty. `warm`: the
+same collector goes on, as in a run that has seen part of the game. `no_caches`: every state's valid
+actions, every text's embedding and every state's LLM scores are computed when they are needed (the
+head of the prompt is still shared: that is part of the engine, not a cache of answers). The network
+is untrained and nothing trains; `no_caches` plays what `cold` played.
 
-Stages, in milliseconds of wall time per environment step: env (interpreters, without what follows), valid_actions,
-encode, llm_prior, search, other. Environments are stepped in parallel; the wall time of that stage is divided between
-env and valid_actions in proportion to the seconds the interpreters spent on each. TextWorld lists its valid actions
-with each step, so it has no such stage.
+Stages, in milliseconds of wall time per environment step: env (interpreters, without what follows),
+valid_actions, encode, llm_prior, search, other. Environments are stepped in parallel; the wall time
+of that stage is divided between env and valid_actions in proportion to the seconds the interpreters
+spent on each. TextWorld lists its valid actions with each step, so it has no such stage.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -42,7 +45,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--embed-dim", type=int, default=128)
     parser.add_argument("--no-llm", action="store_true")
     parser.add_argument("--llm", default="embedded", help="as --llm of the entry")
-    parser.add_argument("--engine", choices=["auto", "vllm", "transformers"], default="transformers")
+    parser.add_argument(
+        "--engine", choices=["auto", "vllm", "transformers"], default="transformers"
+    )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments)
@@ -54,18 +59,31 @@ def make_config(args: argparse.Namespace, folder: Path, caches: bool):
 
     overrides: dict[str, Any] = {
         "env": dict(collector_env_num=args.envs, evaluator_env_num=1, max_steps=args.max_steps),
-        "policy": dict(embed_dim=args.embed_dim, num_simulations=args.simulations, num_segments=args.segments,
-                       game_segment_length=args.segment_length, device=args.device),
-        "llm": dict(model=args.llm, engine=args.engine)}
+        "policy": dict(
+            embed_dim=args.embed_dim,
+            num_simulations=args.simulations,
+            num_segments=args.segments,
+            game_segment_length=args.segment_length,
+            device=args.device,
+        ),
+        "llm": dict(model=args.llm, engine=args.engine),
+    }
     if not caches:
         overrides["text"] = dict(cache_mib=0)
         overrides["llm"]["score_cache_size"] = 0
-    return HybridTrainingConfig(env_id=args.env_id, seed=args.seed, exp_name=str(folder), enable_llm=not args.no_llm,
-                                debug_mode=True, overrides=overrides)
+    return HybridTrainingConfig(
+        env_id=args.env_id,
+        seed=args.seed,
+        exp_name=str(folder),
+        enable_llm=not args.no_llm,
+        debug_mode=True,
+        overrides=overrides,
+    )
 
 
 def own_state_cache(run, path: Path | None) -> None:
-    """Give the environments a fresh cache of valid actions in `path`; None: one that remembers nothing.
+    """Give the environments a fresh cache of valid actions in `path`; None: one that remembers
+    nothing.
 
     There is no setting for this: outside a benchmark nobody wants it off, or forgotten.
     """
@@ -79,26 +97,37 @@ def own_state_cache(run, path: Path | None) -> None:
 
 async def block(run, segments: int) -> dict[str, Any]:
     """Collect `segments` segments and say where the time went."""
-    before, env_before, steps_before = dict(run.watch.seconds), run.collect_envs.stats(), run.collector.envstep
+    before, env_before, steps_before = (
+        dict(run.watch.seconds),
+        run.collect_envs.stats(),
+        run.collector.envstep,
+    )
     started = time.perf_counter()
     await run.collector.collect(segments)
     wall = time.perf_counter() - started
     steps = run.collector.envstep - steps_before
     spent = {stage: run.watch.seconds[stage] - before.get(stage, 0.0) for stage in WATCHED}
     env = {k: v - env_before[k] for k, v in run.collect_envs.stats().items()}
-    # reset_s holds the listing of each first state too, so the rest is an upper bound of the interpreter's own time.
+    # reset_s holds the listing of each first state too, so the rest is an upper bound of the
+    # interpreter's own time.
     busy = env["step_s"] + env["reset_s"] + env["describe_s"]
     describing = spent["env"] * env["describe_s"] / busy if busy else 0.0
     spent |= {"env": spent["env"] - describing, "valid_actions": describing}
     spent["other"] = wall - sum(spent.values())
     lookups = env["state_hits"] + env["state_misses"]
-    return {"steps_per_second": steps / wall, "steps": steps, "seconds": wall,
-            "ms_per_step": {stage: 1000 * spent[stage] / steps for stage in STAGES},
-            "valid_action_hit_rate": env["state_hits"] / lookups if lookups else None}
+    return {
+        "steps_per_second": steps / wall,
+        "steps": steps,
+        "seconds": wall,
+        "ms_per_step": {stage: 1000 * spent[stage] / steps for stage in STAGES},
+        "valid_action_hit_rate": env["state_hits"] / lookups if lookups else None,
+    }
 
 
 def hit_rates(run, result: dict[str, Any], before: dict[str, float]) -> dict[str, Any]:
-    """Add the hit rates of encoder and LLM scores over this block; `before` is updated for the next one."""
+    """Add the hit rates of encoder and LLM scores over this block; `before` is updated for the next
+    one.
+    """
     encoder = run.encoder.stats()
     llm = run.prior.stats() if run.prior is not None else {}
     sources = (("encoder", "hits", "misses", encoder), ("llm", "cache_hits", "cache_misses", llm))
@@ -106,7 +135,9 @@ def hit_rates(run, result: dict[str, Any], before: dict[str, float]) -> dict[str
         new_hits = source.get(hits, 0.0) - before.get(f"{name}_hits", 0.0)
         new_misses = source.get(misses, 0.0) - before.get(f"{name}_misses", 0.0)
         before |= {f"{name}_hits": source.get(hits, 0.0), f"{name}_misses": source.get(misses, 0.0)}
-        result[f"{name}_hit_rate"] = new_hits / (new_hits + new_misses) if new_hits + new_misses else None
+        result[f"{name}_hit_rate"] = (
+            new_hits / (new_hits + new_misses) if new_hits + new_misses else None
+        )
     return result
 
 
@@ -119,7 +150,9 @@ async def measure(args: argparse.Namespace, caches: bool) -> dict[str, dict[str,
     try:
         await run.build()
         own_state_cache(run, None)
-        await asyncio.to_thread(run.collect_envs.reset)  # starts the interpreters, which is not what is measured
+        await asyncio.to_thread(
+            run.collect_envs.reset
+        )  # starts the interpreters, which is not what is measured
         own_state_cache(run, folder / "states.sqlite" if caches else None)
         results, counters = {}, {}
         for name in ("cold", "warm") if caches else ("no_caches",):
@@ -137,14 +170,18 @@ def describe(name: str, result: dict[str, Any]) -> str:
 
 
 async def run_all(args: argparse.Namespace) -> dict[str, Any]:
-    # What a process pays once (first forward, allocations) falls on the caches' side of the comparison.
+    # What a process pays once (first forward, allocations) falls on the caches' side of the
+    # comparison.
     results = await measure(args, caches=True)
     gc.collect()
     results |= await measure(args, caches=False)
     slow = results["no_caches"]["steps_per_second"]
-    return {"benchmark": "collect", "results": results,
-            "speedup_cold": results["cold"]["steps_per_second"] / slow,
-            "speedup_warm": results["warm"]["steps_per_second"] / slow}
+    return {
+        "benchmark": "collect",
+        "results": results,
+        "speedup_cold": results["cold"]["steps_per_second"] / slow,
+        "speedup_warm": results["warm"]["steps_per_second"] / slow,
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:

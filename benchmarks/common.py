@@ -1,4 +1,7 @@
-"""What the benchmarks share: their last line, facts about the machine, and states of a real game to work on."""
+"""What the benchmarks share: their last line, facts about the machine, and states of a real game to
+work on.
+"""
+
 from __future__ import annotations
 
 import json
@@ -58,8 +61,14 @@ def machine_facts() -> dict[str, Any]:
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads(), "gpu": gpu,
-            "python": platform.python_version(), "torch": torch.__version__}
+    return {
+        "cpu": cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
 
 
 def synchronize() -> None:
@@ -83,8 +92,9 @@ class PlayedStep:
     timestep: int
 
 
-def random_play(env_id: str, steps: int, seed: int = 0, history_length: int = 20,
-                max_steps: int = 50) -> list[PlayedStep]:
+def random_play(
+    env_id: str, steps: int, seed: int = 0, history_length: int = 20, max_steps: int = 50
+) -> list[PlayedStep]:
     """Play `steps` steps with uniformly drawn valid actions, over as many episodes as that takes.
 
     Raises:
@@ -101,12 +111,26 @@ def random_play(env_id: str, steps: int, seed: int = 0, history_length: int = 20
             episode += 1
             seen, history = env.reset(), []
             for timestep in range(min(max_steps, steps - len(played))):
-                state = TextState(seen["text"], tuple(seen["valid_actions"]), tuple(history[-history_length:]),
-                                  env.game.goal, float(seen["score"]))
+                state = TextState(
+                    seen["text"],
+                    tuple(seen["valid_actions"]),
+                    tuple(history[-history_length:]),
+                    env.game.goal,
+                    float(seen["score"]),
+                )
                 action = rng.choice(state.valid_actions)
                 outcome = env.step(action)
-                played.append(PlayedStep(state, action, float(outcome.reward), outcome.info["done_kind"],
-                                         outcome.obs["text"], episode, timestep))
+                played.append(
+                    PlayedStep(
+                        state,
+                        action,
+                        float(outcome.reward),
+                        outcome.info["done_kind"],
+                        outcome.obs["text"],
+                        episode,
+                        timestep,
+                    )
+                )
                 history.append(HistoryItem(seen["text"], action, float(outcome.reward)))
                 seen = outcome.obs
                 if outcome.done:

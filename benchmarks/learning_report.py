@@ -1,4 +1,5 @@
 """Tables and plot of the learning check, made from the summaries its runs left."""
+
 from __future__ import annotations
 
 import csv
@@ -15,11 +16,21 @@ from priorzero.types import PriorZeroError
 logger = logging.getLogger("priorzero.benchmarks.learning")
 
 # (run, evaluation mode) -> the method's name in tables; their order here is the order there.
-NAMES = {("priorzero", "world_model_llm"): "PriorZero", ("priorzero", "world_model"): "PriorZero, search without prior",
-         ("unizero", "world_model"): "UniZero", ("priorzero", "llm"): "LLM alone", ("priorzero", "random"): "random",
-         ("unizero", "random"): "random"}
-COLOURS = {"PriorZero": "tab:red", "PriorZero, search without prior": "tab:orange", "UniZero": "tab:blue",
-           "LLM alone": "tab:green", "random": "tab:gray"}
+NAMES = {
+    ("priorzero", "world_model_llm"): "PriorZero",
+    ("priorzero", "world_model"): "PriorZero, search without prior",
+    ("unizero", "world_model"): "UniZero",
+    ("priorzero", "llm"): "LLM alone",
+    ("priorzero", "random"): "random",
+    ("unizero", "random"): "random",
+}
+COLOURS = {
+    "PriorZero": "tab:red",
+    "PriorZero, search without prior": "tab:orange",
+    "UniZero": "tab:blue",
+    "LLM alone": "tab:green",
+    "random": "tab:gray",
+}
 
 
 @dataclass(frozen=True)
@@ -45,13 +56,17 @@ def collect_rows(out: Path) -> list[Row]:
     rows: list[Row] = []
     folders = sorted(p.parent for p in (out / "runs").glob("*/run.json"))
     if not folders:
-        raise PriorZeroError(f"{out / 'runs'} holds no runs; run the check without --plot-only first")
+        raise PriorZeroError(
+            f"{out / 'runs'} holds no runs; run the check without --plot-only first"
+        )
     for folder in folders:
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         if (folder / "summary.json").is_file():
             found = _from_summary(folder / "summary.json", run)
         elif (folder / "metrics.jsonl").is_file():
-            logger.warning("%s has no summary (status %s): its metrics are read", folder.name, run["status"])
+            logger.warning(
+                "%s has no summary (status %s): its metrics are read", folder.name, run["status"]
+            )
             found = _from_metrics(folder / "metrics.jsonl", run)
         else:
             logger.warning("%s left nothing (status %s)", folder.name, run["status"])
@@ -67,8 +82,18 @@ def _from_summary(path: Path, run: dict[str, Any]) -> list[Row]:
         for mode, values in evaluation.items():
             if isinstance(values, dict):
                 returns = values["returns"]
-                rows.append(Row(run["game"], NAMES[run["method"], mode], run["seed"], evaluation["env_steps"],
-                                evaluation["iteration"], mean(returns), pstdev(returns), len(returns)))
+                rows.append(
+                    Row(
+                        run["game"],
+                        NAMES[run["method"], mode],
+                        run["seed"],
+                        evaluation["env_steps"],
+                        evaluation["iteration"],
+                        mean(returns),
+                        pstdev(returns),
+                        len(returns),
+                    )
+                )
     return rows
 
 
@@ -82,9 +107,21 @@ def _from_metrics(path: Path, run: dict[str, Any]) -> list[Row]:
             logger.warning("%s: a damaged line is left out", path)
             continue
         for mode in {k.partition("/")[0] for k in values if k.endswith("/return_mean")}:
-            average, spread, episodes = (values[f"{mode}/{k}"] for k in ("return_mean", "return_std", "episodes"))
-            rows.append(Row(run["game"], NAMES[run["method"], mode], run["seed"], values["step"], None, average, spread,
-                            int(episodes)))
+            average, spread, episodes = (
+                values[f"{mode}/{k}"] for k in ("return_mean", "return_std", "episodes")
+            )
+            rows.append(
+                Row(
+                    run["game"],
+                    NAMES[run["method"], mode],
+                    run["seed"],
+                    values["step"],
+                    None,
+                    average,
+                    spread,
+                    int(episodes),
+                )
+            )
     return rows
 
 
@@ -99,9 +136,11 @@ def common_end(rows: list[Row], game: str) -> int:
 
 
 def final_table(rows: list[Row]) -> list[dict[str, Any]]:
-    """Per game and method: mean and standard deviation over seeds at the common end, and of the best evaluation.
+    """Per game and method: mean and standard deviation over seeds at the common end, and of the
+    best evaluation.
 
-    The untrained LLM is judged by each seed's first evaluation, random play by the mean of all of a seed's.
+    The untrained LLM is judged by each seed's first evaluation, random play by the mean of all of a
+    seed's.
     """
     table = []
     for game in dict.fromkeys(r.game for r in rows):
@@ -112,21 +151,42 @@ def final_table(rows: list[Row]) -> list[dict[str, Any]]:
                 by_method[row.method][row.seed].append(row)
         for method, seeds in by_method.items():
             if method == "random":
-                table.append(_entry(game, method, 0, [mean(r.return_mean for r in s) for s in seeds.values()], None))
+                table.append(
+                    _entry(
+                        game,
+                        method,
+                        0,
+                        [mean(r.return_mean for r in s) for s in seeds.values()],
+                        None,
+                    )
+                )
                 continue
             if method == "LLM alone":
                 firsts = [min(s, key=lambda r: r.env_steps) for s in seeds.values()]
-                table.append(_entry(game, "LLM alone, untrained", 0, [r.return_mean for r in firsts], None))
-            ends = [max((r for r in s if r.env_steps <= end), key=lambda r: r.env_steps) for s in seeds.values()]
+                table.append(
+                    _entry(game, "LLM alone, untrained", 0, [r.return_mean for r in firsts], None)
+                )
+            ends = [
+                max((r for r in s if r.env_steps <= end), key=lambda r: r.env_steps)
+                for s in seeds.values()
+            ]
             best = [max(r.return_mean for r in s if r.env_steps <= end) for s in seeds.values()]
             name = "LLM alone, trained" if method == "LLM alone" else method
             table.append(_entry(game, name, end, [r.return_mean for r in ends], best))
     return table
 
 
-def _entry(game: str, method: str, steps: int, values: list[float], best: list[float] | None) -> dict[str, Any]:
-    entry = {"game": game, "method": method, "env_steps": steps, "seeds": len(values), "mean": mean(values),
-             "std": pstdev(values)}
+def _entry(
+    game: str, method: str, steps: int, values: list[float], best: list[float] | None
+) -> dict[str, Any]:
+    entry = {
+        "game": game,
+        "method": method,
+        "env_steps": steps,
+        "seeds": len(values),
+        "mean": mean(values),
+        "std": pstdev(values),
+    }
     return entry | ({"best_mean": mean(best), "best_std": pstdev(best)} if best else {})
 
 
@@ -147,11 +207,14 @@ def write_report(out: Path, rows: list[Row]) -> list[dict[str, Any]]:
 
 
 def _markdown(table: list[dict[str, Any]]) -> str:
-    lines = ["Mean evaluation return, ± standard deviation over seeds. At the end: the last evaluation at or before "
-             "the environment steps that every learning run of the game reached. Best: each seed's best evaluation up "
-             "to then (chosen after the fact, so it flatters noisy methods).", "",
-             "| game | method | env steps | seeds | return at the end | best evaluation |",
-             "| --- | --- | ---: | ---: | ---: | ---: |"]
+    lines = [
+        "Mean evaluation return, ± standard deviation over seeds. At the end: the last evaluation at or before "
+        "the environment steps that every learning run of the game reached. Best: each seed's best evaluation up "
+        "to then (chosen after the fact, so it flatters noisy methods).",
+        "",
+        "| game | method | env steps | seeds | return at the end | best evaluation |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
     for e in table:
         best = f"{e['best_mean']:.2f} ± {e['best_std']:.2f}" if "best_mean" in e else ""
         steps = f"{e['env_steps']}" if e["env_steps"] else "any" if e["method"] == "random" else "0"
@@ -168,18 +231,33 @@ def _readme(out: Path, table: list[dict[str, Any]]) -> str:
     machine = facts["machine"]
     gpu = machine["gpu"] or "no GPU"
     unfinished = ", ".join(facts["not_completed"]) or "none"
-    return "\n".join([
-        "# Learning check", "", "```", facts["command"], "```", "",
-        f"Commit {facts['commit']}, {facts['date']}, {facts['minutes']} minutes on {machine['cores']} cores of "
-        f"{machine['cpu']}, {gpu}; Python {machine['python']}, torch {machine['torch']}. "
-        f"Runs that failed or were not started: {unfinished}.", "",
-        "`runs.csv` has every evaluation (n: seeds of that method), `runs/` each run's settings and summary. The same "
-        "command with `--plot-only` makes tables and plot anew.", "", _markdown(table), "",
-        "![learning curves](learning_curves.png)", ""])
+    return "\n".join(
+        [
+            "# Learning check",
+            "",
+            "```",
+            facts["command"],
+            "```",
+            "",
+            f"Commit {facts['commit']}, {facts['date']}, {facts['minutes']} minutes on {machine['cores']} cores of "
+            f"{machine['cpu']}, {gpu}; Python {machine['python']}, torch {machine['torch']}. "
+            f"Runs that failed or were not started: {unfinished}.",
+            "",
+            "`runs.csv` has every evaluation (n: seeds of that method), `runs/` each run's settings and summary. The same "
+            "command with `--plot-only` makes tables and plot anew.",
+            "",
+            _markdown(table),
+            "",
+            "![learning curves](learning_curves.png)",
+            "",
+        ]
+    )
 
 
 def plot(path: Path, rows: list[Row]) -> None:
-    """One panel per game: mean over seeds with the band from the lowest to the highest seed, over environment steps."""
+    """One panel per game: mean over seeds with the band from the lowest to the highest seed, over
+    environment steps.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -193,7 +271,9 @@ def plot(path: Path, rows: list[Row]) -> None:
             if not chosen:
                 continue
             if method == "random":
-                axis.axhline(mean(r.return_mean for r in chosen), color=colour, linestyle="--", label=method)
+                axis.axhline(
+                    mean(r.return_mean for r in chosen), color=colour, linestyle="--", label=method
+                )
                 continue
             steps, low, middle, high = curve(chosen)
             label = f"{method} ({len({r.seed for r in chosen})} seeds)"
@@ -208,12 +288,16 @@ def plot(path: Path, rows: list[Row]) -> None:
 
 
 def curve(rows: list[Row]) -> tuple[list[float], list[float], list[float], list[float]]:
-    """(env steps, minimum, mean, maximum over seeds). Seeds are joined by the number of their evaluation, because the
-    environment steps at an evaluation differ a little from seed to seed; only numbers that every seed has are shown."""
+    """(env steps, minimum, mean, maximum over seeds). Seeds are joined by the number of their
+    evaluation, because the environment steps at an evaluation differ a little from seed to seed;
+    only numbers that every seed has are shown.
+    """
     seeds: dict[int, list[Row]] = defaultdict(list)
     for row in rows:
         seeds[row.seed].append(row)
-    aligned = list(zip(*(sorted(s, key=lambda r: r.env_steps) for s in seeds.values()), strict=False))
+    aligned = list(
+        zip(*(sorted(s, key=lambda r: r.env_steps) for s in seeds.values()), strict=False)
+    )
     values = [[r.return_mean for r in point] for point in aligned]
     steps = [mean(r.env_steps for r in point) for point in aligned]
     return steps, [min(v) for v in values], [mean(v) for v in values], [max(v) for v in values]

@@ -1,5 +1,8 @@
-"""The ways `benchmarks.prior` compares. Each is timed on states it has not seen, after as many others to warm up
-(the slow ways: after one action), so that kernels and memory of that size are ready."""
+"""The ways `benchmarks.prior` compares. Each is timed on states it has not seen, after as many
+others to warm up (the slow ways: after one action), so that kernels and memory of that size are
+ready.
+"""
+
 from __future__ import annotations
 
 import asyncio
@@ -15,12 +18,12 @@ import torch
 
 from benchmarks.common import synchronize
 from benchmarks.prior_states import BenchmarkModel, Inputs
-from priorzero.llm.cached import CachedEngine
-from priorzero.llm.engine import LLMEngine, LLMEngineError
+from priorzero.llm.engines.base import LLMEngine, LLMEngineError
+from priorzero.llm.engines.cached import CachedEngine
+from priorzero.llm.engines.transformers_engine import TransformersEngine
 from priorzero.llm.model import store_layers_in
-from priorzero.llm.requests import ScoreRequest
-from priorzero.llm.settings import EngineSettings, VLLMSettings
-from priorzero.llm.transformers_engine import TransformersEngine
+from priorzero.llm.scoring.requests import ScoreRequest
+from priorzero.settings.engine_old import EngineSettings, VLLMSettings
 from priorzero.types import ActionScores
 
 logger = logging.getLogger("priorzero.benchmarks.prior")
@@ -32,8 +35,9 @@ Point = tuple[str, int, int, int]
 
 @dataclass
 class Measurement:
-    """One way at one point. `difference` from the float32 reference, None where it was not compared; no `totals` where
-    the states are not those of the reference."""
+    """One way at one point. `difference` from the float32 reference, None where it was not
+    compared; no `totals` where the states are not those of the reference.
+    """
 
     states_per_second: float
     states: int
@@ -41,23 +45,28 @@ class Measurement:
     difference: float | None = None
 
 
-async def measure(args, bench: BenchmarkModel, inputs: dict[Point, Inputs],
-                  say: Callable[[str], None]) -> tuple[dict[Point, dict[str, Measurement]], dict[str, str]]:
-    """All chosen ways at all points; an engine is started once and closed before the next one starts.
+async def measure(
+    args, bench: BenchmarkModel, inputs: dict[Point, Inputs], say: Callable[[str], None]
+) -> tuple[dict[Point, dict[str, Measurement]], dict[str, str]]:
+    """All chosen ways at all points; an engine is started once and closed before the next one
+    starts.
 
-    Returns the measurements, and the reason where vLLM could not be had or died: what was measured then still stands.
+    Returns the measurements, and the reason where vLLM could not be had or died: what was measured
+    then still stands.
     """
     failed: dict[str, str] = {}
     results: dict[Point, dict[str, Measurement]] = {point: {} for point in inputs}
 
     def keep(point: Point, name: str, measurement: Measurement) -> None:
         results[point][name] = measurement
-        say(f"{point[0]:14}{point[1]:6} tokens {point[2]:3} actions {point[3]:3} states  {name:16}"
-            f"{measurement.states_per_second:10.3f} states/s ({measurement.states} timed)")
+        say(
+            f"{point[0]:14}{point[1]:6} tokens {point[2]:3} actions {point[3]:3} states  {name:16}"
+            f"{measurement.states_per_second:10.3f} states/s ({measurement.states} timed)"
+        )
 
     base = next(iter(inputs))
     # First, so that the float32 copy is gone before an engine asks for memory.
-    expected = reference(bench, inputs[base].states[:args.reference_states])
+    expected = reference(bench, inputs[base].states[: args.reference_states])
     if expected:
         say(f"float32 reference of {len(expected)} states computed")
     if "per_action" in args.methods:
@@ -89,14 +98,16 @@ def per_action(bench: BenchmarkModel, data: Inputs, seconds: float) -> Measureme
 
 
 @torch.no_grad()
-def forward_per_action(bench: BenchmarkModel, model: torch.nn.Module, request: ScoreRequest,
-                       limit: int | None = None) -> list[float]:
+def forward_per_action(
+    bench: BenchmarkModel, model: torch.nn.Module, request: ScoreRequest, limit: int | None = None
+) -> list[float]:
     """Summed log-probability of each of the first `limit` actions."""
     tokens, device = bench.text.tokenise(request), next(model.parameters()).device
     totals = []
     for action in tokens.action_ids[:limit]:
         ids = torch.tensor([tokens.prompt_ids + action], device=device)
-        # Logits for the action's tokens only; all of them would make this baseline look slower than it must be.
+        # Logits for the action's tokens only; all of them would make this baseline look slower than
+        # it must be.
         logits = model(ids, logits_to_keep=len(action) + 1).logits[0, :-1].float().log_softmax(-1)
         totals.append(float(logits.gather(1, torch.tensor(action, device=device)[:, None]).sum()))
     return totals
@@ -113,8 +124,11 @@ def reference(bench: BenchmarkModel, requests: Sequence[ScoreRequest]) -> Totals
 def compare(results: dict[str, Measurement], expected: Totals) -> None:
     """Fill in `difference` for every way that scored a state of the reference."""
     for measurement in results.values():
-        pairs = [(x, y) for got, want in zip(measurement.totals, expected, strict=False)
-                 for x, y in zip(got, want, strict=True)]
+        pairs = [
+            (x, y)
+            for got, want in zip(measurement.totals, expected, strict=False)
+            for x, y in zip(got, want, strict=True)
+        ]
         measurement.difference = max((abs(x - y) for x, y in pairs), default=None)
 
 
@@ -127,7 +141,9 @@ async def timed(work: Callable[[], Awaitable[Sequence[ActionScores]]]) -> Measur
     return Measurement(len(scores) / seconds, len(scores), [s.totals() for s in scores])
 
 
-async def _transformers_ways(args, bench: BenchmarkModel, inputs: dict[Point, Inputs], keep) -> None:
+async def _transformers_ways(
+    args, bench: BenchmarkModel, inputs: dict[Point, Inputs], keep
+) -> None:
     dtype = next(bench.model.parameters()).dtype
     names = [m for m in ("shared", "grown", "cached") if m in args.methods]
     if names:
@@ -135,17 +151,27 @@ async def _transformers_ways(args, bench: BenchmarkModel, inputs: dict[Point, In
         if dtype != torch.float32:
             model = copy.deepcopy(model).float()
             store_layers_in(model, dtype)
-        engine = CachedEngine(TransformersEngine(
-            model, bench.text, max_batch_tokens=args.max_batch_tokens, prefix_cache_mib=args.prefix_cache_mib,
-            compute_dtype=None if dtype == torch.float32 else dtype))
+        engine = CachedEngine(
+            TransformersEngine(
+                model,
+                bench.text,
+                max_batch_tokens=args.max_batch_tokens,
+                prefix_cache_mib=args.prefix_cache_mib,
+                compute_dtype=None if dtype == torch.float32 else dtype,
+            )
+        )
         await _time_engine(engine, names, inputs, keep)
         del model, engine
     if "shared_pure" in args.methods and dtype != torch.float32:
-        engine = CachedEngine(TransformersEngine(bench.model, bench.text, max_batch_tokens=args.max_batch_tokens))
+        engine = CachedEngine(
+            TransformersEngine(bench.model, bench.text, max_batch_tokens=args.max_batch_tokens)
+        )
         await _time_engine(engine, ["shared_pure"], inputs, keep)
 
 
-async def _time_engine(engine: CachedEngine, names: list[str], inputs: dict[Point, Inputs], keep) -> None:
+async def _time_engine(
+    engine: CachedEngine, names: list[str], inputs: dict[Point, Inputs], keep
+) -> None:
     try:
         for point, data in inputs.items():
             await engine.inner.score(data.warm_up)
@@ -153,7 +179,11 @@ async def _time_engine(engine: CachedEngine, names: list[str], inputs: dict[Poin
             if names[0].startswith("shared"):
                 keep(point, names[0], first)
             if "grown" in names:
-                keep(point, "grown", replace(await timed(lambda data=data: engine.score(data.grown)), totals=[]))
+                keep(
+                    point,
+                    "grown",
+                    replace(await timed(lambda data=data: engine.score(data.grown)), totals=[]),
+                )
             if "cached" in names:
                 keep(point, "cached", await timed(lambda data=data: engine.score(data.states)))
     finally:
@@ -161,16 +191,22 @@ async def _time_engine(engine: CachedEngine, names: list[str], inputs: dict[Poin
 
 
 async def _vllm_ways(args, bench: BenchmarkModel, inputs: dict[Point, Inputs], keep) -> None:
-    from priorzero.llm.vllm_engine import VLLMEngine
+    from priorzero.llm.engines.vllm_engine import VLLMEngine
 
     model = next(bench.model.parameters())
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # vLLM counts memory that torch keeps for itself as taken
     longest = max(p[1] for p in inputs) + 64
-    settings = EngineSettings(kind="vllm", vllm=VLLMSettings(
-        dtype=str(model.dtype).removeprefix("torch."), max_model_len=longest, gpu_memory_utilization=args.gpu_memory,
-        enforce_eager=True if args.enforce_eager else None))
+    settings = EngineSettings(
+        kind="vllm",
+        vllm=VLLMSettings(
+            dtype=str(model.dtype).removeprefix("torch."),
+            max_model_len=longest,
+            gpu_memory_utilization=args.gpu_memory,
+            enforce_eager=True if args.enforce_eager else None,
+        ),
+    )
     engine = await VLLMEngine.start(bench.resolved, settings, text=bench.text, device=model.device)
     try:
         for point, data in inputs.items():
@@ -189,9 +225,11 @@ async def _vllm_ways(args, bench: BenchmarkModel, inputs: dict[Point, Inputs], k
 
 
 async def vllm_per_action(engine: LLMEngine, data: Inputs, seconds: float) -> Measurement:
-    """The usual way in vLLM: one request per action that asks for the log-probabilities of its prompt.
+    """The usual way in vLLM: one request per action that asks for the log-probabilities of its
+    prompt.
 
-    All actions of as many states as are asked at once go in together, so that vLLM may batch them as it likes.
+    All actions of as many states as are asked at once go in together, so that vLLM may batch them
+    as it likes.
     """
     await _prompt_logprobs(engine, data.warm_up[0], 1)
     totals: Totals = []
@@ -201,12 +239,14 @@ async def vllm_per_action(engine: LLMEngine, data: Inputs, seconds: float) -> Me
     totals.append(first)
     if time.perf_counter() - started < seconds:
         # Together from the second state on, if the first one says that they can be afforded.
-        rest = data.states[1:1 + max(0, int(seconds / (time.perf_counter() - started)))]
+        rest = data.states[1 : 1 + max(0, int(seconds / (time.perf_counter() - started)))]
         totals += await asyncio.gather(*(_prompt_logprobs(engine, request) for request in rest))
     return Measurement(len(totals) / (time.perf_counter() - started), len(totals), totals)
 
 
-async def _prompt_logprobs(engine: LLMEngine, request: ScoreRequest, limit: int | None = None) -> list[float]:
+async def _prompt_logprobs(
+    engine: LLMEngine, request: ScoreRequest, limit: int | None = None
+) -> list[float]:
     from vllm import SamplingParams
     from vllm.inputs.engine import tokens_input
     from vllm.sampling_params import RequestOutputKind
@@ -214,14 +254,19 @@ async def _prompt_logprobs(engine: LLMEngine, request: ScoreRequest, limit: int 
     tokens = engine.text.tokenise(request)
 
     async def one(action: tuple[int, ...]) -> float:
-        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False,
-                                output_kind=RequestOutputKind.FINAL_ONLY)
+        params = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            prompt_logprobs=0,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
         final = None
         # The engine of a run has no such method, and should not get one: this is what it replaces.
         prompt = tokens_input(list(tokens.prompt_ids + action))
         async for output in engine._engine.generate(prompt, params, uuid.uuid4().hex):
             final = output
-        rows = final.prompt_logprobs[-len(action):]
+        rows = final.prompt_logprobs[-len(action) :]
         return sum(row[token].logprob for row, token in zip(rows, action, strict=True))
 
     return list(await asyncio.gather(*(one(a) for a in tokens.action_ids[:limit])))

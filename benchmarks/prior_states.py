@@ -1,4 +1,7 @@
-"""What `benchmarks.prior` scores: a model, and real prompts of a real game at exactly the length asked for."""
+"""What `benchmarks.prior` scores: a model, and real prompts of a real game at exactly the length
+asked for.
+"""
+
 from __future__ import annotations
 
 import logging
@@ -11,12 +14,13 @@ import torch
 
 from benchmarks.common import PlayedStep, random_play
 from priorzero.llm.model import ResolvedModel, load_llm, resolve_llm
-from priorzero.llm.requests import ScoreRequest, TextTokeniser, model_max_tokens
+from priorzero.llm.scoring.requests import ScoreRequest, TextTokeniser, model_max_tokens
 from priorzero.types import PriorZeroError
 
 logger = logging.getLogger("priorzero.benchmarks.prior")
 
-# hidden, intermediate, layers, heads, key-value heads, vocabulary: from the published configurations.
+# hidden, intermediate, layers, heads, key-value heads, vocabulary: from the published
+# configurations.
 SHAPES = {
     "smollm2-135m": (576, 1536, 30, 9, 3, 49152),
     "qwen2.5-0.5b": (896, 4864, 24, 14, 2, 151936),
@@ -35,15 +39,18 @@ class BenchmarkModel:
     resolved: ResolvedModel
 
 
-def load_benchmark_model(name: str, device: str, dtype: torch.dtype, work: Path, args,
-                         need_files: bool) -> BenchmarkModel:
+def load_benchmark_model(
+    name: str, device: str, dtype: torch.dtype, work: Path, args, need_files: bool
+) -> BenchmarkModel:
     """Load or make the model. A random one is written to `work` only where vLLM needs files.
 
     Raises:
         PriorZeroError: it cannot be had, or its positions do not suffice for the prompts.
     """
     if name.startswith("random:"):
-        resolved, model, tokenizer = _random_model(name.removeprefix("random:"), device, dtype, work, args, need_files)
+        resolved, model, tokenizer = _random_model(
+            name.removeprefix("random:"), device, dtype, work, args, need_files
+        )
     else:
         resolved = resolve_llm(name)
         model, tokenizer = load_llm(resolved, device, dtype)
@@ -55,13 +62,23 @@ def _random_model(shape: str, device: str, dtype: torch.dtype, work: Path, args,
     from transformers import AutoModelForCausalLM, Qwen2Config
 
     if shape not in SHAPES:
-        raise PriorZeroError(f"--model random:{shape} is unknown; the shapes are {', '.join(SHAPES)}")
+        raise PriorZeroError(
+            f"--model random:{shape} is unknown; the shapes are {', '.join(SHAPES)}"
+        )
     hidden, intermediate, layers, heads, kv_heads, vocabulary = SHAPES[shape]
     tokenizer = _tokenizer(args)
     config = Qwen2Config(
-        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, vocab_size=vocabulary, max_position_embeddings=32768, tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocabulary,
+        max_position_embeddings=32768,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
     torch.manual_seed(args.seed)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
@@ -70,11 +87,17 @@ def _random_model(shape: str, device: str, dtype: torch.dtype, work: Path, args,
     if need_files:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    return ResolvedModel(str(folder), f"random {shape}", "local", "random weights"), model, tokenizer
+    return (
+        ResolvedModel(str(folder), f"random {shape}", "local", "random weights"),
+        model,
+        tokenizer,
+    )
 
 
 def _tokenizer(args):
-    """The embedded LLM's tokenizer; where its package is missing, a byte-pair one trained on the game on the spot."""
+    """The embedded LLM's tokenizer; where its package is missing, a byte-pair one trained on the
+    game on the spot.
+    """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     from priorzero.llm.model import embedded_checkpoint
@@ -88,9 +111,17 @@ def _tokenizer(args):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    texts = [s.state.observation + "\n" + "\n".join(s.state.valid_actions) for s in random_states(args)]
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=4000, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    texts = [
+        s.state.observation + "\n" + "\n".join(s.state.valid_actions) for s in random_states(args)
+    ]
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=4000,
+            special_tokens=["<s>", "</s>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
@@ -101,7 +132,9 @@ def random_states(args) -> list[PlayedStep]:
 
 @dataclass(frozen=True)
 class Inputs:
-    """`states` to time, the same ones a step later (`grown`: another last tenth), and others of the kind to warm up with."""
+    """`states` to time, the same ones a step later (`grown`: another last tenth), and others of the
+    kind to warm up with.
+    """
 
     states: tuple[ScoreRequest, ...]
     grown: tuple[ScoreRequest, ...]
@@ -109,41 +142,75 @@ class Inputs:
 
     def describe(self, text: TextTokeniser) -> str:
         tokens = [text.tokenise(r) for r in self.states]
-        lengths, actions = [t.num_prompt_tokens for t in tokens], [len(a) for t in tokens for a in t.action_ids]
-        return (f"{min(lengths)} to {max(lengths)} tokens (head {len(tokens[0].head_ids)}), "
-                f"{len(tokens[0].action_ids)} actions of {min(actions)} to {max(actions)} tokens")
+        lengths, actions = (
+            [t.num_prompt_tokens for t in tokens],
+            [len(a) for t in tokens for a in t.action_ids],
+        )
+        return (
+            f"{min(lengths)} to {max(lengths)} tokens (head {len(tokens[0].head_ids)}), "
+            f"{len(tokens[0].action_ids)} actions of {min(actions)} to {max(actions)} tokens"
+        )
 
 
-def make_requests(text: TextTokeniser, played: Sequence[PlayedStep], prompt_tokens: int, actions: int, states: int,
-                  seed: int = 0) -> Inputs:
-    """`states` distinct requests (and the other ones of `Inputs`) with `actions` actions and `prompt_tokens` tokens of prompt.
+def make_requests(
+    text: TextTokeniser,
+    played: Sequence[PlayedStep],
+    prompt_tokens: int,
+    actions: int,
+    states: int,
+    seed: int = 0,
+) -> Inputs:
+    """`states` distinct requests (and the other ones of `Inputs`) with `actions` actions and
+    `prompt_tokens` tokens of prompt.
 
     Raises:
         PriorZeroError: the prompt is too short for the fixed part, or too long for the model.
     """
     rng = random.Random(seed)
     pool = list(dict.fromkeys(a for step in played for a in step.state.valid_actions))
-    transcript = " ".join(f"{s.state.observation} > {s.action}".replace("\n", " ") for s in played).split(" ")
-    pool += [f"examine {word}" for word in dict.fromkeys(w.strip(".,!?\"'():;").lower() for w in transcript)
-             if word.isalpha() and f"examine {word}" not in pool]
+    transcript = " ".join(
+        f"{s.state.observation} > {s.action}".replace("\n", " ") for s in played
+    ).split(" ")
+    pool += [
+        f"examine {word}"
+        for word in dict.fromkeys(w.strip(".,!?\"'():;").lower() for w in transcript)
+        if word.isalpha() and f"examine {word}" not in pool
+    ]
     if len(pool) < actions:
-        raise PriorZeroError(f"{actions} actions are more than the {len(pool)} this play gave; raise --play-steps")
+        raise PriorZeroError(
+            f"{actions} actions are more than the {len(pool)} this play gave; raise --play-steps"
+        )
     requests = []
     for number in range(2 * states):
         step = played[(number * max(1, len(played) // (2 * states))) % len(played)]
         own = list(step.state.valid_actions)[:actions]
         own += rng.sample([a for a in pool if a not in own], actions - len(own))
         filler = _rotated(transcript, rng.randrange(len(transcript)), prompt_tokens)
-        requests.append(_request(text, step, tuple(sorted(own)), prompt_tokens, f"({number})", filler))
-    grown = [_step_later(text, r, _rotated(transcript, rng.randrange(len(transcript)), prompt_tokens), prompt_tokens)
-             for r in requests[:states]]
+        requests.append(
+            _request(text, step, tuple(sorted(own)), prompt_tokens, f"({number})", filler)
+        )
+    grown = [
+        _step_later(
+            text,
+            r,
+            _rotated(transcript, rng.randrange(len(transcript)), prompt_tokens),
+            prompt_tokens,
+        )
+        for r in requests[:states]
+    ]
     return Inputs(tuple(requests[:states]), tuple(grown), tuple(requests[states:]))
 
 
-def _step_later(text: TextTokeniser, request: ScoreRequest, words: list[str], prompt_tokens: int) -> ScoreRequest:
+def _step_later(
+    text: TextTokeniser, request: ScoreRequest, words: list[str], prompt_tokens: int
+) -> ScoreRequest:
     """The request with the last tenth of its body replaced, again at most `prompt_tokens` long."""
-    kept, head = request.body[:len(request.body) * 9 // 10], text.count_tokens(request.head)
-    count = _largest(lambda n: head + text.count_tokens(f"{kept} {' '.join(words[:n])}") <= prompt_tokens, 0, len(words))
+    kept, head = request.body[: len(request.body) * 9 // 10], text.count_tokens(request.head)
+    count = _largest(
+        lambda n: head + text.count_tokens(f"{kept} {' '.join(words[:n])}") <= prompt_tokens,
+        0,
+        len(words),
+    )
     return replace(request, body=f"{kept} {' '.join(words[:count])}")
 
 
@@ -152,12 +219,22 @@ def _rotated(words: list[str], start: int, length: int) -> list[str]:
     return [words[(start + i) % len(words)] for i in range(length)]
 
 
-def _request(text: TextTokeniser, step: PlayedStep, actions: tuple[str, ...], prompt_tokens: int, mark: str,
-             filler: list[str]) -> ScoreRequest:
+def _request(
+    text: TextTokeniser,
+    step: PlayedStep,
+    actions: tuple[str, ...],
+    prompt_tokens: int,
+    mark: str,
+    filler: list[str],
+) -> ScoreRequest:
     from priorzero_prompts import PromptSettings, build_prompt
 
-    settings = PromptSettings(history_length=20, max_observation_chars=400, include_valid_actions=True,
-                              max_prompt_tokens=prompt_tokens - 8)
+    settings = PromptSettings(
+        history_length=20,
+        max_observation_chars=400,
+        include_valid_actions=True,
+        max_prompt_tokens=prompt_tokens - 8,
+    )
     parts = build_prompt(step.state, settings, text.tokenizer)
 
     def body(count: int) -> str:
@@ -169,7 +246,9 @@ def _request(text: TextTokeniser, step: PlayedStep, actions: tuple[str, ...], pr
 
 
 def _largest(holds: Callable[[int], bool], low: int, high: int) -> int:
-    """Largest n in low..high for which `holds` (true up to some n, false from there on); low if none."""
+    """Largest n in low..high for which `holds` (true up to some n, false from there on); low if
+    none.
+    """
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if holds(middle) else (low, middle - 1)

@@ -1,28 +1,36 @@
-"""Updates per second of the world model: ours against LightZero 0.2.0's stock text path, in one process, in turns.
+"""Updates per second of the world model: ours against LightZero 0.2.0's stock text path, in one
+process, in turns.
 
-    python -m benchmarks.world_model --env-id detective.z5 --batch-size 64 --unroll 10 --embed-dim 512 --layers 2
+    python -m benchmarks.world_model --env-id detective.z5 --batch-size 64 --unroll 10 --embed-dim
+    512 --layers 2
 
-Both learn from the same steps of random play of a real game, with the same batch size, unroll, width, layers, heads,
-action space and sentence encoder. An update of ours draws a batch from the buffer, computes bootstrap values with the
-target network, does forward, backward and optimiser step and moves the target network. An update of the stock path is
-`UniZeroPolicy._forward_learn` on `obs_type='text'`: every observation of every unrolled step goes through the language
-model twice, once for the online and once for the target network.
+Both learn from the same steps of random play of a real game, with the same batch size, unroll,
+width, layers, heads, action space and sentence encoder. An update of ours draws a batch from the
+buffer, computes bootstrap values with the target network, does forward, backward and optimiser step
+and moves the target network. An update of the stock path is `UniZeroPolicy._forward_learn` on
+`obs_type='text'`: every observation of every unrolled step goes through the language model twice,
+once for the online and once for the target network.
 
 What favours the stock path here, so that the ratio is a lower bound:
 
-* its encoder is the embedded all-MiniLM-L6-v2 (22 M parameters), not the BERT-base (110 M) LightZero takes by default;
-* its texts are tokenised once beforehand, its batches are assembled outside the clock, and its value targets are given
-  (in LightZero the buffer computes them with a further pass of the target network over re-encoded texts);
-* LightZero calls the language model under `torch.no_grad()` by default, so its backward pass is not part of the cost.
-  The benchmark checks this and reports it as `stock_encoder_gradients`.
+* its encoder is the embedded all-MiniLM-L6-v2 (22 M parameters), not the BERT-base (110 M)
+  LightZero takes by default;
+* its texts are tokenised once beforehand, its batches are assembled outside the clock, and its
+  value targets are given (in LightZero the buffer computes them with a further pass of the target
+  network over re-encoded texts);
+* LightZero calls the language model under `torch.no_grad()` by default, so its backward pass is not
+  part of the cost. The benchmark checks this and reports it as `stock_encoder_gradients`.
 
-LightZero pads every text to 512 tokens (`padded`, the stock path as it is). `trimmed` is a kinder variant that pads to
-the longest text of the game only. The stock path encodes all rows of a batch at once: with batch 64 and unroll 10 that
-is 640 rows of 512 tokens, several GiB and minutes per update on a CPU; the default sizes are the debug run's.
+LightZero pads every text to 512 tokens (`padded`, the stock path as it is). `trimmed` is a kinder
+variant that pads to the longest text of the game only. The stock path encodes all rows of a batch
+at once: with batch 64 and unroll 10 that is 640 rows of 512 tokens, several GiB and minutes per
+update on a CPU; the default sizes are the debug run's.
 
-Our encoder sees each distinct text once; that cost is reported beside the speed (`encode_seconds`) and once spread over
-the updates that were timed (`ours_with_encoding`: with few timed updates it says little about a run of thousands).
+Our encoder sees each distinct text once; that cost is reported beside the speed (`encode_seconds`)
+and once spread over the updates that were timed (`ours_with_encoding`: with few timed updates it
+says little about a run of thousands).
 """
+
 from __future__ import annotations
 
 import argparse
@@ -35,13 +43,23 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import PlayedStep, finish, machine_facts, quiet_logging, random_play, say, synchronize
+from benchmarks.common import (
+    PlayedStep,
+    finish,
+    machine_facts,
+    quiet_logging,
+    random_play,
+    say,
+    synchronize,
+)
 
 VARIANTS = ("padded", "trimmed")
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="benchmarks.world_model", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.world_model", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--env-id", default="tw-simple", help="game the texts come from")
     parser.add_argument("--steps", type=int, default=200, help="steps of random play in the buffer")
     parser.add_argument("--batch-size", type=int, default=32)
@@ -50,9 +68,15 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--updates", type=int, default=30, help="timed updates of ours")
-    parser.add_argument("--stock-updates", type=int, default=3, help="timed updates of each stock variant, at most")
-    parser.add_argument("--stock-seconds", type=float, default=300.0, help="a stock variant stops after this")
-    parser.add_argument("--stock", default=",".join(VARIANTS), help=f"variants, of {','.join(VARIANTS)}")
+    parser.add_argument(
+        "--stock-updates", type=int, default=3, help="timed updates of each stock variant, at most"
+    )
+    parser.add_argument(
+        "--stock-seconds", type=float, default=300.0, help="a stock variant stops after this"
+    )
+    parser.add_argument(
+        "--stock", default=",".join(VARIANTS), help=f"variants, of {','.join(VARIANTS)}"
+    )
     parser.add_argument("--max-seq-len", type=int, default=512, help="tokens LightZero pads to")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--seed", type=int, default=0)
@@ -66,23 +90,33 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 
 def build_ours(args: argparse.Namespace, played: list[PlayedStep], folder: str):
-    """Policy and filled buffer of this project. Returns (policy, buffer, compiled policy settings, encoder).
+    """Policy and filled buffer of this project. Returns (policy, buffer, compiled policy settings,
+    encoder).
 
     DI-engine wants a folder for the experiment; `folder` is a temporary one.
     """
     from game_buffer_priorzero import PriorZeroGameBuffer
-    from priorzero.run.lightzero import compile_priorzero, resolve_device
+    from priorzero.lightzero import compile_priorzero, resolve_device
     from priorzero.text.encoder import SentenceEncoder
     from priorzero_config import get_priorzero_config
     from priorzero_policy import PriorZeroPolicy
 
     actions = len({a for step in played for a in step.state.valid_actions})
-    overrides = {"policy": dict(
-        device=args.device, batch_size=args.batch_size, num_unroll_steps=args.unroll, embed_dim=args.embed_dim,
-        num_layers=args.layers, num_heads=args.heads, context_steps=min(4, args.unroll),
-        action_vocabulary=dict(capacity=actions + 2, overflow=1))}
-    cfg, create = get_priorzero_config(env_id=args.env_id, seed=args.seed, exp_name=folder, enable_llm=False,
-                                       overrides=overrides)
+    overrides = {
+        "policy": dict(
+            device=args.device,
+            batch_size=args.batch_size,
+            num_unroll_steps=args.unroll,
+            embed_dim=args.embed_dim,
+            num_layers=args.layers,
+            num_heads=args.heads,
+            context_steps=min(4, args.unroll),
+            action_vocabulary=dict(capacity=actions + 2, overflow=1),
+        )
+    }
+    cfg, create = get_priorzero_config(
+        env_id=args.env_id, seed=args.seed, exp_name=folder, enable_llm=False, overrides=overrides
+    )
     encoder = SentenceEncoder("auto", device=resolve_device(args.device))
     compiled = compile_priorzero(cfg, create, encoder.dim).policy
     policy = PriorZeroPolicy(compiled)
@@ -106,13 +140,27 @@ def make_segments(played: list[PlayedStep], cfg, policy, encoder) -> list:
         valid = step.state.valid_actions
         ids = np.asarray(policy.register_actions(valid))
         uniform = np.full(len(valid), 1 / len(valid))
-        record = StepRecord(step.state, vectors[number], valid, ids, valid.index(step.action), np.ones(len(valid)),
-                            uniform, 0.0, 0.0, step.reward, step.done_kind, step.timestep)
+        record = StepRecord(
+            step.state,
+            vectors[number],
+            valid,
+            ids,
+            valid.index(step.action),
+            np.ones(len(valid)),
+            uniform,
+            0.0,
+            0.0,
+            step.reward,
+            step.done_kind,
+            step.timestep,
+        )
         current.record(record, after[number])
     return segments
 
 
-def build_stock(args: argparse.Namespace, device: str, actions: int, tokens: int, encoder_folder: str):
+def build_stock(
+    args: argparse.Namespace, device: str, actions: int, tokens: int, encoder_folder: str
+):
     """LightZero's own policy on text observations of `tokens` tokens."""
     from easydict import EasyDict
 
@@ -123,30 +171,67 @@ def build_stock(args: argparse.Namespace, device: str, actions: int, tokens: int
         from lzero.policy.unizero import UniZeroPolicy
 
         world_model = dict(
-            continuous_action_space=False, tokens_per_block=2, max_blocks=args.unroll, max_tokens=2 * args.unroll,
-            context_length=2 * min(4, args.unroll), device=device, action_space_size=actions, num_layers=args.layers,
-            num_heads=args.heads, embed_dim=args.embed_dim, obs_type="text", env_num=1, num_simulations=1,
-            rotary_emb=False, group_size=8, support_size=101)
-        model = dict(model_type="mlp", observation_shape=tokens, action_space_size=actions, encoder_url=encoder_folder,
-                     continuous_action_space=False, norm_type="LN", world_model_cfg=world_model)
-        changes = dict(model=model, device=device, cuda=device == "cuda", batch_size=args.batch_size,
-                       num_unroll_steps=args.unroll, collector_env_num=1, evaluator_env_num=1, use_wandb=False,
-                       multi_gpu=False)
+            continuous_action_space=False,
+            tokens_per_block=2,
+            max_blocks=args.unroll,
+            max_tokens=2 * args.unroll,
+            context_length=2 * min(4, args.unroll),
+            device=device,
+            action_space_size=actions,
+            num_layers=args.layers,
+            num_heads=args.heads,
+            embed_dim=args.embed_dim,
+            obs_type="text",
+            env_num=1,
+            num_simulations=1,
+            rotary_emb=False,
+            group_size=8,
+            support_size=101,
+        )
+        model = dict(
+            model_type="mlp",
+            observation_shape=tokens,
+            action_space_size=actions,
+            encoder_url=encoder_folder,
+            continuous_action_space=False,
+            norm_type="LN",
+            world_model_cfg=world_model,
+        )
+        changes = dict(
+            model=model,
+            device=device,
+            cuda=device == "cuda",
+            batch_size=args.batch_size,
+            num_unroll_steps=args.unroll,
+            collector_env_num=1,
+            evaluator_env_num=1,
+            use_wandb=False,
+            multi_gpu=False,
+        )
         return UniZeroPolicy(EasyDict(deep_merge_dicts(UniZeroPolicy.default_config(), changes)))
 
 
-def tokenise(encoder_folder: str, texts: list[str], limit: int, trimmed: bool) -> dict[str, np.ndarray]:
-    """Token ids `[L]` of each distinct text, padded as LightZero's Jericho environment does, or to the longest."""
+def tokenise(
+    encoder_folder: str, texts: list[str], limit: int, trimmed: bool
+) -> dict[str, np.ndarray]:
+    """Token ids `[L]` of each distinct text, padded as LightZero's Jericho environment does, or to
+    the longest.
+    """
     from transformers import AutoTokenizer
 
     distinct = sorted(set(texts))
     ids = AutoTokenizer.from_pretrained(encoder_folder)(
-        distinct, truncation=True, max_length=limit, padding="longest" if trimmed else "max_length")["input_ids"]
+        distinct, truncation=True, max_length=limit, padding="longest" if trimmed else "max_length"
+    )["input_ids"]
     return {text: np.asarray(row, dtype=np.int64) for text, row in zip(distinct, ids, strict=True)}
 
 
-def stock_data(batch, played: list[PlayedStep], tokens: dict[str, np.ndarray], cfg, iteration: int) -> list:
-    """One of our batches in the shape `UniZeroPolicy._forward_learn` takes: the same rows, as token ids."""
+def stock_data(
+    batch, played: list[PlayedStep], tokens: dict[str, np.ndarray], cfg, iteration: int
+) -> list:
+    """One of our batches in the shape `UniZeroPolicy._forward_learn` takes: the same rows, as token
+    ids.
+    """
     unroll = cfg.num_unroll_steps
     rows = []
     for index in batch.indices:
@@ -154,14 +239,24 @@ def stock_data(batch, played: list[PlayedStep], tokens: dict[str, np.ndarray], c
         for k in range(unroll + 1):
             at = int(index) + k
             inside = at < len(played) and played[at].episode == played[index].episode
-            texts.append(tokens[played[at].state.observation if inside else _last_text(played, int(index))])
+            texts.append(
+                tokens[played[at].state.observation if inside else _last_text(played, int(index))]
+            )
         rows.append(np.concatenate(texts))
     size = len(batch)
     pad = lambda x: np.concatenate([x, np.zeros_like(x[:, :1])], axis=1)  # noqa: E731 - one more step, masked out
     timesteps = np.tile(np.arange(unroll), (size, 1))
     policies = np.concatenate([batch.policies, batch.policies[:, -1:]], axis=1)
-    current = [np.stack(rows), batch.actions, batch.actions, pad(batch.mask_step), batch.indices, batch.weights, [],
-               timesteps]
+    current = [
+        np.stack(rows),
+        batch.actions,
+        batch.actions,
+        pad(batch.mask_step),
+        batch.indices,
+        batch.weights,
+        [],
+        timesteps,
+    ]
     return [current, [pad(batch.rewards), pad(batch.returns), policies], iteration]
 
 
@@ -179,9 +274,12 @@ def timed(work: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def measure(args: argparse.Namespace, ours: Callable[[], Any],
-            stock: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
-    """Seconds per update, in turns: a share of our updates, then one of each stock variant, and again."""
+def measure(
+    args: argparse.Namespace, ours: Callable[[], Any], stock: dict[str, Callable[[], Any]]
+) -> dict[str, list[float]]:
+    """Seconds per update, in turns: a share of our updates, then one of each stock variant, and
+    again.
+    """
     seconds: dict[str, list[float]] = {"ours": [], **{name: [] for name in stock}}
     timed(ours)  # the first one allocates
     rounds = max(1, args.stock_updates)
@@ -191,23 +289,35 @@ def measure(args: argparse.Namespace, ours: Callable[[], Any],
         for name, update in stock.items():
             if not seconds[name] or sum(seconds[name]) < args.stock_seconds:
                 seconds[name].append(timed(update))
-                say(f"stock ({name}) update {len(seconds[name])}: {seconds[name][-1]:.2f} s; "
-                    f"ours so far: {statistics.median(seconds['ours']):.4f} s")
+                say(
+                    f"stock ({name}) update {len(seconds[name])}: {seconds[name][-1]:.2f} s; "
+                    f"ours so far: {statistics.median(seconds['ours']):.4f} s"
+                )
     return seconds
 
 
-def report(args: argparse.Namespace, seconds: dict[str, list[float]], extra: dict[str, Any]) -> dict[str, Any]:
+def report(
+    args: argparse.Namespace, seconds: dict[str, list[float]], extra: dict[str, Any]
+) -> dict[str, Any]:
     """The JSON line. Speeds are from median times; `speedup` is against the stock path as it is."""
     rate = {name: 1 / statistics.median(s) for name, s in seconds.items()}
     spread = extra["encode_seconds"] / len(seconds["ours"])
     counts = {name: len(s) for name, s in seconds.items()}
-    result = {"benchmark": "world_model", "updates_per_second": rate, "timed_updates": counts,
-              "ours_with_encoding": 1 / (1 / rate["ours"] + spread)}
+    result = {
+        "benchmark": "world_model",
+        "updates_per_second": rate,
+        "timed_updates": counts,
+        "ours_with_encoding": 1 / (1 / rate["ours"] + spread),
+    }
     for name in seconds:
         if name != "ours":
             result["speedup" if name == "padded" else f"speedup_{name}"] = rate["ours"] / rate[name]
     keys = ("env_id", "batch_size", "unroll", "embed_dim", "layers", "heads", "seed")
-    return result | extra | {"settings": {k: getattr(args, k) for k in keys}, "machine": machine_facts()}
+    return (
+        result
+        | extra
+        | {"settings": {k: getattr(args, k) for k in keys}, "machine": machine_facts()}
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -222,22 +332,39 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="priorzero-benchmark-") as work:
         policy, buffer, cfg, encoder = build_ours(args, played, work)
     counted = encoder.stats()
-    say(f"{len(played)} steps of {args.env_id}: {counted['misses']:.0f} distinct texts encoded in "
-        f"{counted['seconds']:.2f} s")
-    folder, texts = str(embedded_folder()), [t for s in played for t in (s.state.observation, s.next_text)]
+    say(
+        f"{len(played)} steps of {args.env_id}: {counted['misses']:.0f} distinct texts encoded in "
+        f"{counted['seconds']:.2f} s"
+    )
+    folder, texts = (
+        str(embedded_folder()),
+        [t for s in played for t in (s.state.observation, s.next_text)],
+    )
     stock, policies, lengths = {}, {}, {}
     for name in args.stock.split(","):
         tokens = tokenise(folder, texts, args.max_seq_len, trimmed=name == "trimmed")
         lengths[name] = len(next(iter(tokens.values())))
-        policies[name] = build_stock(args, cfg.device, cfg.model.action_space_size, lengths[name], folder)
+        policies[name] = build_stock(
+            args, cfg.device, cfg.model.action_space_size, lengths[name], folder
+        )
         data = stock_data(buffer.sample(args.batch_size), played, tokens, cfg, 0)
         stock[name] = lambda policy=policies[name], data=data: policy._forward_learn(data)
     seconds = measure(args, lambda: policy._forward_learn(buffer.sample(args.batch_size)), stock)
     language_models = [s._model.representation_network.model for s in policies.values()]
     gradients = any(p.grad is not None for model in language_models for p in model.parameters())
-    finish(report(args, seconds, {
-        "distinct_texts": int(counted["misses"]), "encode_seconds": counted["seconds"], "stock_tokens": lengths,
-        "stock_encoder_gradients": gradients, "device": cfg.device}))
+    finish(
+        report(
+            args,
+            seconds,
+            {
+                "distinct_texts": int(counted["misses"]),
+                "encode_seconds": counted["seconds"],
+                "stock_tokens": lengths,
+                "stock_encoder_gradients": gradients,
+                "device": cfg.device,
+            },
+        )
+    )
     return 0
 
 

@@ -1,4 +1,7 @@
-"""LightZero and DI-engine print, warn on the root logger and set it to DEBUG; this keeps all three off the terminal."""
+"""LightZero and DI-engine print, warn on the root logger and set it to DEBUG; this keeps all three
+off the terminal.
+"""
+
 from __future__ import annotations
 
 import contextlib
@@ -12,9 +15,11 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def quiet_base() -> Iterator[None]:
-    """Send what the base prints to our log at DEBUG and give the root logger its level back afterwards.
+    """Send what the base prints to our log at DEBUG and give the root logger its level back
+    afterwards.
 
-    Our own records pass: only what is logged on the root logger itself is held back, and handlers keep their streams.
+    Our own records pass: only what is logged on the root logger itself is held back, and handlers
+    keep their streams.
     """
     root = logging.getLogger()
     level = root.level
@@ -30,7 +35,11 @@ def quiet_base() -> Iterator[None]:
         root.addHandler(handler)
     root.addFilter(hold)
     try:
-        with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text), warnings.catch_warnings():
+        with (
+            contextlib.redirect_stdout(text),
+            contextlib.redirect_stderr(text),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -1,8 +1,11 @@
-"""The small records that cross module boundaries. No heavy import here: game workers load this module too.
+"""The small records that cross module boundaries. No heavy import here: game workers load this
+module too.
 
-Letters used in every shape of this project: `B` roots or batch rows, `A` valid actions of a state, `V` size of the
-action vocabulary, `T` unroll steps, `E` dimension of a text embedding, `D` width of the world model.
+Letters used in every shape of this project: `B` roots or batch rows, `A` valid actions of a state,
+`V` size of the action vocabulary, `T` unroll steps, `E` dimension of a text embedding, `D` width of
+the world model.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -25,8 +28,8 @@ class HistoryItem:
 class TextState:
     """Everything a text policy may know of the present state.
 
-    ``history`` is oldest first and ends with the step that led here. ``valid_actions`` is sorted and free of
-    duplicates; it may be empty only in a state that ends the episode.
+    ``history`` is oldest first and ends with the step that led here. ``valid_actions`` is sorted
+    and free of duplicates; it may be empty only in a state that ends the episode.
     """
 
     observation: str
@@ -38,11 +41,13 @@ class TextState:
 
 @dataclass(frozen=True)
 class ActionScores:
-    """Log-probabilities an LLM gives to the valid actions of one state, in the order of ``valid_actions``.
+    """Log-probabilities an LLM gives to the valid actions of one state, in the order of
+    ``valid_actions``.
 
-    ``token_logprobs[i][j]`` is the natural-log probability (temperature 1) of token j of action i, given the prompt
-    and the action's earlier tokens; the terminator token that ends an action is the last one. ``reasoning`` is the
-    generated chain of thought that preceded the actions, or "". ``weights_version`` tells which LLM weights answered.
+    ``token_logprobs[i][j]`` is the natural-log probability (temperature 1) of token j of action i,
+    given the prompt and the action's earlier tokens; the terminator token that ends an action is
+    the last one. ``reasoning`` is the generated chain of thought that preceded the actions, or "".
+    ``weights_version`` tells which LLM weights answered.
     """
 
     token_logprobs: tuple[tuple[float, ...], ...]

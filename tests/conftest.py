@@ -1,4 +1,7 @@
-"""Shared by the tests of policy, search, world model, buffer and collector: a tiny policy, made-up texts, story files."""
+"""Shared by the tests of policy, search, world model, buffer and collector: a tiny policy, made-up
+texts, story files.
+"""
+
 from __future__ import annotations
 
 import hashlib
@@ -29,7 +32,11 @@ class HashEncoder:
     dim = DIM
 
     def encode(self, texts) -> np.ndarray:
-        return np.stack([text_vector(t) for t in texts]) if len(texts) else np.zeros((0, DIM), np.float32)
+        return (
+            np.stack([text_vector(t) for t in texts])
+            if len(texts)
+            else np.zeros((0, DIM), np.float32)
+        )
 
 
 @pytest.fixture(scope="session")
@@ -39,18 +46,34 @@ def encoder() -> HashEncoder:
 
 @pytest.fixture(scope="session")
 def compiled_cfg():
-    """Compiled settings of a tiny pure-UniZero policy on 6-dimensional texts; keyword arguments are policy settings."""
-    from priorzero.run.lightzero import compile_priorzero
-    from priorzero.run.settings import merge
+    """Compiled settings of a tiny pure-UniZero policy on 6-dimensional texts; keyword arguments are
+    policy settings.
+    """
+    from priorzero.lightzero import compile_priorzero
+    from priorzero.settings.record import merge
     from priorzero_config import get_priorzero_config
 
-    small = dict(device="cpu", embed_dim=32, num_layers=2, num_heads=2, group_size=8, num_simulations=8, support_scale=10,
-                 num_unroll_steps=5, td_steps=3, context_steps=3, batch_size=8, game_segment_length=5,
-                 action_vocabulary=dict(kind="stable", capacity=12, overflow=2))
+    small = dict(
+        device="cpu",
+        embed_dim=32,
+        num_layers=2,
+        num_heads=2,
+        group_size=8,
+        num_simulations=8,
+        support_scale=10,
+        num_unroll_steps=5,
+        td_steps=3,
+        context_steps=3,
+        batch_size=8,
+        game_segment_length=5,
+        action_vocabulary=dict(kind="stable", capacity=12, overflow=2),
+    )
 
     def make(env: dict | None = None, **policy):
         overrides = dict(policy=merge(small, policy), env=env or {})
-        main, create = get_priorzero_config(env_id="tw-simple", presets=("pure_unizero",), overrides=overrides)
+        main, create = get_priorzero_config(
+            env_id="tw-simple", presets=("pure_unizero",), overrides=overrides
+        )
         return compile_priorzero(main, create, DIM)
 
     return make
@@ -58,7 +81,9 @@ def compiled_cfg():
 
 @pytest.fixture(scope="session")
 def randomise():
-    """LightZero starts the heads' last layers at zero, where any two computations agree; draw all weights anew."""
+    """LightZero starts the heads' last layers at zero, where any two computations agree; draw all
+    weights anew.
+    """
     import torch
 
     def redraw(model, seed: int = 0, scale: float = 0.5):
@@ -66,7 +91,11 @@ def randomise():
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if parameter.dim() > 1:
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale / parameter.shape[-1] ** 0.5)
+                    parameter.copy_(
+                        torch.randn(parameter.shape, generator=generator)
+                        * scale
+                        / parameter.shape[-1] ** 0.5
+                    )
                 elif name.endswith("bias"):
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
         return model.eval()
@@ -76,7 +105,9 @@ def randomise():
 
 @pytest.fixture
 def one_thread():
-    """These networks are so small that torch's threads only wait for each other: 20 times slower on a busy machine."""
+    """These networks are so small that torch's threads only wait for each other: 20 times slower on
+    a busy machine.
+    """
     import torch
 
     threads = torch.get_num_threads()

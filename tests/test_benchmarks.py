@@ -1,4 +1,7 @@
-"""Every benchmark runs at its smallest size and says what it claims to say; the learning check's numbers by hand."""
+"""Every benchmark runs at its smallest size and says what it claims to say; the learning check's
+numbers by hand.
+"""
+
 from __future__ import annotations
 
 import json
@@ -16,7 +19,7 @@ def last_line(capsys) -> dict:
     return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
 
 
-# ---- world model --------------------------------------------------------------------------------------------------
+# ---- world model ---------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -24,18 +27,27 @@ def test_world_model_benchmark(capsys):
     from benchmarks import world_model
 
     sizes = "--batch-size 2 --unroll 4 --embed-dim 32 --heads 2 --layers 1 --steps 8 --updates 3 --stock-updates 1"
-    assert world_model.main([*sizes.split(), "--max-seq-len", "32", "--env-id", GAME, "--device", "cpu"]) == 0
+    assert (
+        world_model.main(
+            [*sizes.split(), "--max-seq-len", "32", "--env-id", GAME, "--device", "cpu"]
+        )
+        == 0
+    )
     result = last_line(capsys)
     assert result["timed_updates"] == {"ours": 3, "padded": 1, "trimmed": 1}
     assert result["stock_tokens"]["padded"] == 32
-    assert result["stock_encoder_gradients"] is False  # LightZero's default; the docstring rests on it
+    assert (
+        result["stock_encoder_gradients"] is False
+    )  # LightZero's default; the docstring rests on it
     rates = result["updates_per_second"]
     assert result["speedup"] == pytest.approx(rates["ours"] / rates["padded"], rel=1e-3)
     assert result["ours_with_encoding"] < rates["ours"]
 
 
 def test_stock_batches_hold_the_same_rows():
-    """A stock row: the tokens of the window's observations, then of the episode's last text, never of the next one."""
+    """A stock row: the tokens of the window's observations, then of the episode's last text, never
+    of the next one.
+    """
     from types import SimpleNamespace
 
     from benchmarks.common import PlayedStep
@@ -45,23 +57,36 @@ def test_stock_batches_hold_the_same_rows():
     def step(text, after, episode, timestep):
         return PlayedStep(TextState(text, ("a",)), "a", 0.0, "running", after, episode, timestep)
 
-    played = [step("one", "two", 0, 0), step("two", "end", 0, 1), step("other", "more", 1, 0),
-              step("more", "last", 1, 1)]
-    tokens = {t: np.full(2, i) for i, t in enumerate(("one", "two", "end", "other", "more", "last"))}
+    played = [
+        step("one", "two", 0, 0),
+        step("two", "end", 0, 1),
+        step("other", "more", 1, 0),
+        step("more", "last", 1, 1),
+    ]
+    tokens = {
+        t: np.full(2, i) for i, t in enumerate(("one", "two", "end", "other", "more", "last"))
+    }
     zeros = np.zeros((2, 2), dtype=np.float32)
 
     class Batch(SimpleNamespace):
         def __len__(self):
             return 2
 
-    batch = Batch(indices=np.array([0, 1]), actions=zeros.astype(np.int64), mask_step=zeros + 1, rewards=zeros,
-                  returns=zeros, policies=np.ones((2, 2, 1), dtype=np.float32), weights=np.ones(2))
+    batch = Batch(
+        indices=np.array([0, 1]),
+        actions=zeros.astype(np.int64),
+        mask_step=zeros + 1,
+        rewards=zeros,
+        returns=zeros,
+        policies=np.ones((2, 2, 1), dtype=np.float32),
+        weights=np.ones(2),
+    )
     current, target, _ = stock_data(batch, played, tokens, SimpleNamespace(num_unroll_steps=2), 0)
     assert current[0].tolist() == [[0, 0, 1, 1, 2, 2], [1, 1, 2, 2, 2, 2]]
     assert current[3].tolist() == [[1, 1, 0], [1, 1, 0]] and target[2].shape == (2, 3, 1)
 
 
-# ---- collector ----------------------------------------------------------------------------------------------------
+# ---- collector -----------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -74,10 +99,16 @@ def test_collect_benchmark(capsys):
     assert set(result["results"]) == {"no_caches", "cold", "warm"}
     for block in result["results"].values():
         assert block["steps"] == 4
-        assert sum(block["ms_per_step"].values()) * block["steps"] / 1000 == pytest.approx(block["seconds"], rel=1e-2)
-    # Each text is asked for twice, when it is reached and when it is decided on: only a cache can answer the second.
-    # (Without one, only a text that occurs twice in one call is computed once.)
-    assert result["results"]["no_caches"]["encoder_hit_rate"] < 0.1 < result["results"]["cold"]["encoder_hit_rate"]
+        assert sum(block["ms_per_step"].values()) * block["steps"] / 1000 == pytest.approx(
+            block["seconds"], rel=1e-2
+        )
+    # Each text is asked for twice, when it is reached and when it is decided on: only a cache can
+    # answer the second. (Without one, only a text that occurs twice in one call is computed once.)
+    assert (
+        result["results"]["no_caches"]["encoder_hit_rate"]
+        < 0.1
+        < result["results"]["cold"]["encoder_hit_rate"]
+    )
 
 
 def test_a_block_of_jericho_without_cache_lists_every_state(story):
@@ -97,7 +128,7 @@ def test_a_block_of_jericho_without_cache_lists_every_state(story):
         env.close()
 
 
-# ---- LLM prior ----------------------------------------------------------------------------------------------------
+# ---- LLM prior -----------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -106,13 +137,25 @@ def test_prior_benchmark_and_its_sweep(capsys, tmp_path):
 
     sizes = "--model random:tiny --prompt-tokens 300 --actions 4 --states 2 --play-steps 12 --dtype float32"
     sweep = "--sweep --sweep-actions 2,6 --sweep-prompt-tokens 400 --sweep-states 1"
-    arguments = [*sizes.split(), "--device", "cpu", *sweep.split(), "--methods", "per_action,shared,cached"]
+    arguments = [
+        *sizes.split(),
+        "--device",
+        "cpu",
+        *sweep.split(),
+        "--methods",
+        "per_action,shared,cached",
+    ]
     assert prior.main([*arguments, "--out", str(tmp_path), "--env-id", GAME]) == 0
     result = last_line(capsys)
-    assert set(result["states_per_second"]) == {"per_action", "shared", "cached"} and result["failed"] == {}
+    assert (
+        set(result["states_per_second"]) == {"per_action", "shared", "cached"}
+        and result["failed"] == {}
+    )
     assert result["largest_difference"] < 1e-3
     speed = result["states_per_second"]
-    assert result["speedup_over_per_action"]["shared"] == pytest.approx(speed["shared"] / speed["per_action"], rel=1e-3)
+    assert result["speedup_over_per_action"]["shared"] == pytest.approx(
+        speed["shared"] / speed["per_action"], rel=1e-3
+    )
     assert speed["cached"] > speed["shared"]
     lines = (tmp_path / "prior_sweep.csv").read_text().splitlines()
     assert len(lines) == 1 + 3 * 5  # three ways at the base point and at four others
@@ -122,7 +165,7 @@ def test_prior_benchmark_and_its_sweep(capsys, tmp_path):
 def test_prompts_have_the_length_asked_for():
     from benchmarks.common import PlayedStep
     from benchmarks.prior_states import make_requests
-    from priorzero.llm.requests import TextTokeniser
+    from priorzero.llm.scoring.requests import TextTokeniser
     from priorzero.types import TextState
 
     class Words:
@@ -135,10 +178,17 @@ def test_prompts_have_the_length_asked_for():
         def __call__(self, text, **_):
             if isinstance(text, list):
                 return {"input_ids": [self(t)["input_ids"] for t in text]}
-            return {"input_ids": [2 + sum(text[i:i + 4].encode()) for i in range(0, len(text), 4)]}
+            return {
+                "input_ids": [2 + sum(text[i : i + 4].encode()) for i in range(0, len(text), 4)]
+            }
 
-    states = [TextState(f"You are in room number {i}, dark and cold.", ("go east", "go west")) for i in range(6)]
-    played = [PlayedStep(state, "go east", 0.0, "running", "next", 0, i) for i, state in enumerate(states)]
+    states = [
+        TextState(f"You are in room number {i}, dark and cold.", ("go east", "go west"))
+        for i in range(6)
+    ]
+    played = [
+        PlayedStep(state, "go east", 0.0, "running", "next", 0, i) for i, state in enumerate(states)
+    ]
     text = TextTokeniser(Words(), 2000)
     inputs = make_requests(text, played, 700, 5, 4)
     requests = [*inputs.states, *inputs.warm_up]
@@ -146,18 +196,21 @@ def test_prompts_have_the_length_asked_for():
     for request in requests:
         assert 690 <= text.tokenise(request).num_prompt_tokens <= 700
         assert len(set(request.actions)) == 5 and {"go east", "go west"} <= set(request.actions)
-    # Nothing but the head is common to two prompts, so no prefix cache is served more than in a run.
+    # Nothing but the head is common to two prompts, so no prefix cache is served more than in a
+    # run.
     first, second = (r.body for r in requests[:2])
     assert first[:4] != second[:4]
 
 
-# ---- learning check -----------------------------------------------------------------------------------------------
+# ---- learning check ------------------------------------------------------------------------------
 
 
 def learning_arguments(tmp_path, *more: str):
     from benchmarks.learning_check import parse_arguments
 
-    return parse_arguments(["--out", str(tmp_path / "out"), "--games", GAME, "--seeds", "0", "1", "--debug", *more])
+    return parse_arguments(
+        ["--out", str(tmp_path / "out"), "--games", GAME, "--seeds", "0", "1", "--debug", *more]
+    )
 
 
 def test_both_runs_of_a_seed_differ_by_the_llm_alone(tmp_path):
@@ -165,7 +218,9 @@ def test_both_runs_of_a_seed_differ_by_the_llm_alone(tmp_path):
     import priorzero_orz_entry
     from benchmarks.learning_check import plan
 
-    args = learning_arguments(tmp_path, "--set", "policy.num_simulations=7", "--set", "llm.sft.samples=3")
+    args = learning_arguments(
+        tmp_path, "--set", "policy.num_simulations=7", "--set", "llm.sft.samples=3"
+    )
     settings = {}
     for job in plan(args, tmp_path):
         assert job.command[1:3] == ["-m", "priorzero_orz_entry"]
@@ -176,7 +231,9 @@ def test_both_runs_of_a_seed_differ_by_the_llm_alone(tmp_path):
     assert with_llm.llm.enable and not without.llm.enable and with_llm.llm.sft.samples == 3
     assert with_llm.env == without.env and with_llm.seed == without.seed == 1
     assert with_llm.policy.num_simulations == without.policy.num_simulations == 7
-    own, other = ({k: v for k, v in c.policy.items() if k != "root_prior"} for c in (with_llm, without))
+    own, other = (
+        {k: v for k, v in c.policy.items() if k != "root_prior"} for c in (with_llm, without)
+    )
     assert own == other
     assert "random" in without.eval.modes and {"world_model_llm", "llm"} <= set(with_llm.eval.modes)
 
@@ -184,7 +241,9 @@ def test_both_runs_of_a_seed_differ_by_the_llm_alone(tmp_path):
 def write_run(folder, method: str, seed: int, evaluations: list[dict]) -> None:
     folder = folder / "runs" / f"{method}{seed}"
     folder.mkdir(parents=True)
-    (folder / "run.json").write_text(json.dumps({"game": GAME, "method": method, "seed": seed, "status": 0}))
+    (folder / "run.json").write_text(
+        json.dumps({"game": GAME, "method": method, "seed": seed, "status": 0})
+    )
     (folder / "summary.json").write_text(json.dumps({"evaluations": evaluations}))
 
 
@@ -197,23 +256,49 @@ def test_report_by_hand(tmp_path, capsys):
     from benchmarks import learning_check
 
     for seed in (0, 1):
-        write_run(tmp_path, "priorzero", seed, [
-            {"iteration": n, "env_steps": 100 * n, "world_model_llm": played(n, n + 2 * seed), "llm": played(1 + n),
-             "world_model": played(0)} for n in range(3)])
-        write_run(tmp_path, "unizero", seed, [
-            {"iteration": n, "env_steps": 100 * n, "world_model": played(3 * seed, 3 * seed), "random": played(0.5)}
-            for n in range(3 - seed)])
+        write_run(
+            tmp_path,
+            "priorzero",
+            seed,
+            [
+                {
+                    "iteration": n,
+                    "env_steps": 100 * n,
+                    "world_model_llm": played(n, n + 2 * seed),
+                    "llm": played(1 + n),
+                    "world_model": played(0),
+                }
+                for n in range(3)
+            ],
+        )
+        write_run(
+            tmp_path,
+            "unizero",
+            seed,
+            [
+                {
+                    "iteration": n,
+                    "env_steps": 100 * n,
+                    "world_model": played(3 * seed, 3 * seed),
+                    "random": played(0.5),
+                }
+                for n in range(3 - seed)
+            ],
+        )
     assert learning_check.main(["--out", str(tmp_path), "--plot-only"]) == 0
     table = {e["method"]: e for e in last_line(capsys)["final"]}
     assert {e["env_steps"] for e in table.values()} == {0, 100}
-    # PriorZero at 100 steps: seed 0 plays 1, 1 and seed 1 plays 1, 3, so the seeds' means are 1 and 2.
+    # PriorZero at 100 steps: seed 0 plays 1, 1 and seed 1 plays 1, 3, so the seeds' means are 1 and
+    # 2.
     assert (table["PriorZero"]["mean"], table["PriorZero"]["std"]) == (1.5, 0.5)
     assert (table["UniZero"]["mean"], table["UniZero"]["std"]) == (1.5, 1.5)
     assert table["LLM alone, untrained"]["mean"] == 1 and table["LLM alone, trained"]["mean"] == 2
     assert table["random"]["mean"] == 0.5
     rows = (tmp_path / "runs.csv").read_text().splitlines()
     assert len(rows) == 1 + 2 * 3 * 3 + (3 + 2) * 2
-    assert "| tw-simple | PriorZero | 100 | 2 | 1.50 ± 0.50 |" in (tmp_path / "summary.md").read_text()
+    assert (
+        "| tw-simple | PriorZero | 100 | 2 | 1.50 ± 0.50 |" in (tmp_path / "summary.md").read_text()
+    )
     assert (tmp_path / "learning_curves.png").stat().st_size > 1000
 
 
@@ -222,12 +307,25 @@ def test_a_killed_run_is_read_from_its_metrics(tmp_path):
 
     folder = tmp_path / "runs" / "killed"
     folder.mkdir(parents=True)
-    (folder / "run.json").write_text(json.dumps({"game": GAME, "method": "unizero", "seed": 4, "status": -9}))
-    line = {"namespace": "eval", "step": 60, "world_model/return_mean": 2.5, "world_model/return_std": 0.5,
-            "world_model/episodes": 3.0}
+    (folder / "run.json").write_text(
+        json.dumps({"game": GAME, "method": "unizero", "seed": 4, "status": -9})
+    )
+    line = {
+        "namespace": "eval",
+        "step": 60,
+        "world_model/return_mean": 2.5,
+        "world_model/return_std": 0.5,
+        "world_model/episodes": 3.0,
+    }
     (folder / "metrics.jsonl").write_text(json.dumps(line) + '\n{"namespace": "ev')
     (row,) = collect_rows(tmp_path)
-    assert (row.method, row.seed, row.env_steps, row.return_mean, row.episodes) == ("UniZero", 4, 60, 2.5, 3)
+    assert (row.method, row.seed, row.env_steps, row.return_mean, row.episodes) == (
+        "UniZero",
+        4,
+        60,
+        2.5,
+        3,
+    )
 
 
 def test_a_run_that_ignores_its_time_limit_is_killed(tmp_path):
@@ -236,8 +334,10 @@ def test_a_run_that_ignores_its_time_limit_is_killed(tmp_path):
     args = learning_arguments(tmp_path, "--minutes", "0.02", "--grace", "1")
     deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(120)"
     polite = "import time; time.sleep(0.1)"
-    jobs = [Job(GAME, "unizero", i, tmp_path / name, [sys.executable, "-c", code])
-            for i, (name, code) in enumerate((("deaf", deaf), ("polite", polite)))]
+    jobs = [
+        Job(GAME, "unizero", i, tmp_path / name, [sys.executable, "-c", code])
+        for i, (name, code) in enumerate((("deaf", deaf), ("polite", polite)))
+    ]
     started = time.monotonic()
     assert run_all(jobs, args) == ["deaf"]
     assert time.monotonic() - started < 30
@@ -248,13 +348,39 @@ def test_a_run_that_ignores_its_time_limit_is_killed(tmp_path):
 def test_learning_check_end_to_end(tmp_path, capsys):
     from benchmarks import learning_check
 
-    tiny = ["env.max_steps=6", "env.collector_env_num=1", "env.evaluator_env_num=1", "policy.num_simulations=2",
-            "policy.num_segments=1", "policy.game_segment_length=6", "policy.embed_dim=32", "policy.batch_size=4"]
+    tiny = [
+        "env.max_steps=6",
+        "env.collector_env_num=1",
+        "env.evaluator_env_num=1",
+        "policy.num_simulations=2",
+        "policy.num_segments=1",
+        "policy.game_segment_length=6",
+        "policy.embed_dim=32",
+        "policy.batch_size=4",
+    ]
     out = tmp_path / "out"
-    status = learning_check.main([
-        "--out", str(out), "--games", GAME, "--seeds", "0", "--methods", "unizero", "--iterations", "1",
-        "--eval-freq", "1", "--episodes", "1", "--debug", "--commit", "abc",
-        *(part for s in tiny for part in ("--set", s))])
+    status = learning_check.main(
+        [
+            "--out",
+            str(out),
+            "--games",
+            GAME,
+            "--seeds",
+            "0",
+            "--methods",
+            "unizero",
+            "--iterations",
+            "1",
+            "--eval-freq",
+            "1",
+            "--episodes",
+            "1",
+            "--debug",
+            "--commit",
+            "abc",
+            *(part for s in tiny for part in ("--set", s)),
+        ]
+    )
     result = last_line(capsys)
     assert status == 0 and result["not_completed"] == []
     methods = {e["method"]: e for e in result["final"]}

@@ -1,7 +1,10 @@
-"""The replay buffer against hand-worked episodes and a slow reference that sees whole episodes, not segments.
+"""The replay buffer against hand-worked episodes and a slow reference that sees whole episodes, not
+segments.
 
-Observation i of episode e is the vector [e, i, …], so every target tells which state it was made from.
+Observation i of episode e is the vector [e, i, …], so every target tells which state it was made
+from.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -19,10 +22,22 @@ GAMMA = 0.9
 
 
 def settings(**changes) -> EasyDict:
-    base = dict(replay_buffer_size=10_000, num_unroll_steps=3, td_steps=2, discount_factor=GAMMA, use_priority=False,
-                priority_prob_alpha=0.6, priority_prob_beta=0.4, game_segment_length=4, gray_scale=False,
-                transform2string=False, sampled_algo=False, gumbel_algo=False, use_ture_chance_label_in_chance_encoder=False,
-                model=dict(action_space_size=V, observation_shape=DIM, frame_stack_num=1, image_channel=1))
+    base = dict(
+        replay_buffer_size=10_000,
+        num_unroll_steps=3,
+        td_steps=2,
+        discount_factor=GAMMA,
+        use_priority=False,
+        priority_prob_alpha=0.6,
+        priority_prob_beta=0.4,
+        game_segment_length=4,
+        gray_scale=False,
+        transform2string=False,
+        sampled_algo=False,
+        gumbel_algo=False,
+        use_ture_chance_label_in_chance_encoder=False,
+        model=dict(action_space_size=V, observation_shape=DIM, frame_stack_num=1, image_channel=1),
+    )
     return EasyDict(base | changes)
 
 
@@ -32,7 +47,9 @@ def state_vector(episode: int, index: int) -> np.ndarray:
 
 @dataclass
 class Episode:
-    """A whole episode as it was played. end: terminated, truncated, hang or running (not finished yet)."""
+    """A whole episode as it was played. end: terminated, truncated, hang or running (not finished
+    yet).
+    """
 
     number: int
     rewards: list[float]
@@ -48,12 +65,24 @@ class Episode:
             actions = tuple(f"do {i}" for i in ids)
             visits = rng.integers(1, 9, size=count).astype(float)
             last = t == len(self.rewards) - 1
-            self.steps.append(StepRecord(
-                state=TextState(f"room {t}", actions), observation=state_vector(self.number, t), valid_actions=actions,
-                valid_ids=ids, action_index=int(rng.integers(count)), visit_counts=visits,
-                behaviour=np.full(count, 1 / count), root_value=float(rng.normal()), predicted_value=float(rng.normal()),
-                reward=reward, done_kind=self.end if last else "running", timestep=t,
-                prior_logprobs=((-1.0, -0.5),) * count, prior_version=7))
+            self.steps.append(
+                StepRecord(
+                    state=TextState(f"room {t}", actions),
+                    observation=state_vector(self.number, t),
+                    valid_actions=actions,
+                    valid_ids=ids,
+                    action_index=int(rng.integers(count)),
+                    visit_counts=visits,
+                    behaviour=np.full(count, 1 / count),
+                    root_value=float(rng.normal()),
+                    predicted_value=float(rng.normal()),
+                    reward=reward,
+                    done_kind=self.end if last else "running",
+                    timestep=t,
+                    prior_logprobs=((-1.0, -0.5),) * count,
+                    prior_version=7,
+                )
+            )
 
     def segments(self, cfg) -> list[PriorZeroSegment]:
         cuts, result, at = list(self.cuts) or [len(self.steps)], [], 0
@@ -70,14 +99,26 @@ class Episode:
 def expected_row(episode: Episode, start: int, unroll: int, td: int) -> dict[str, np.ndarray]:
     """The targets of a window that starts at `start`, from the whole episode, one state at a time."""
     n, over = len(episode.steps), episode.end == "terminated"
-    row = {name: [] for name in ("reward", "returns", "discount", "bootstrap_state", "step", "value", "policy", "search")}
+    row = {
+        name: []
+        for name in (
+            "reward",
+            "returns",
+            "discount",
+            "bootstrap_state",
+            "step",
+            "value",
+            "policy",
+            "search",
+        )
+    }
     for t in range(start, start + unroll):
         policy = np.zeros(V)
         if t < n:
             span = min(td, n - t)
             row["reward"].append(episode.rewards[t])
-            row["returns"].append(sum(GAMMA ** i * episode.rewards[t + i] for i in range(span)))
-            row["discount"].append(0.0 if t + span == n and over else GAMMA ** span)
+            row["returns"].append(sum(GAMMA**i * episode.rewards[t + i] for i in range(span)))
+            row["discount"].append(0.0 if t + span == n and over else GAMMA**span)
             row["bootstrap_state"].append(t + span)
             row["search"].append(episode.steps[t + span].root_value if t + span < n else np.nan)
             step = episode.steps[t]
@@ -97,7 +138,9 @@ def expected_row(episode: Episode, start: int, unroll: int, td: int) -> dict[str
 
 def check_row(batch, row: int, episode: Episode, start: int, unroll: int, td: int) -> None:
     want, n = expected_row(episode, start, unroll, td), len(episode.steps)
-    where = f"episode {episode.number} ({episode.end}, {n} steps, cuts {episode.cuts}), start {start}"
+    where = (
+        f"episode {episode.number} ({episode.end}, {n} steps, cuts {episode.cuts}), start {start}"
+    )
     states = [min(start + k, n) for k in range(unroll + 1)]
     assert batch.observations[row, :, 0].tolist() == [episode.number] * (unroll + 1), where
     assert batch.observations[row, :, 1].tolist() == states, where
@@ -116,11 +159,17 @@ def check_row(batch, row: int, episode: Episode, start: int, unroll: int, td: in
         assert batch.actions[row, k] in known, where  # a filler is an id that names an action
         if want["bootstrap_state"][k] is not None:
             at = batch.bootstrap_index[row, k]
-            assert batch.bootstrap_observations[row, at].tolist() == [episode.number, want["bootstrap_state"][k], 1], where
-    # The window the bootstrap values are read from is a stretch of the episode, its actions the ones played there.
+            assert batch.bootstrap_observations[row, at].tolist() == [
+                episode.number,
+                want["bootstrap_state"][k],
+                1,
+            ], where
+    # The window the bootstrap values are read from is a stretch of the episode, its actions the
+    # ones played there.
     first = int(batch.bootstrap_observations[row, 0, 1])
     for k, state in enumerate(want["bootstrap_state"]):
-        # Beyond the episode the last state is repeated; only its first copy has the right steps before it.
+        # Beyond the episode the last state is repeated; only its first copy has the right steps
+        # before it.
         assert state is None or batch.bootstrap_index[row, k] == state - first, where
     for k in range(unroll):
         assert batch.bootstrap_observations[row, k, 1] == min(first + k, n), where
@@ -141,26 +190,37 @@ def sample_at(buffer: PriorZeroGameBuffer, indices, monkeypatch):
     """The batch of these global transition indices."""
     indices = np.asarray(indices)
     with monkeypatch.context() as patch:
-        patch.setattr(buffer, "_draw", lambda count: (indices, np.ones(len(indices), dtype=np.float32)))
+        patch.setattr(
+            buffer, "_draw", lambda count: (indices, np.ones(len(indices), dtype=np.float32))
+        )
         return buffer.sample(len(indices))
 
 
-# ---- by hand ------------------------------------------------------------------------------------------------
+# ---- by hand -------------------------------------------------------------------------------------
 
 
 def test_inside_an_episode_across_a_segments_end_and_at_a_true_end(monkeypatch):
-    """Five steps, rewards 1 2 3 4 5, two segments of 3 and 2, terminated; 3 unrolled steps, 2-step returns."""
+    """Five steps, rewards 1 2 3 4 5, two segments of 3 and 2, terminated; 3 unrolled steps, 2-step
+    returns.
+    """
     buffer = filled([Episode(0, [1.0, 2.0, 3.0, 4.0, 5.0], "terminated", cuts=[3, 2])])
     batch = sample_at(buffer, [0, 2, 4], monkeypatch)
-    # From step 0: 1 + 0.9 * 2, then v(s2); 2 + 0.9 * 3, v(s3); 3 + 0.9 * 4, v(s4), which lie in the next segment.
+    # From step 0: 1 + 0.9 * 2, then v(s2); 2 + 0.9 * 3, v(s3); 3 + 0.9 * 4, v(s4), which lie in the
+    # next segment.
     assert batch.returns[0] == pytest.approx([2.8, 4.7, 6.6])
     assert batch.discounts[0] == pytest.approx([0.81, 0.81, 0.81])
-    assert batch.bootstrap_observations[0, :, 1].tolist() == [2, 3, 4] and batch.bootstrap_index[0].tolist() == [0, 1, 2]
+    assert batch.bootstrap_observations[0, :, 1].tolist() == [2, 3, 4] and batch.bootstrap_index[
+        0
+    ].tolist() == [0, 1, 2]
     # From step 2: 3 + 0.9 * 4, v(s4); then the end: 4 + 0.9 * 5 and 5, nothing after.
     assert batch.returns[1] == pytest.approx([6.6, 8.5, 5.0])
     assert batch.discounts[1] == pytest.approx([0.81, 0.0, 0.0])
     # From step 4: the end, then two absorbing steps with value and reward zero.
-    assert batch.returns[2] == pytest.approx([5.0, 0.0, 0.0]) and batch.discounts[2].tolist() == [0.0, 0.0, 0.0]
+    assert batch.returns[2] == pytest.approx([5.0, 0.0, 0.0]) and batch.discounts[2].tolist() == [
+        0.0,
+        0.0,
+        0.0,
+    ]
     assert batch.mask_step[2].tolist() == [1, 0, 0]
     assert batch.mask_value[2].tolist() == batch.mask_reward[2].tolist() == [1, 1, 1]
     assert batch.rewards[2].tolist() == [5, 0, 0]
@@ -174,21 +234,35 @@ def test_at_a_cut_the_last_state_bootstraps_and_nothing_is_absorbing(end, monkey
     assert batch.returns[0] == pytest.approx([2 + 0.9 * 3, 3.0, 0.0])
     assert batch.discounts[0] == pytest.approx([0.81, 0.9, 0.0])
     at = batch.bootstrap_index[0]
-    assert batch.bootstrap_observations[0, at[0], 1] == batch.bootstrap_observations[0, at[1], 1] == 3
-    assert batch.mask_step[0].tolist() == batch.mask_value[0].tolist() == batch.mask_reward[0].tolist() == [1, 1, 0]
+    assert (
+        batch.bootstrap_observations[0, at[0], 1] == batch.bootstrap_observations[0, at[1], 1] == 3
+    )
+    assert (
+        batch.mask_step[0].tolist()
+        == batch.mask_value[0].tolist()
+        == batch.mask_reward[0].tolist()
+        == [1, 1, 0]
+    )
 
 
 def test_an_unfinished_episodes_targets_grow_when_it_goes_on(monkeypatch):
     cfg = settings()
-    buffer, episode = PriorZeroGameBuffer(cfg), Episode(0, [1.0, 2.0, 4.0, 8.0], "truncated", cuts=[2, 2])
+    buffer, episode = (
+        PriorZeroGameBuffer(cfg),
+        Episode(0, [1.0, 2.0, 4.0, 8.0], "truncated", cuts=[2, 2]),
+    )
     first, second = episode.segments(cfg)
     buffer.push_game_segments([first])
     before = sample_at(buffer, [1], monkeypatch)
-    assert before.returns[0, 0] == pytest.approx(2.0) and before.discounts[0, 0] == pytest.approx(0.9)
+    assert before.returns[0, 0] == pytest.approx(2.0) and before.discounts[0, 0] == pytest.approx(
+        0.9
+    )
     assert before.mask_step[0].tolist() == [1, 0, 0]
     buffer.push_game_segments([second])
     after = sample_at(buffer, [1], monkeypatch)
-    assert after.returns[0, 0] == pytest.approx(2 + 0.9 * 4) and after.discounts[0, 0] == pytest.approx(0.81)
+    assert after.returns[0, 0] == pytest.approx(2 + 0.9 * 4) and after.discounts[
+        0, 0
+    ] == pytest.approx(0.81)
     assert after.mask_step[0].tolist() == [1, 1, 1]
 
 
@@ -196,14 +270,23 @@ def test_policies_stand_at_the_ids_and_are_visit_shares(monkeypatch):
     episode = Episode(3, [0.0, 0.0], "truncated")
     batch = sample_at(filled([episode]), [0], monkeypatch)
     for k, step in enumerate(episode.steps):
-        by_id = dict(zip(step.valid_ids.tolist(), (step.visit_counts / step.visit_counts.sum()).tolist(), strict=True))
+        by_id = dict(
+            zip(
+                step.valid_ids.tolist(),
+                (step.visit_counts / step.visit_counts.sum()).tolist(),
+                strict=True,
+            )
+        )
         assert {i: p for i, p in enumerate(batch.policies[0, k]) if p} == pytest.approx(by_id)
     assert batch.policies[0, 2].sum() == 0
 
 
 def test_segments_of_other_episodes_in_between_do_not_mix(monkeypatch):
     cfg = settings()
-    a, b = Episode(0, [1.0] * 6, "terminated", cuts=[3, 3]), Episode(1, [10.0] * 6, "truncated", cuts=[2, 4])
+    a, b = (
+        Episode(0, [1.0] * 6, "terminated", cuts=[3, 3]),
+        Episode(1, [10.0] * 6, "truncated", cuts=[2, 4]),
+    )
     (a1, a2), (b1, b2) = a.segments(cfg), b.segments(cfg)
     buffer = PriorZeroGameBuffer(cfg)
     buffer.push_game_segments([a1, b1])
@@ -228,7 +311,7 @@ def test_a_window_is_exactly_as_long_as_asked():
             assert view.end == ("terminated" if start + length >= 5 else "more")
 
 
-# ---- random episodes against the reference ------------------------------------------------------------------
+# ---- random episodes against the reference -------------------------------------------------------
 
 
 def random_episode(number: int, rng) -> Episode:
@@ -237,8 +320,12 @@ def random_episode(number: int, rng) -> Episode:
     while left:
         cuts.append(int(rng.integers(1, left + 1)))
         left -= cuts[-1]
-    return Episode(number, rng.normal(size=length).tolist(), str(rng.choice(["terminated", "truncated", "hang", "running"])),
-                   cuts=cuts)
+    return Episode(
+        number,
+        rng.normal(size=length).tolist(),
+        str(rng.choice(["terminated", "truncated", "hang", "running"])),
+        cuts=cuts,
+    )
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -249,7 +336,10 @@ def test_random_episodes_equal_the_reference(seed, monkeypatch):
     buffer = PriorZeroGameBuffer(cfg)
     episodes = [random_episode(i, rng) for i in range(25)]
     queues = [[(e, s) for s in e.segments(cfg)] for e in episodes]
-    place, held = {}, []   # global index -> (episode, timestep); segments in the buffer, oldest first
+    place, held = (
+        {},
+        [],
+    )  # global index -> (episode, timestep); segments in the buffer, oldest first
     pushed = 0
     while any(queues):
         queue = queues[int(rng.choice([i for i, q in enumerate(queues) if q]))]
@@ -278,7 +368,7 @@ def test_random_episodes_equal_the_reference(seed, monkeypatch):
         check_row(drawn, row, *place[int(index)], unroll, td)
 
 
-# ---- removal ------------------------------------------------------------------------------------------------
+# ---- removal -------------------------------------------------------------------------------------
 
 
 def test_removal_keeps_at_most_the_size_and_never_the_last_segment():
@@ -293,7 +383,10 @@ def test_removal_keeps_at_most_the_size_and_never_the_last_segment():
 
 def test_an_episode_goes_on_although_its_beginning_was_dropped(monkeypatch):
     cfg = settings(replay_buffer_size=5)
-    buffer, episode = PriorZeroGameBuffer(cfg), Episode(0, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0], "terminated", cuts=[3, 2, 2])
+    buffer, episode = (
+        PriorZeroGameBuffer(cfg),
+        Episode(0, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0], "terminated", cuts=[3, 2, 2]),
+    )
     first, second, third = episode.segments(cfg)
     buffer.push_game_segments([first])
     buffer.push_game_segments([second, Episode(1, [0.0], "truncated").segments(cfg)[0]])
@@ -307,7 +400,10 @@ def test_an_episode_goes_on_although_its_beginning_was_dropped(monkeypatch):
 
 def test_an_episode_whose_only_segment_was_dropped_starts_anew(monkeypatch):
     cfg = settings(replay_buffer_size=3)
-    buffer, episode = PriorZeroGameBuffer(cfg), Episode(0, [1.0, 2.0, 3.0, 4.0], "terminated", cuts=[2, 2])
+    buffer, episode = (
+        PriorZeroGameBuffer(cfg),
+        Episode(0, [1.0, 2.0, 3.0, 4.0], "terminated", cuts=[2, 2]),
+    )
     first, second = episode.segments(cfg)
     buffer.push_game_segments([first, *Episode(1, [0.0] * 3, "truncated").segments(cfg)])
     assert buffer.remove_oldest_data_to_fit() == 2
@@ -320,7 +416,9 @@ def test_priorities_stay_with_their_transitions_through_removal_and_compaction()
     cfg = settings(use_priority=True, replay_buffer_size=400, priority_prob_alpha=1.0)
     buffer, rng, truth, pushed = PriorZeroGameBuffer(cfg), np.random.default_rng(0), {}, 0
     largest = 1.0
-    for number in range(300):  # 3,000 transitions through an array of 1,024: it is moved several times
+    for number in range(
+        300
+    ):  # 3,000 transitions through an array of 1,024: it is moved several times
         buffer.push_game_segments(Episode(number, [0.0] * 10, "truncated").segments(cfg))
         truth |= {pushed + i: largest for i in range(10)}
         pushed += 10
@@ -329,7 +427,9 @@ def test_priorities_stay_with_their_transitions_through_removal_and_compaction()
             batch = buffer.sample(16)
             batch.new_priorities = rng.random(16).astype(np.float32) * 3
             buffer.update_priority(batch)
-            for index, priority in zip(batch.indices.tolist(), batch.new_priorities.tolist(), strict=True):
+            for index, priority in zip(
+                batch.indices.tolist(), batch.new_priorities.tolist(), strict=True
+            ):
                 truth[index] = priority + 1e-6
             largest = max(largest, max(truth[i] for i in batch.indices.tolist()))
     alive = range(pushed - 400, pushed)
@@ -343,23 +443,32 @@ def test_priorities_stay_with_their_transitions_through_removal_and_compaction()
     assert len(set(np.round(p, 6))) > 30  # there was something to mix up
 
 
-# ---- prioritised sampling -----------------------------------------------------------------------------------
+# ---- prioritised sampling ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("alpha", "beta"), [(0.6, 0.4), (1.0, 1.0), (0.0, 0.4)])
 def test_frequencies_and_weights_follow_the_formula(alpha, beta):
-    buffer = filled([Episode(0, [0.0] * 6, "truncated")], use_priority=True, priority_prob_alpha=alpha,
-                    priority_prob_beta=beta)
+    buffer = filled(
+        [Episode(0, [0.0] * 6, "truncated")],
+        use_priority=True,
+        priority_prob_alpha=alpha,
+        priority_prob_beta=beta,
+    )
     priorities = np.array([0.1, 0.5, 1.0, 2.0, 4.0, 8.0])
     batch = buffer.sample(6)
-    batch.indices, batch.new_priorities = np.arange(6), -priorities.astype(np.float32)  # the sign does not matter
+    batch.indices, batch.new_priorities = (
+        np.arange(6),
+        -priorities.astype(np.float32),
+    )  # the sign does not matter
     buffer.update_priority(batch)
-    probability = priorities ** alpha / (priorities ** alpha).sum()
+    probability = priorities**alpha / (priorities**alpha).sum()
     indices, weights = buffer._draw(60_000)
     seen = np.bincount(indices, minlength=6) / 60_000
     np.testing.assert_allclose(seen, probability, atol=0.01)
     by_hand = (6 * probability) ** -beta
-    np.testing.assert_allclose(weights, (by_hand / by_hand[np.unique(indices)].max())[indices], rtol=1e-3)
+    np.testing.assert_allclose(
+        weights, (by_hand / by_hand[np.unique(indices)].max())[indices], rtol=1e-3
+    )
     assert weights.max() == pytest.approx(1.0)
 
 
@@ -367,15 +476,22 @@ def test_an_update_takes_effect_in_later_draws_and_new_data_gets_the_largest_pri
     cfg = settings(use_priority=True, priority_prob_alpha=1.0)
     buffer = PriorZeroGameBuffer(cfg)
     buffer.push_game_segments(Episode(0, [0.0] * 4, "truncated").segments(cfg))
-    np.testing.assert_allclose(np.bincount(buffer._draw(20_000)[0], minlength=4) / 20_000, 0.25, atol=0.02)
+    np.testing.assert_allclose(
+        np.bincount(buffer._draw(20_000)[0], minlength=4) / 20_000, 0.25, atol=0.02
+    )
     batch = buffer.sample(4)
-    batch.indices, batch.new_priorities = np.arange(4), np.array([0.0, 0.0, 0.0, 3.0], dtype=np.float32)
+    batch.indices, batch.new_priorities = (
+        np.arange(4),
+        np.array([0.0, 0.0, 0.0, 3.0], dtype=np.float32),
+    )
     buffer.update_priority(batch)
     drawn = np.bincount(buffer._draw(20_000)[0], minlength=4)
     assert drawn[3] > 19_900
     assert buffer._priorities[:4].min() > 0  # still reachable
     buffer.push_game_segments(Episode(1, [0.0], "truncated").segments(cfg))
-    np.testing.assert_allclose(np.bincount(buffer._draw(20_000)[0], minlength=5)[3:] / 20_000, 0.5, atol=0.02)
+    np.testing.assert_allclose(
+        np.bincount(buffer._draw(20_000)[0], minlength=5)[3:] / 20_000, 0.5, atol=0.02
+    )
 
 
 def test_priorities_of_dropped_transitions_are_skipped():
@@ -391,7 +507,9 @@ def test_priorities_of_dropped_transitions_are_skipped():
     np.testing.assert_allclose(buffer._priorities[3:6], 1.0)
     buffer.push_game_segments(Episode(2, [0.0], "truncated").segments(cfg))
     drawn = np.bincount(buffer._draw(8000)[0] - 3, minlength=4) / 8000
-    np.testing.assert_allclose(drawn, 0.25, atol=0.03)  # new data does not start from a dropped row's priority either
+    np.testing.assert_allclose(
+        drawn, 0.25, atol=0.03
+    )  # new data does not start from a dropped row's priority either
 
 
 def test_uniform_sampling_without_priorities():
@@ -413,13 +531,16 @@ def test_misuse_is_told():
         buffer.update_priority(buffer.sample(2))
 
 
-# ---- decisions for the LLM ----------------------------------------------------------------------------------
+# ---- decisions for the LLM -----------------------------------------------------------------------
 
 
 def test_llm_samples_by_hand():
     # The first made-up episode with one decision that has a single action, and is left out.
-    episode = next(e for e in (Episode(i, [1.0, 2.0, 4.0], "terminated") for i in range(99))
-                   if sum(len(s.valid_actions) == 1 for s in e.steps) == 1)
+    episode = next(
+        e
+        for e in (Episode(i, [1.0, 2.0, 4.0], "terminated") for i in range(99))
+        if sum(len(s.valid_actions) == 1 for s in e.steps) == 1
+    )
     buffer = filled([episode])
     v = [s.root_value for s in episode.steps]
     values = {0: 1 + 0.9 * 2 + 0.81 * v[2], 1: 2 + 0.9 * 4, 2: 4.0}
@@ -433,7 +554,9 @@ def test_llm_samples_by_hand():
         assert sample.target_value == pytest.approx(values[t])
         assert sample.advantage == pytest.approx(values[t] - step.predicted_value)
         assert sample.valid_actions[sample.action_index] == step.action
-        np.testing.assert_allclose(sample.target_policy, step.visit_counts / step.visit_counts.sum())
+        np.testing.assert_allclose(
+            sample.target_policy, step.visit_counts / step.visit_counts.sum()
+        )
         np.testing.assert_array_equal(sample.behaviour, step.behaviour)
         assert (sample.prior_logprobs, sample.prior_version) == (step.prior_logprobs, 7)
 
@@ -446,17 +569,25 @@ def test_llm_sample_at_a_cut_bootstraps_and_across_segments_looks_on():
     crossing = Episode(5, [1.0, 2.0, 4.0, 8.0], "terminated", cuts=[2, 2])
     buffer = filled([crossing])
     assert buffer._llm_sample(buffer._segments[0], 1).target_value == pytest.approx(
-        2 + 0.9 * 4 + 0.81 * crossing.steps[3].root_value)
+        2 + 0.9 * 4 + 0.81 * crossing.steps[3].root_value
+    )
 
 
 def test_llm_sampling_draws_without_repetition_and_from_the_newest():
     episodes = [Episode(i, [0.0] * 6, "truncated") for i in range(6)]
     buffer = filled(episodes)
-    usable = {(e.number, t) for e in episodes for t, s in enumerate(e.steps) if len(s.valid_actions) > 1}
+    usable = {
+        (e.number, t) for e in episodes for t, s in enumerate(e.steps) if len(s.valid_actions) > 1
+    }
 
     def keys(samples):
-        return [(next(e.number for e in episodes for st in e.steps if st.state is s.state), int(s.state.observation[5:]))
-                for s in samples]
+        return [
+            (
+                next(e.number for e in episodes for st in e.steps if st.state is s.state),
+                int(s.state.observation[5:]),
+            )
+            for s in samples
+        ]
 
     everything = keys(buffer.sample_llm(1000))
     assert len(everything) == len(set(everything)) and set(everything) == usable

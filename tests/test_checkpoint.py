@@ -1,4 +1,5 @@
 """Checkpoints are whole or not there, and nothing is lost by a failed save or a damaged file."""
+
 from __future__ import annotations
 
 import json
@@ -16,12 +17,24 @@ def store(tmp_path):
 
 
 def save(store, iteration, best=False, llm=True):
-    state = {"weights": torch.full((3,), float(iteration)), "vocabulary": {"actions": ["go", "look"]}, "n": iteration}
-    return store.save(iteration, state, {"w": torch.tensor([iteration])} if llm else None, {"iteration": iteration}, best)
+    state = {
+        "weights": torch.full((3,), float(iteration)),
+        "vocabulary": {"actions": ["go", "look"]},
+        "n": iteration,
+    }
+    return store.save(
+        iteration,
+        state,
+        {"w": torch.tensor([iteration])} if llm else None,
+        {"iteration": iteration},
+        best,
+    )
 
 
 def snapshot(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
 def names(folder):
@@ -30,9 +43,15 @@ def names(folder):
 
 def test_round_trip(store, tmp_path):
     path = save(store, 40)
-    assert path == tmp_path / "ckpt" / "iter_00000040" and names(path) == ["llm.pt", "meta.json", "state.pt"]
+    assert path == tmp_path / "ckpt" / "iter_00000040" and names(path) == [
+        "llm.pt",
+        "meta.json",
+        "state.pt",
+    ]
     state, llm, meta = store.load()
-    assert torch.equal(state["weights"], torch.full((3,), 40.0)) and state["vocabulary"] == {"actions": ["go", "look"]}
+    assert torch.equal(state["weights"], torch.full((3,), 40.0)) and state["vocabulary"] == {
+        "actions": ["go", "look"]
+    }
     assert llm["w"].item() == 40 and meta == {"iteration": 40}
     save(store, 41, llm=False)
     assert store.load()[1] is None
@@ -52,12 +71,17 @@ def test_the_same_iteration_again_replaces_it(store, tmp_path):
     save(store, 7)
     store.save(7, {"n": "newer"}, None, {"iteration": 7})
     # Under a name of its own, so that `latest` names a whole checkpoint at every moment.
-    assert store.load()[0] == {"n": "newer"} and names(tmp_path / "ckpt") == ["iter_00000007_2", "latest"]
+    assert store.load()[0] == {"n": "newer"} and names(tmp_path / "ckpt") == [
+        "iter_00000007_2",
+        "latest",
+    ]
 
 
 @pytest.mark.parametrize("fails_at", [1, 2])
 @pytest.mark.parametrize("iteration", [8, 7])
-def test_a_save_that_dies_leaves_the_previous_checkpoint_untouched(store, tmp_path, monkeypatch, fails_at, iteration):
+def test_a_save_that_dies_leaves_the_previous_checkpoint_untouched(
+    store, tmp_path, monkeypatch, fails_at, iteration
+):
     save(store, 7, best=True)
     before = snapshot(tmp_path / "ckpt")
     real, calls = torch.save, []
@@ -94,7 +118,11 @@ def test_dying_before_the_pointer_moves_keeps_the_old_latest(store, monkeypatch)
 def test_a_damaged_file_is_one_clear_error_and_nothing_is_deleted(store, tmp_path, file, damage):
     save(store, 1, best=True)
     path = save(store, 2) / file
-    path.write_bytes(path.read_bytes()[:len(path.read_bytes()) // 2] if damage == "truncated" else b"\x00garbage" * 9)
+    path.write_bytes(
+        path.read_bytes()[: len(path.read_bytes()) // 2]
+        if damage == "truncated"
+        else b"\x00garbage" * 9
+    )
     before = snapshot(tmp_path / "ckpt")
     with pytest.raises(PriorZeroError, match="iter_00000002 is damaged") as caught:
         store.load()

@@ -1,4 +1,7 @@
-"""Collector and evaluator: on a scripted game whose every answer is known, and on a real TextWorld game."""
+"""Collector and evaluator: on a scripted game whose every answer is known, and on a real TextWorld
+game.
+"""
+
 from __future__ import annotations
 
 import hashlib
@@ -9,9 +12,9 @@ import pytest
 from ding.envs import BaseEnvTimestep
 
 from priorzero.games.group import GameEnvGroup
-from priorzero.llm.engine import LLMEngineError
-from priorzero.llm_prior import LLMPrior
-from priorzero.run.player import HistoryWindow, Seat
+from priorzero.llm.engines.base import LLMEngineError
+from priorzero.llm.prior import LLMPrior
+from priorzero.play.slot import HistoryWindow, Seat
 from priorzero.types import ActionScores, HistoryItem, PriorZeroError
 from priorzero_collector import PriorZeroCollector
 from priorzero_evaluator import PriorZeroEvaluator
@@ -23,7 +26,9 @@ def told_actions(env: int, t: int) -> tuple[str, ...]:
 
 
 class ScriptedEnv:
-    """A `TextGameEnv` that plays a script: step t earns t, and the episode ends in the way and at the step given."""
+    """A `TextGameEnv` that plays a script: step t earns t, and the episode ends in the way and at
+    the step given.
+    """
 
     def __init__(self, number: int, length: int = 6, end: str = "terminated") -> None:
         self.number, self.length, self.end = number, length, end
@@ -35,9 +40,15 @@ class ScriptedEnv:
         self.episode_seed = seed * 100
 
     def _observation(self):
-        return {"text": f"env {self.number} episode {len(self.played)} step {self.t}",
-                "valid_actions": told_actions(self.number, self.t) if self.t < self.length or self.end != "terminated" else (),
-                "timestep": self.t, "score": float(sum(range(self.t + 1))), "state_hash": ""}
+        return {
+            "text": f"env {self.number} episode {len(self.played)} step {self.t}",
+            "valid_actions": told_actions(self.number, self.t)
+            if self.t < self.length or self.end != "terminated"
+            else (),
+            "timestep": self.t,
+            "score": float(sum(range(self.t + 1))),
+            "state_hash": "",
+        }
 
     def reset(self):
         self.t, self.episode_seed = 0, self.episode_seed + 1
@@ -45,7 +56,9 @@ class ScriptedEnv:
         return self._observation()
 
     def step(self, action):
-        assert action in told_actions(self.number, self.t), f"{action!r} is not valid at step {self.t}"
+        assert action in told_actions(self.number, self.t), (
+            f"{action!r} is not valid at step {self.t}"
+        )
         before = self._observation()
         self.played[-1].append(action)
         self.t += 1
@@ -53,8 +66,14 @@ class ScriptedEnv:
         kind = self.end if done else "running"
         hang = kind == "hang"
         observation = {**before, "timestep": self.t} if hang else self._observation()
-        info = {"done_kind": kind, "score": observation["score"], "max_score": 40.0, "steps": self.t,
-                "terminated": kind == "terminated", "truncated": kind in ("truncated", "hang")}
+        info = {
+            "done_kind": kind,
+            "score": observation["score"],
+            "max_score": 40.0,
+            "steps": self.t,
+            "terminated": kind == "terminated",
+            "truncated": kind in ("truncated", "hang"),
+        }
         if done:
             info["eval_episode_return"] = observation["score"]
         return BaseEnvTimestep(observation, 0.0 if hang else float(self.t), done, info)
@@ -79,7 +98,10 @@ class FakeEngine:
         self.calls.append(len(requests))
         if self.fails:
             raise LLMEngineError("out of order")
-        return [ActionScores(tuple(logprobs(r.body, a) for a in r.actions), weights_version=5) for r in requests]
+        return [
+            ActionScores(tuple(logprobs(r.body, a) for a in r.actions), weights_version=5)
+            for r in requests
+        ]
 
     def stats(self):
         return {}
@@ -100,14 +122,24 @@ def parts(make_policy, encoder):
     groups = []
 
     def make(envs=None, engine="fake", transcripts=None, history=2, **settings):
-        policy = make_policy(actions=0, num_simulations=4, action_vocabulary=dict(capacity=64, overflow=4),
-                             game_segment_length=4, env=dict(collector_env_num=3), **settings)
+        policy = make_policy(
+            actions=0,
+            num_simulations=4,
+            action_vocabulary=dict(capacity=64, overflow=4),
+            game_segment_length=4,
+            env=dict(collector_env_num=3),
+            **settings,
+        )
         group = GameEnvGroup(envs or [ScriptedEnv(i) for i in range(3)], seed=0)
         groups.append(group)
         engine = FakeEngine() if engine == "fake" else engine
         prior = make_prior(engine) if engine else None
-        collector = PriorZeroCollector(policy._cfg, policy, group, encoder, prior, HistoryWindow(history))
-        evaluator = PriorZeroEvaluator(policy, group, encoder, prior, HistoryWindow(history), transcripts=transcripts)
+        collector = PriorZeroCollector(
+            policy._cfg, policy, group, encoder, prior, HistoryWindow(history)
+        )
+        evaluator = PriorZeroEvaluator(
+            policy, group, encoder, prior, HistoryWindow(history), transcripts=transcripts
+        )
         return collector, evaluator, group, engine
 
     yield make
@@ -122,7 +154,9 @@ async def test_segments_carry_what_was_played(parts, encoder):
     seen = {}
     for segment in result.segments:
         env = group.envs[segment.env_id]
-        episode = sorted({s.episode_id for s in result.segments if s.env_id == segment.env_id}).index(segment.episode_id)
+        episode = sorted(
+            {s.episode_id for s in result.segments if s.env_id == segment.env_id}
+        ).index(segment.episode_id)
         for step in segment.steps:
             t = step.timestep
             text = f"env {segment.env_id} episode {episode + 1} step {t}"
@@ -131,25 +165,46 @@ async def test_segments_carry_what_was_played(parts, encoder):
             assert step.state.score == sum(range(t + 1))
             assert step.action == env.played[episode][t] and step.reward == t + 1
             np.testing.assert_array_equal(step.observation, encoder.encode([text])[0])
-            assert [collector._policy.vocabulary.action_of(i) for i in step.valid_ids] == list(step.valid_actions)
-            assert step.visit_counts.sum() == 4 and len(step.visit_counts) == len(step.valid_actions)
-            assert step.behaviour.sum() == pytest.approx(1) and step.behaviour[step.action_index] > 0
+            assert [collector._policy.vocabulary.action_of(i) for i in step.valid_ids] == list(
+                step.valid_actions
+            )
+            assert step.visit_counts.sum() == 4 and len(step.visit_counts) == len(
+                step.valid_actions
+            )
+            assert (
+                step.behaviour.sum() == pytest.approx(1) and step.behaviour[step.action_index] > 0
+            )
             assert step.prior_logprobs == tuple(logprobs(text, a) for a in step.valid_actions)
-            assert step.prior_version == 5 and np.isfinite([step.root_value, step.predicted_value]).all()
+            assert (
+                step.prior_version == 5
+                and np.isfinite([step.root_value, step.predicted_value]).all()
+            )
             assert step.done_kind == ("terminated" if t == 5 else "running")
             # The two steps before, oldest first, as they were played.
             past = range(max(t - 2, 0), t)
             assert step.state.history == tuple(
-                HistoryItem(f"env {segment.env_id} episode {episode + 1} step {p}", env.played[episode][p], p + 1.0)
-                for p in past)
+                HistoryItem(
+                    f"env {segment.env_id} episode {episode + 1} step {p}",
+                    env.played[episode][p],
+                    p + 1.0,
+                )
+                for p in past
+            )
             seen[segment.env_id, episode, t] = step
         # Segments are cut at 4 steps or at the end, and the last state is the next step's.
         assert [s.timestep for s in segment.steps] in ([0, 1, 2, 3], [4, 5])
         last = segment.steps[-1].timestep + 1
-        np.testing.assert_array_equal(segment.final_observation,
-                                      encoder.encode([f"env {segment.env_id} episode {episode + 1} step {last}"])[0])
-        assert len({len(s.valid_actions) for s in segment.steps}) > 1  # the choice differs from step to step
-        assert segment.obs_segment[0] is not None and len(segment.obs_segment) == len(segment.steps) + 1
+        np.testing.assert_array_equal(
+            segment.final_observation,
+            encoder.encode([f"env {segment.env_id} episode {episode + 1} step {last}"])[0],
+        )
+        assert (
+            len({len(s.valid_actions) for s in segment.steps}) > 1
+        )  # the choice differs from step to step
+        assert (
+            segment.obs_segment[0] is not None
+            and len(segment.obs_segment) == len(segment.steps) + 1
+        )
         assert list(segment.action_segment) == [s.action_id for s in segment.steps]
         assert list(segment.timestep_segment) == [s.timestep for s in segment.steps]
     assert len(seen) == result.transitions
@@ -168,12 +223,16 @@ async def test_unfinished_segments_go_on_in_the_next_call(parts):
 
 
 async def test_a_hang_cuts_the_segment_before_the_unknown_step(parts):
-    collector, _, group, _ = parts([ScriptedEnv(0, length=3, end="hang"), ScriptedEnv(1, length=50)])
+    collector, _, group, _ = parts(
+        [ScriptedEnv(0, length=3, end="hang"), ScriptedEnv(1, length=50)]
+    )
     result = await collector.collect(2)
     cut = [s for s in result.segments if s.env_id == 0]
     assert cut and all([s.timestep for s in seg.steps] == [0, 1] for seg in cut)
     assert all(seg.done_kind == "running" for seg in cut)
-    assert len(group.envs[0].played[0]) == 3  # the third action was sent, and its outcome is not known
+    assert (
+        len(group.envs[0].played[0]) == 3
+    )  # the third action was sent, and its outcome is not known
     assert collector.counters["hangs"] == len(cut) and result.collect["episodes_hang"] == len(cut)
     assert len({s.episode_id for s in cut}) == len(cut)
 
@@ -187,7 +246,9 @@ async def test_a_hang_at_the_first_step_leaves_no_segment(parts):
 @pytest.mark.parametrize("who", ["collector", "evaluator"])
 async def test_a_new_episode_starts_with_an_empty_context(parts, monkeypatch, who):
     """The root looks back on min(time step + 1, C = 3) observations of its own episode."""
-    collector, evaluator, group, _ = parts([ScriptedEnv(0, length=5), ScriptedEnv(1, length=3, end="hang")])
+    collector, evaluator, group, _ = parts(
+        [ScriptedEnv(0, length=5), ScriptedEnv(1, length=3, end="hang")]
+    )
     policy, seen = collector._policy, []
     context = policy._collect_context if who == "collector" else policy._eval_context
     real = context.batch
@@ -216,7 +277,11 @@ async def test_truncation_is_not_termination(parts):
 async def test_metrics_by_hand(parts):
     collector, _, _, _ = parts([ScriptedEnv(0, length=4), ScriptedEnv(1, length=4)])
     result = await collector.collect(2)
-    assert result.collect["episode_return_mean"] == result.collect["episode_return_max"] == 1 + 2 + 3 + 4
+    assert (
+        result.collect["episode_return_mean"]
+        == result.collect["episode_return_max"]
+        == 1 + 2 + 3 + 4
+    )
     assert result.collect["reward_per_step"] == 2.5 and result.collect["episode_length"] == 4
     counts = [len(told_actions(e, t)) for e in (0, 1) for t in range(4)]
     assert result.collect["valid_actions"] == pytest.approx(np.mean(counts))
@@ -232,9 +297,13 @@ async def test_the_llms_numbers_enter_the_root(parts):
     seen = []
     forward = collector._policy.collect_mode.forward
     collector._policy = SimpleNamespace(
-        collect_mode=SimpleNamespace(forward=lambda *a: seen.append((a, forward(*a))) or seen[-1][1],
-                                     reset=collector._policy.collect_mode.reset),
-        register_actions=collector._policy.register_actions, collect_temperature=collector._policy.collect_temperature)
+        collect_mode=SimpleNamespace(
+            forward=lambda *a: seen.append((a, forward(*a))) or seen[-1][1],
+            reset=collector._policy.collect_mode.reset,
+        ),
+        register_actions=collector._policy.register_actions,
+        collect_temperature=collector._policy.collect_temperature,
+    )
     result = await collector.collect(1)
     assert result.prior["weight"] == 1.0
     (_, _, given, env_ids, _, envstep), out = seen[0]
@@ -243,7 +312,9 @@ async def test_the_llms_numbers_enter_the_root(parts):
         text = f"env {env_id} episode 1 step 0"
         totals = [sum(logprobs(text, a)) for a in told_actions(env_id, 0)]
         assert given[row] == pytest.approx(totals)
-        assert np.exp(out[env_id].prior.log_mixed) == pytest.approx(np.exp(totals) / np.exp(totals).sum(), abs=1e-6)
+        assert np.exp(out[env_id].prior.log_mixed) == pytest.approx(
+            np.exp(totals) / np.exp(totals).sum(), abs=1e-6
+        )
 
 
 async def test_without_an_llm_the_prior_is_empty(parts):
@@ -262,7 +333,7 @@ async def test_a_failing_engine_is_counted_or_stops_the_run(parts):
         await collector.collect(1)
 
 
-# ---- evaluator ----------------------------------------------------------------------------------------------
+# ---- evaluator -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["world_model", "world_model_llm", "llm", "random"])
@@ -270,9 +341,15 @@ async def test_evaluation_plays_whole_episodes_and_writes_them_down(parts, tmp_p
     envs = [ScriptedEnv(0, length=3), ScriptedEnv(1, length=5, end="truncated")]
     _, evaluator, group, engine = parts(envs, transcripts=tmp_path / "out")
     result = await evaluator.evaluate(mode, 3, 0, "it7")
-    assert sorted(result.lengths) == [3, 3, 5] and sorted(result.returns) == [6, 6, 15] and result.max_score == 40
+    assert (
+        sorted(result.lengths) == [3, 3, 5]
+        and sorted(result.returns) == [6, 6, 15]
+        and result.max_score == 40
+    )
     metrics = result.metrics()
-    assert metrics[f"{mode}/return_mean"] == 9 and metrics[f"{mode}/return_std"] == pytest.approx(np.std([6, 6, 15]))
+    assert metrics[f"{mode}/return_mean"] == 9 and metrics[f"{mode}/return_std"] == pytest.approx(
+        np.std([6, 6, 15])
+    )
     assert metrics[f"{mode}/return_best"] == 15 and metrics[f"{mode}/terminated"] == 2
     assert metrics[f"{mode}/score_share"] == pytest.approx(9 / 40)
     assert (len(engine.calls) > 0) == (mode in ("world_model_llm", "llm"))
@@ -296,7 +373,9 @@ async def test_random_evaluation_is_spread_over_the_valid_actions(parts):
     assert min(first.count(a) for a in set(first)) > 8
 
 
-async def test_an_evaluation_plays_the_same_seeds_each_time_and_leaves_collection_alone(parts, make_policy, encoder):
+async def test_an_evaluation_plays_the_same_seeds_each_time_and_leaves_collection_alone(
+    parts, make_policy, encoder
+):
     collector, evaluator, group, _ = parts([ScriptedEnv(0, length=9)])
     await evaluator.evaluate("world_model", 2, 0)
     seeds = group.envs[0].episode_seed
@@ -320,18 +399,29 @@ async def test_evaluation_modes_that_cannot_be(parts):
         await evaluator.evaluate("llm", 1, 0)
 
 
-# ---- a real game --------------------------------------------------------------------------------------------
+# ---- a real game ---------------------------------------------------------------------------------
 
 
 async def test_textworld(make_policy, encoder, tmp_path, monkeypatch):
-    """tw-simple: invalid actions raise in the environment, so a finished run proves that all were valid."""
+    """tw-simple: invalid actions raise in the environment, so a finished run proves that all were
+    valid.
+    """
     from priorzero.games.env import TextGameEnv
 
     monkeypatch.setenv("PRIORZERO_CACHE", str(tmp_path / "cache"))
-    policy = make_policy(actions=0, num_simulations=4, action_vocabulary=dict(capacity=128, overflow=4), game_segment_length=6)
-    group = GameEnvGroup([TextGameEnv(dict(env_id="tw-simple", max_steps=10)) for _ in range(2)], seed=0)
+    policy = make_policy(
+        actions=0,
+        num_simulations=4,
+        action_vocabulary=dict(capacity=128, overflow=4),
+        game_segment_length=6,
+    )
+    group = GameEnvGroup(
+        [TextGameEnv(dict(env_id="tw-simple", max_steps=10)) for _ in range(2)], seed=0
+    )
     try:
-        collector = PriorZeroCollector(policy._cfg, policy, group, encoder, make_prior(FakeEngine()), HistoryWindow(2))
+        collector = PriorZeroCollector(
+            policy._cfg, policy, group, encoder, make_prior(FakeEngine()), HistoryWindow(2)
+        )
         result = await collector.collect(4)
         evaluator = PriorZeroEvaluator(policy, group, encoder, None, transcripts=tmp_path / "out")
         played = [await evaluator.evaluate(mode, 2, 0) for mode in ("world_model", "random")]
@@ -341,22 +431,34 @@ async def test_textworld(make_policy, encoder, tmp_path, monkeypatch):
     assert len(steps) >= 16 and all(s.action in s.state.valid_actions for s in steps)
     for segment in result.segments:
         for now, then in zip(segment.steps, segment.steps[1:], strict=False):
-            assert then.state.history[-1] == HistoryItem(now.state.observation, now.action, now.reward)
+            assert then.state.history[-1] == HistoryItem(
+                now.state.observation, now.action, now.reward
+            )
             assert then.timestep == now.timestep + 1
     assert len({s.valid_actions for s in steps}) > 2  # the choice differs along the way
     assert all(len(e.returns) == 2 and max(e.lengths) <= 10 for e in played)
     assert len(list((tmp_path / "out").glob("*.txt"))) == 4
 
 
-@pytest.mark.parametrize(("length", "drop", "kept"), [
-    (0, 1, [0, 0, 0, 0, 0, 0, 0, 0]), (3, 1, [1, 2, 3, 3, 3, 3, 3, 3]), (4, 3, [1, 2, 3, 4, 2, 3, 4, 2])])
+@pytest.mark.parametrize(
+    ("length", "drop", "kept"),
+    [
+        (0, 1, [0, 0, 0, 0, 0, 0, 0, 0]),
+        (3, 1, [1, 2, 3, 3, 3, 3, 3, 3]),
+        (4, 3, [1, 2, 3, 4, 2, 3, 4, 2]),
+    ],
+)
 def test_a_full_history_loses_its_oldest_steps_together(length, drop, kept):
     seat = Seat("Win.", HistoryWindow(length, drop))
     seat.start({"text": "start", "valid_actions": ("go",), "score": 0.0})
     sizes = []
     for step in range(8):
-        seat.advance(f"action {step}", 1.0, {"text": f"text {step}", "valid_actions": ("go",), "score": 0.0})
+        seat.advance(
+            f"action {step}", 1.0, {"text": f"text {step}", "valid_actions": ("go",), "score": 0.0}
+        )
         history = seat.state.history
-        assert [h.action for h in history] == [f"action {i}" for i in range(step + 1 - len(history), step + 1)]
+        assert [h.action for h in history] == [
+            f"action {i}" for i in range(step + 1 - len(history), step + 1)
+        ]
         sizes.append(len(history))
     assert sizes == kept

@@ -1,4 +1,7 @@
-"""Settings: everything shipped parses, everything impossible is rejected with value, rule and way out."""
+"""Settings: everything shipped parses, everything impossible is rejected with value, rule and way
+out.
+"""
+
 from __future__ import annotations
 
 import subprocess
@@ -8,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import priorzero_config as config
-from priorzero.run.settings import merge, overlay, parse_assignment, require
+from priorzero.settings.record import merge, overlay, parse_assignment, require
 from priorzero.types import PriorZeroError
 from priorzero_config import (
     DEFAULTS,
@@ -56,11 +59,22 @@ def test_debug_is_an_overlay_that_presets_and_overrides_lie_over():
             assert look(debug, path) == touched[path]
         elif path != ("exp_name",):
             assert look(debug, path) == look(full, path) == value
-    main, _ = get_priorzero_config(debug_mode=True, presets=("pure_unizero",), overrides=dict(policy=dict(num_simulations=7)))
+    main, _ = get_priorzero_config(
+        debug_mode=True, presets=("pure_unizero",), overrides=dict(policy=dict(num_simulations=7))
+    )
     small = config.DEBUG["policy"]
-    assert (main.policy.num_simulations, main.policy.embed_dim, main.llm.enable) == (7, small["embed_dim"], False)
-    assert get_priorzero_config_for_quick_test("zork1.z5", 3)[0].policy.num_simulations == small["num_simulations"]
-    assert get_priorzero_config()[0].policy.num_simulations == DEFAULTS["policy"]["num_simulations"]  # nothing leaked
+    assert (main.policy.num_simulations, main.policy.embed_dim, main.llm.enable) == (
+        7,
+        small["embed_dim"],
+        False,
+    )
+    assert (
+        get_priorzero_config_for_quick_test("zork1.z5", 3)[0].policy.num_simulations
+        == small["num_simulations"]
+    )
+    assert (
+        get_priorzero_config()[0].policy.num_simulations == DEFAULTS["policy"]["num_simulations"]
+    )  # nothing leaked
 
 
 @pytest.mark.parametrize("path", [path for path, _ in leaves(DEFAULTS)], ids=".".join)
@@ -77,28 +91,31 @@ def test_every_setting_is_known_by_name_and_type(path):
         assert ".".join(path) in str(caught.value)
 
 
-@pytest.mark.parametrize(("path", "value", "rule"), [
-    ("policy.embed_dim", 100, "num_heads 8 and group_size 8 must divide it"),
-    ("policy.context_steps", 11, r"1\.\.num_unroll_steps"),
-    ("policy.num_simulations", 0, "positive"),
-    ("policy.batch_size", -1, "positive"),
-    ("policy.discount_factor", 1.5, r"\(0, 1\]"),
-    ("policy.value_bootstrap", "mcts", "target_network or search"),
-    ("policy.device", "tpu", "auto, cpu or cuda"),
-    ("policy.replay_buffer_size", 3, "one segment"),
-    ("policy.action_vocabulary.overflow", 512, r"1\.\.capacity-1"),
-    ("policy.root_prior.weight", 1.5, r"\[0, 1\]"),
-    ("policy.root_prior.mode", "both", "unknown"),
-    ("env.max_steps", 0, "positive or None"),
-    ("env.collector_env_num", 0, "positive"),
-    ("llm.engine", "trt", "auto, vllm or transformers"),
-    ("llm.dtype", "int8", "float32 or bfloat16"),
-    ("llm.train.objective", "words", "actions or tokens"),
-    ("llm.enable", False, "leave those out or enable it"),
-    ("eval.modes", ["best"], "among"),
-    ("eval.modes", [], "among"),
-    ("seed", -1, r"2\*\*31"),
-])
+@pytest.mark.parametrize(
+    ("path", "value", "rule"),
+    [
+        ("policy.embed_dim", 100, "num_heads 8 and group_size 8 must divide it"),
+        ("policy.context_steps", 11, r"1\.\.num_unroll_steps"),
+        ("policy.num_simulations", 0, "positive"),
+        ("policy.batch_size", -1, "positive"),
+        ("policy.discount_factor", 1.5, r"\(0, 1\]"),
+        ("policy.value_bootstrap", "mcts", "target_network or search"),
+        ("policy.device", "tpu", "auto, cpu or cuda"),
+        ("policy.replay_buffer_size", 3, "one segment"),
+        ("policy.action_vocabulary.overflow", 512, r"1\.\.capacity-1"),
+        ("policy.root_prior.weight", 1.5, r"\[0, 1\]"),
+        ("policy.root_prior.mode", "both", "unknown"),
+        ("env.max_steps", 0, "positive or None"),
+        ("env.collector_env_num", 0, "positive"),
+        ("llm.engine", "trt", "auto, vllm or transformers"),
+        ("llm.dtype", "int8", "float32 or bfloat16"),
+        ("llm.train.objective", "words", "actions or tokens"),
+        ("llm.enable", False, "leave those out or enable it"),
+        ("eval.modes", ["best"], "among"),
+        ("eval.modes", [], "among"),
+        ("seed", -1, r"2\*\*31"),
+    ],
+)
 def test_impossible_values_are_rejected_with_value_and_rule(path, value, rule):
     with pytest.raises(PriorZeroError, match=rule) as caught:
         get_priorzero_config(overrides=nested(tuple(path.split(".")), value))
@@ -108,19 +125,24 @@ def test_impossible_values_are_rejected_with_value_and_rule(path, value, rule):
 def test_all_impossible_values_are_named_at_once():
     with pytest.raises(PriorZeroError) as caught:
         get_priorzero_config(overrides=dict(policy=dict(num_simulations=0, device="tpu"), seed=-4))
-    assert all(name in str(caught.value) for name in ("policy.num_simulations", "policy.device", "seed"))
+    assert all(
+        name in str(caught.value) for name in ("policy.num_simulations", "policy.device", "seed")
+    )
 
 
-@pytest.mark.parametrize(("overrides", "message"), [
-    (dict(polcy=dict()), "did you mean policy"),
-    (dict(policy=dict(num_simulation=3)), "did you mean num_simulations"),
-    (dict(policy=3), "group of settings"),
-    (dict(policy=dict(num_simulations=2.5)), r"2\.5 \(float\)"),
-    (dict(policy=dict(num_simulations="9")), r"'9' \(str\)"),
-    (dict(policy=dict(use_priority=1)), r"1 \(int\)"),
-    (dict(policy=dict(learning_rate=True)), "True"),
-    (dict(llm=dict(model=["a"])), "list"),
-])
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (dict(polcy=dict()), "did you mean policy"),
+        (dict(policy=dict(num_simulation=3)), "did you mean num_simulations"),
+        (dict(policy=3), "group of settings"),
+        (dict(policy=dict(num_simulations=2.5)), r"2\.5 \(float\)"),
+        (dict(policy=dict(num_simulations="9")), r"'9' \(str\)"),
+        (dict(policy=dict(use_priority=1)), r"1 \(int\)"),
+        (dict(policy=dict(learning_rate=True)), "True"),
+        (dict(llm=dict(model=["a"])), "list"),
+    ],
+)
 def test_unknown_names_and_wrong_types(overrides, message):
     with pytest.raises(PriorZeroError, match=message):
         get_priorzero_config(overrides=overrides)
@@ -137,11 +159,14 @@ def test_integers_pass_as_floats_and_layers_do_not_touch_their_inputs():
     assert main.policy.learning_rate == 1.0 and isinstance(main.policy.learning_rate, float)
     main.policy.root_prior.weight = 0.9
     main.eval.modes.append("random")
-    assert DEFAULTS["policy"]["root_prior"]["weight"] == 0.5 and "random" not in DEFAULTS["eval"]["modes"]
+    assert (
+        DEFAULTS["policy"]["root_prior"]["weight"] == 0.5
+        and "random" not in DEFAULTS["eval"]["modes"]
+    )
     assert given == dict(policy=dict(learning_rate=1))
 
 
-# ---- the schedule -------------------------------------------------------------------------------------------
+# ---- the schedule --------------------------------------------------------------------------------
 
 
 def test_every_schedule_attribute_exists_with_its_type_and_is_saved():
@@ -149,7 +174,9 @@ def test_every_schedule_attribute_exists_with_its_type_and_is_saved():
     saved = plan.as_dict()["schedule"]
     for name in HybridTrainingConfig.__annotations__:
         if not name.startswith("priorzero_"):
-            assert name in saved and type(saved[name]) is type(getattr(HybridTrainingConfig, name)), name
+            assert name in saved and type(saved[name]) is type(
+                getattr(HybridTrainingConfig, name)
+            ), name
     assert (plan.wm_training_mode, plan.wm_train_freq, plan.llm_train_freq) == ("parallel", 1, 5)
     assert plan.priorzero_cfg.env.env_id == "detective.z5" and plan.priorzero_cfg.seed == 3
     assert plan.use_orz_trainer == config.orz_available()
@@ -163,7 +190,10 @@ def test_subclass_attributes_and_overwriting():
     mine = Mine(debug_mode=True, eval_freq=3)
     assert (mine.llm_train_freq, mine.iterations, mine.eval_freq) == (10, 7, 3)
     assert mine.save_freq == HybridTrainingConfig.DEBUG_SCHEDULE["save_freq"]
-    assert Mine().iterations == 7 and HybridTrainingConfig().iterations == HybridTrainingConfig.iterations
+    assert (
+        Mine().iterations == 7
+        and HybridTrainingConfig().iterations == HybridTrainingConfig.iterations
+    )
 
     class Small(HybridTrainingConfig):
         debug_mode = True
@@ -178,10 +208,17 @@ def test_subclass_attributes_and_overwriting():
         mine.validate()
 
 
-@pytest.mark.parametrize(("schedule", "rule"), [
-    (dict(wm_train_freq=0), ">= 1"), (dict(llm_train_freq=-1), ">= 1"), (dict(eval_freq=-1), ">= 0"),
-    (dict(iterations=1.5), "integer"), (dict(wm_training_mode="sometimes"), "'sometimes'"),
-    (dict(iteration=3), "'iteration' does not exist")])
+@pytest.mark.parametrize(
+    ("schedule", "rule"),
+    [
+        (dict(wm_train_freq=0), ">= 1"),
+        (dict(llm_train_freq=-1), ">= 1"),
+        (dict(eval_freq=-1), ">= 0"),
+        (dict(iterations=1.5), "integer"),
+        (dict(wm_training_mode="sometimes"), "'sometimes'"),
+        (dict(iteration=3), "'iteration' does not exist"),
+    ],
+)
 def test_impossible_schedules(schedule, rule):
     with pytest.raises(PriorZeroError, match=rule):
         HybridTrainingConfig(**schedule)
@@ -196,23 +233,31 @@ def test_orz_is_not_taken_for_granted():
 
 def test_names_of_experiments():
     assert get_priorzero_config("zork1.z5", 2)[0].exp_name == "data_priorzero/zork1_priorzero_seed2"
-    assert get_priorzero_config("tw-coin:level=5", 0, enable_llm=False, debug_mode=True)[0].exp_name == \
-        "data_priorzero/tw-coin-level-5_unizero_debug_seed0"
+    assert (
+        get_priorzero_config("tw-coin:level=5", 0, enable_llm=False, debug_mode=True)[0].exp_name
+        == "data_priorzero/tw-coin-level-5_unizero_debug_seed0"
+    )
     assert get_priorzero_config(exp_name="mine")[0].exp_name == "data_priorzero/mine"
 
 
 def test_enable_llm_and_rft():
     assert get_priorzero_config(enable_rft=True)[0].llm.rft.enable is True
     off = get_priorzero_config(enable_llm=False)[0]
-    assert (off.llm.enable, off.policy.root_prior.mode, off.eval.modes) == (False, "wm_logits", ["world_model"])
+    assert (off.llm.enable, off.policy.root_prior.mode, off.eval.modes) == (
+        False,
+        "wm_logits",
+        ["world_model"],
+    )
 
 
-# ---- helpers ------------------------------------------------------------------------------------------------
+# ---- helpers -------------------------------------------------------------------------------------
 
 
 def test_command_line_assignments():
     assert parse_assignment("policy.num_simulations=30") == {"policy": {"num_simulations": 30}}
-    assert parse_assignment("llm.model=Qwen/Qwen2.5-0.5B-Instruct") == {"llm": {"model": "Qwen/Qwen2.5-0.5B-Instruct"}}
+    assert parse_assignment("llm.model=Qwen/Qwen2.5-0.5B-Instruct") == {
+        "llm": {"model": "Qwen/Qwen2.5-0.5B-Instruct"}
+    }
     assert parse_assignment('eval.modes=["random"]') == {"eval": {"modes": ["random"]}}
     assert parse_assignment("env.games_dir=a=b") == {"env": {"games_dir": "a=b"}}
     for broken in ("policy.num_simulations", "=3"):
@@ -221,7 +266,10 @@ def test_command_line_assignments():
 
 
 def test_merge_and_require():
-    assert merge({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}, "d": 4}) == {"a": {"b": 3, "c": 2}, "d": 4}
+    assert merge({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}, "d": 4}) == {
+        "a": {"b": 3, "c": 2},
+        "d": 4,
+    }
     require({"a": (1, True, "it must be")})
     with pytest.raises(PriorZeroError, match="a is 1, but it must be two"):
         require({"a": (1, False, "it must be two")})
@@ -229,12 +277,19 @@ def test_merge_and_require():
 
 def test_settings_and_entry_import_nothing_heavy():
     """`--help` and a typing error must answer at once."""
-    code = ("import sys, priorzero_config, priorzero_orz_entry\n"
-            "priorzero_config.get_priorzero_config(debug_mode=True)\n"
-            "heavy = ('torch', 'lzero', 'ding', 'transformers', 'vllm', 'jericho', 'textworld')\n"
-            "print([m for m in heavy if m in sys.modules])")
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[1], capture_output=True,
-                          text=True, timeout=120)
+    code = (
+        "import sys, priorzero_config, priorzero_orz_entry\n"
+        "priorzero_config.get_priorzero_config(debug_mode=True)\n"
+        "heavy = ('torch', 'lzero', 'ding', 'transformers', 'vllm', 'jericho', 'textworld')\n"
+        "print([m for m in heavy if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).resolve().parents[1],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
 
@@ -242,7 +297,9 @@ def test_settings_and_entry_import_nothing_heavy():
 def test_compiled_settings_reach_lightzero_once(compiled_cfg):
     cfg = compiled_cfg(num_unroll_steps=6, support_scale=7, embed_dim=64).policy
     wm = cfg.model.world_model_cfg
-    assert cfg.model.action_space_size == wm.action_space_size == cfg.action_vocabulary.capacity == 12
+    assert (
+        cfg.model.action_space_size == wm.action_space_size == cfg.action_vocabulary.capacity == 12
+    )
     assert (wm.max_blocks, wm.max_tokens, wm.support_size, wm.embed_dim) == (6, 12, 15, 64)
     assert cfg.model.observation_shape == cfg.model.action_text_dim == 6
     assert compiled_cfg(action_vocabulary=dict(kind="positional")).policy.model.action_text_dim == 0
@@ -252,7 +309,7 @@ def test_compiled_settings_reach_lightzero_once(compiled_cfg):
 def test_cuda_without_a_gpu_is_one_clear_error(monkeypatch):
     import torch
 
-    from priorzero.run.lightzero import resolve_device
+    from priorzero.lightzero import resolve_device
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert resolve_device("auto") == "cpu"

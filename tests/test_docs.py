@@ -1,4 +1,7 @@
-"""What the documents say exists: options, files, settings, environment variables, error messages, and every metric."""
+"""What the documents say exists: options, files, settings, environment variables, error messages,
+and every metric.
+"""
+
 from __future__ import annotations
 
 import ast
@@ -17,7 +20,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-README, MANUAL, METRICS = (ROOT / name for name in ("README.md", "PRIORZERO_ORZ_EXECUTABLE.md", "docs/METRICS.md"))
+README, MANUAL, METRICS = (
+    ROOT / name for name in ("README.md", "PRIORZERO_ORZ_EXECUTABLE.md", "docs/METRICS.md")
+)
 DOCUMENTS = [README, MANUAL, METRICS]
 SOURCES = [*ROOT.glob("*.py"), *(ROOT / "priorzero").rglob("*.py"), ROOT / "run_priorzero_orz.sh"]
 LAUNCHER_OPTIONS = {"--help"}
@@ -64,8 +69,13 @@ def test_commands_exist_and_their_options_are_accepted():
     seen = set()
     for words in commands():
         if words[0] == "./run_priorzero_orz.sh":
-            assert words[1] in re.findall(r"^  (\w+) ", text_of(ROOT / "run_priorzero_orz.sh"), re.M), words
-            module, rest = "priorzero_orz_entry", words[2:] if words[1] in ("debug", "train", "eval") else []
+            assert words[1] in re.findall(
+                r"^  (\w+) ", text_of(ROOT / "run_priorzero_orz.sh"), re.M
+            ), words
+            module, rest = (
+                "priorzero_orz_entry",
+                words[2:] if words[1] in ("debug", "train", "eval") else [],
+            )
         elif words[:2] == [".venv/bin/python", "-m"]:
             module, rest = words[2], words[3:]
         else:
@@ -74,7 +84,9 @@ def test_commands_exist_and_their_options_are_accepted():
         seen.add(words[1])
         assert importlib.util.find_spec(module), module
         if rest and "--help" not in rest:
-            importlib.import_module(module).parse_arguments(rest)  # SystemExit names what it does not know
+            importlib.import_module(module).parse_arguments(
+                rest
+            )  # SystemExit names what it does not know
     assert {"debug", "train", "eval", "test", "check"} <= seen
 
 
@@ -83,7 +95,11 @@ def test_commands_ask_for_possible_settings():
 
     checked = 0
     for words in commands():
-        if words[0] == "./run_priorzero_orz.sh" and words[1] in ("debug", "train", "eval") and "--help" not in words:
+        if (
+            words[0] == "./run_priorzero_orz.sh"
+            and words[1] in ("debug", "train", "eval")
+            and "--help" not in words
+        ):
             config_from(parse_arguments(words[2:]), debug_mode=words[1] == "debug")
             checked += 1
     assert checked >= 8
@@ -91,7 +107,9 @@ def test_commands_ask_for_possible_settings():
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
 def test_options_exist(document):
-    known = options_in(help_of("priorzero_orz_entry")) | options_in(help_of("benchmarks.learning_check"))
+    known = options_in(help_of("priorzero_orz_entry")) | options_in(
+        help_of("benchmarks.learning_check")
+    )
     known |= LAUNCHER_OPTIONS | {"--logdir"}
     assert options_in(text_of(document)) <= known
 
@@ -119,14 +137,20 @@ def test_every_preset_and_mode_is_in_the_manual():
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
 def test_environment_variables_exist(document):
     code = "\n".join(text_of(p) for p in SOURCES)
-    named = set(re.findall(r"\b((?:PRIORZERO|HF)_[A-Z_]+|DEBUG_MODE)\b", text_of(document))) - {"PRIORZERO_ORZ_EXECUTABLE"}
+    named = set(re.findall(r"\b((?:PRIORZERO|HF)_[A-Z_]+|DEBUG_MODE)\b", text_of(document))) - {
+        "PRIORZERO_ORZ_EXECUTABLE"
+    }
     for name in named:
         assert name in code, name
 
 
 def test_every_environment_variable_of_ours_is_in_the_manual():
     code = "\n".join(text_of(p) for p in SOURCES)
-    ours = {n for n in re.findall(r"\bPRIORZERO_[A-Z_]+\b", code) if not n.startswith("PRIORZERO_TRAINER")}
+    ours = {
+        n
+        for n in re.findall(r"\bPRIORZERO_[A-Z_]+\b", code)
+        if not n.startswith("PRIORZERO_TRAINER")
+    }
     assert ours and {n for n in ours if f"`{n}`" not in text_of(MANUAL)} == set()
 
 
@@ -144,17 +168,32 @@ def test_paths_exist():
 
 
 def test_messages_in_the_manual_are_those_of_the_code():
-    """The fixed parts of each message, in the order shown, lie close together in one file's string literals."""
+    """The fixed parts of each message, in the order shown, lie close together in one file's string
+    literals.
+    """
     literals = []
     for path in SOURCES:
         if path.suffix == ".py":
-            nodes = (n for n in ast.walk(ast.parse(text_of(path))) if isinstance(n, (ast.JoinedStr, ast.Constant)))
-            literals += ["".join(p.value if isinstance(p, ast.Constant) else "\0" for p in n.values)
-                         if isinstance(n, ast.JoinedStr) else str(n.value) for n in nodes]
+            nodes = (
+                n
+                for n in ast.walk(ast.parse(text_of(path)))
+                if isinstance(n, (ast.JoinedStr, ast.Constant))
+            )
+            literals += [
+                "".join(p.value if isinstance(p, ast.Constant) else "\0" for p in n.values)
+                if isinstance(n, ast.JoinedStr)
+                else str(n.value)
+                for n in nodes
+            ]
         else:
             literals.append(text_of(path))
     table = text_of(MANUAL).split("## Troubleshooting")[1].split("Out of memory")[0]
-    messages = [m for row in table.splitlines() if row.startswith("| `") for m in re.findall(r"`([^`]+)`", row.split("|")[1])]
+    messages = [
+        m
+        for row in table.splitlines()
+        if row.startswith("| `")
+        for m in re.findall(r"`([^`]+)`", row.split("|")[1])
+    ]
     assert len(messages) > 15
     for message in messages:
         parts = [re.escape(part.strip(" ()")) for part in message.split("…") if part.strip(" ().:")]
@@ -166,9 +205,19 @@ def test_readme_python_runs_up_to_the_training(tmp_path):
     """The example as it stands; only the run itself is replaced."""
     code = re.findall(r"```python\n(.*?)```", text_of(README), re.S)[0]
     assert "train_priorzero_orz(config)" in code
-    check = code.replace("asyncio.run(train_priorzero_orz(config))", "config.validate() or config.as_dict()")
-    script = check + "\nassert summary['schedule']['llm_train_freq'] == 20 and summary['schedule']['iterations'] == 500\n"
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    check = code.replace(
+        "asyncio.run(train_priorzero_orz(config))", "config.validate() or config.as_dict()"
+    )
+    script = (
+        check
+        + "\nassert summary['schedule']['llm_train_freq'] == 20 and summary['schedule']['iterations'] == 500\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", script],
+        check=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -185,9 +234,16 @@ def tiny_llm(tmp_path_factory) -> str:
     except PriorZeroError as error:
         pytest.skip(str(error))
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                         num_attention_heads=2, max_position_embeddings=1024, tie_word_embeddings=True,
-                         eos_token_id=tokenizer.eos_token_id)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+    )
     folder = tmp_path_factory.mktemp("llm")
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -195,25 +251,78 @@ def tiny_llm(tmp_path_factory) -> str:
 
 
 def test_every_metric_of_a_run_is_explained(tiny_llm, tmp_path):
-    settings = dict(env=dict(max_steps=4, n_evaluator_episode=1, evaluator_env_num=1),
-                    policy=dict(device="cpu", embed_dim=32, num_layers=1, num_heads=2, num_simulations=2, batch_size=4,
-                                game_segment_length=4, replay_ratio=0.2),
-                    llm=dict(sft=dict(samples=2), rft=dict(samples=2)), eval=dict(modes=["world_model_llm", "random"]))
-    assignments = [f"--set={g}.{n}={json.dumps(v)}" if not isinstance(v, dict) else f"--set={g}.{n}.samples=2"
-                   for g, group in settings.items() for n, v in group.items()]
+    settings = dict(
+        env=dict(max_steps=4, n_evaluator_episode=1, evaluator_env_num=1),
+        policy=dict(
+            device="cpu",
+            embed_dim=32,
+            num_layers=1,
+            num_heads=2,
+            num_simulations=2,
+            batch_size=4,
+            game_segment_length=4,
+            replay_ratio=0.2,
+        ),
+        llm=dict(sft=dict(samples=2), rft=dict(samples=2)),
+        eval=dict(modes=["world_model_llm", "random"]),
+    )
+    assignments = [
+        f"--set={g}.{n}={json.dumps(v)}" if not isinstance(v, dict) else f"--set={g}.{n}.samples=2"
+        for g, group in settings.items()
+        for n, v in group.items()
+    ]
     done = subprocess.run(
-        [sys.executable, "-m", "priorzero_orz_entry", "--env-id=tw-simple", "--exp-name=metrics", f"--llm={tiny_llm}",
-         "--engine=transformers", "--iterations=2", "--llm-train-freq=1", "--save-freq=1", "--rft",
-         "--set=llm.lora.last_layers=1", *assignments],
-        cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DEBUG_MODE": "True"})
+        [
+            sys.executable,
+            "-m",
+            "priorzero_orz_entry",
+            "--env-id=tw-simple",
+            "--exp-name=metrics",
+            f"--llm={tiny_llm}",
+            "--engine=transformers",
+            "--iterations=2",
+            "--llm-train-freq=1",
+            "--save-freq=1",
+            "--rft",
+            "--set=llm.lora.last_layers=1",
+            *assignments,
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DEBUG_MODE": "True"},
+    )
     assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in text_of(tmp_path / "data_priorzero/metrics/log/metrics.jsonl").splitlines()]
-    written = {f"{r['namespace']}/{name}" for r in rows for name in r if name not in ("namespace", "step")}
-    assert {name.split("/")[0] for name in written} == {"collect", "prior", "wm", "llm", "eval", "perf"}
+    rows = [
+        json.loads(line)
+        for line in text_of(tmp_path / "data_priorzero/metrics/log/metrics.jsonl").splitlines()
+    ]
+    written = {
+        f"{r['namespace']}/{name}" for r in rows for name in r if name not in ("namespace", "step")
+    }
+    assert {name.split("/")[0] for name in written} == {
+        "collect",
+        "prior",
+        "wm",
+        "llm",
+        "eval",
+        "perf",
+    }
     patterns = documented_metrics()
     assert sorted(n for n in written if not any(fnmatch.fnmatchcase(n, p) for p in patterns)) == []
-    # The other way round: a name on the page is written, or it is one of those that need what this run has not.
+    # The other way round: a name on the page is written, or it is one of those that need what this
+    # run has not.
     absent = {p for p in patterns if not any(fnmatch.fnmatchcase(n, p) for n in written)}
-    rare = ("vllm", "pushes", "head_error", "reasoning", "engine_re", "engine_close", "failures", "prior/sample")
+    rare = (
+        "vllm",
+        "pushes",
+        "head_error",
+        "reasoning",
+        "engine_re",
+        "engine_close",
+        "failures",
+        "prior/sample",
+    )
     assert sorted(p for p in absent if not any(r in p for r in rare)) == []

@@ -1,4 +1,7 @@
-"""The main job on the real vLLM CPU engine: a killed engine comes back and the run completes; an ended run leaves none."""
+"""The main job on the real vLLM CPU engine: a killed engine comes back and the run completes; an
+ended run leaves none.
+"""
+
 from __future__ import annotations
 
 import importlib.util
@@ -11,11 +14,22 @@ import pytest
 
 from tests.test_entry import EXPERIMENT, SETTINGS, Job, experiment, metrics
 
-pytestmark = [pytest.mark.slow,
-              pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")]
-ARGUMENTS = ["--env-id=tw-simple", f"--exp-name={EXPERIMENT}", "--llm=embedded", "--engine=vllm", "--eval-freq=0",
-             "--llm-train-freq=2", *SETTINGS, "--set=llm.sft.samples=2", "--set=llm.vllm.kv_cache_gb=0.25",
-             "--set=llm.vllm.max_model_len=1024"]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed"),
+]
+ARGUMENTS = [
+    "--env-id=tw-simple",
+    f"--exp-name={EXPERIMENT}",
+    "--llm=embedded",
+    "--engine=vllm",
+    "--eval-freq=0",
+    "--llm-train-freq=2",
+    *SETTINGS,
+    "--set=llm.sft.samples=2",
+    "--set=llm.vllm.kv_cache_gb=0.25",
+    "--set=llm.vllm.max_model_len=1024",
+]
 
 
 def engines(job: Job) -> list[psutil.Process]:
@@ -49,7 +63,11 @@ def test_killed_engine_is_restarted_and_the_run_completes(tmp_path):
     assert last["llm_engine_restarts"] == 1 and last["llm_engine_fallbacks"] == 0
     # The engine that came back was given the trained weights, and answers with them.
     trained = [r for r in rows if r["namespace"] == "llm"]
-    assert len(trained) == 2 and trained[-1]["push_version"] == 2 and trained[-1]["push_canary_diff"] < 0.8
+    assert (
+        len(trained) == 2
+        and trained[-1]["push_version"] == 2
+        and trained[-1]["push_canary_diff"] < 0.8
+    )
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])

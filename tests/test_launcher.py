@@ -1,4 +1,7 @@
-"""The launcher with stand-ins for Python and pip that write down how they were called, and the machine check."""
+"""The launcher with stand-ins for Python and pip that write down how they were called, and the
+machine check.
+"""
+
 from __future__ import annotations
 
 import importlib
@@ -17,7 +20,8 @@ from priorzero.run import check
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCHER = ROOT / "run_priorzero_orz.sh"
 
-# A Python as the launcher sees it. Every call is one line in $CALLS; $PIP_FAILS makes `pip install` fail.
+# A Python as the launcher sees it. Every call is one line in $CALLS; $PIP_FAILS makes `pip install`
+# fail.
 FAKE_PYTHON = """#!/usr/bin/env bash
 printf '%s\\n' "$*" >>"$CALLS"
 case "$*" in
@@ -51,16 +55,31 @@ class Checkout:
         (self.tools / name).write_text(script)
         (self.tools / name).chmod(0o755)
 
-    def run(self, *arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
+    def run(
+        self, *arguments: str, cwd: Path | None = None, **environment: str
+    ) -> subprocess.CompletedProcess:
         self.calls.write_text("")
         return subprocess.run(
-            [str(self.root / LAUNCHER.name), *arguments], capture_output=True, text=True, cwd=cwd or self.root,
-            timeout=60, check=False,
-            env={"PATH": str(self.tools), "HOME": str(self.root), "CALLS": str(self.calls), **environment},
+            [str(self.root / LAUNCHER.name), *arguments],
+            capture_output=True,
+            text=True,
+            cwd=cwd or self.root,
+            timeout=60,
+            check=False,
+            env={
+                "PATH": str(self.tools),
+                "HOME": str(self.root),
+                "CALLS": str(self.calls),
+                **environment,
+            },
         )
 
     def installs(self) -> list[str]:
-        return [line for line in self.calls.read_text().splitlines() if line.startswith("-m pip install")]
+        return [
+            line
+            for line in self.calls.read_text().splitlines()
+            if line.startswith("-m pip install")
+        ]
 
 
 @pytest.fixture
@@ -110,7 +129,9 @@ def test_python_is_found_under_pyenv(tmp_path):
         ("check", ["-m", "priorzero.run.check"]),
     ],
 )
-def test_each_mode_runs_its_module_in_the_project_with_arguments_untouched(checkout, tmp_path, mode, expected):
+def test_each_mode_runs_its_module_in_the_project_with_arguments_untouched(
+    checkout, tmp_path, mode, expected
+):
     result = checkout.run(mode, "--name", "two words", "$HOME *", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     first, *arguments = result.stdout.splitlines()
@@ -122,7 +143,9 @@ def test_each_mode_runs_its_module_in_the_project_with_arguments_untouched(check
 def test_the_launcher_becomes_python_so_that_signals_reach_it(checkout):
     checkout.run("check")
     with subprocess.Popen(
-        [str(checkout.root / LAUNCHER.name), "train"], stdout=subprocess.PIPE, text=True,
+        [str(checkout.root / LAUNCHER.name), "train"],
+        stdout=subprocess.PIPE,
+        text=True,
         env={"PATH": str(checkout.tools), "HOME": "/", "CALLS": str(checkout.calls)},
     ) as process:
         output = process.communicate(timeout=60)[0]
@@ -138,7 +161,10 @@ def test_the_lock_is_installed_once_and_again_when_it_changes(checkout):
     first, torch = checkout.installs()
     assert "--no-deps -r requirements/cpu.lock" in first
     assert "--no-deps" not in torch and "-c requirements/cpu.lock" in torch
-    assert "torch==2 # via x" in checkout.calls.read_text() and "numpy==1" not in checkout.calls.read_text()
+    assert (
+        "torch==2 # via x" in checkout.calls.read_text()
+        and "numpy==1" not in checkout.calls.read_text()
+    )
     checkout.run("check")
     assert checkout.installs() == []
     checkout.lock.write_text("numpy==2\ntorch==2\n")
@@ -150,7 +176,9 @@ def test_a_failed_install_leaves_no_stamp_and_starts_over(checkout):
     checkout.run("check")
     checkout.lock.write_text("numpy==2\ntorch==2\n")
     failed = checkout.run("train", PIP_FAILS="1")
-    assert failed.returncode != 0 and "pip says no" in failed.stderr and "install of" in failed.stderr
+    assert (
+        failed.returncode != 0 and "pip says no" in failed.stderr and "install of" in failed.stderr
+    )
     assert failed.stdout == ""  # nothing was launched
     assert not (checkout.root / ".venv" / ".priorzero-lock").exists()
     assert checkout.run("check").returncode == 0 and len(checkout.installs()) == 2
@@ -163,7 +191,9 @@ def test_the_device_decides_the_lock_and_a_change_makes_a_new_environment(checko
     changed = checkout.run("check")
     assert "anew for cuda" in changed.stderr and "venv --clear" in checkout.calls.read_text()
     assert "requirements/cuda.lock" in checkout.installs()[0]
-    assert "requirements/cpu.lock" in (checkout.run("check", PRIORZERO_DEVICE="cpu") and checkout.installs()[0])
+    assert "requirements/cpu.lock" in (
+        checkout.run("check", PRIORZERO_DEVICE="cpu") and checkout.installs()[0]
+    )
     checkout.tool("nvidia-smi", "#!/usr/bin/env bash\nexit 9\n")
     assert checkout.run("check").returncode == 0 and not checkout.installs()
     wrong = checkout.run("check", PRIORZERO_DEVICE="tpu")
@@ -196,8 +226,13 @@ def test_ci_runs_the_test_mode_with_the_games_beside_the_checkout(checkout, tmp_
     launcher.write_text('#!/usr/bin/env bash\necho "$* games=${PRIORZERO_GAMES-unset}"\n')
 
     def run(**environment: str) -> str:
-        done = subprocess.run([str(checkout.root / ".ci" / "run")], capture_output=True, text=True, check=True,
-                              env={"PATH": str(checkout.tools), **environment})
+        done = subprocess.run(
+            [str(checkout.root / ".ci" / "run")],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={"PATH": str(checkout.tools), **environment},
+        )
         return done.stdout.strip()
 
     assert run() == "test games=unset"
@@ -208,9 +243,25 @@ def test_ci_runs_the_test_mode_with_the_games_beside_the_checkout(checkout, tmp_
 
 
 def test_check_reports_what_is_here():
-    result = subprocess.run([sys.executable, "-m", "priorzero.run.check"], capture_output=True, text=True, cwd=ROOT,
-                            check=False)
-    for name in ("Python", "torch", "CUDA", "vLLM", "ORZ", "LLM", "encoder", "game", "memory", "disk"):
+    result = subprocess.run(
+        [sys.executable, "-m", "priorzero.run.check"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    for name in (
+        "Python",
+        "torch",
+        "CUDA",
+        "vLLM",
+        "ORZ",
+        "LLM",
+        "encoder",
+        "game",
+        "memory",
+        "disk",
+    ):
         assert re.search(rf"^(ok|absent|MISSING) +{name} ", result.stdout, re.MULTILINE), name
     import torch
 
@@ -261,7 +312,9 @@ def pins(path: Path) -> dict[str, str]:
 def test_locks_pin_everything_that_is_asked_for():
     requirements = ROOT / "requirements"
     locks = {device: pins(requirements / f"{device}.lock") for device in ("cpu", "cuda")}
-    asked = [line.split("#")[0].strip() for line in (requirements / "base.in").read_text().splitlines()]
+    asked = [
+        line.split("#")[0].strip() for line in (requirements / "base.in").read_text().splitlines()
+    ]
     for lock in locks.values():
         for line in filter(None, asked):
             name, _, version = line.partition("==")
@@ -272,4 +325,6 @@ def test_locks_pin_everything_that_is_asked_for():
 
 def test_every_root_module_is_packaged():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert {path.stem for path in ROOT.glob("*.py")} <= set(settings["tool"]["setuptools"]["py-modules"])
+    assert {path.stem for path in ROOT.glob("*.py")} <= set(
+        settings["tool"]["setuptools"]["py-modules"]
+    )

@@ -1,4 +1,5 @@
 """PriorZeroPolicy: learning on a game with known values, planning contexts, targets, saving."""
+
 from __future__ import annotations
 
 import copy
@@ -22,26 +23,48 @@ def observation(state: int) -> np.ndarray:
 
 
 def corridor_episode(cfg, number: int, rng) -> PriorZeroSegment:
-    """A few steps on the spot, then through; the search's visits are right in every state: always "action 0"."""
+    """A few steps on the spot, then through; the search's visits are right in every state: always
+    "action 0".
+    """
     segment, state, t = PriorZeroSegment(cfg, 0, number, observation(0)), 0, 0
     while state < LENGTH:
         forward = t >= 20 or rng.random() < 0.6
         reward = float(forward and state == LENGTH - 1)
         step = StepRecord(
-            state=TextState(f"room {state}", ("action 0", "action 1")), observation=observation(state),
-            valid_actions=("action 0", "action 1"), valid_ids=np.array([0, 1]), action_index=int(not forward),
-            visit_counts=np.array([9.0, 1.0]), behaviour=np.array([0.6, 0.4]), root_value=0.0, predicted_value=0.0,
-            reward=reward, done_kind="terminated" if reward else "running", timestep=t)
+            state=TextState(f"room {state}", ("action 0", "action 1")),
+            observation=observation(state),
+            valid_actions=("action 0", "action 1"),
+            valid_ids=np.array([0, 1]),
+            action_index=int(not forward),
+            visit_counts=np.array([9.0, 1.0]),
+            behaviour=np.array([0.6, 0.4]),
+            root_value=0.0,
+            predicted_value=0.0,
+            reward=reward,
+            done_kind="terminated" if reward else "running",
+            timestep=t,
+        )
         state, t = state + forward, t + 1
-        segment.record(step, observation(min(state, LENGTH)) if state < LENGTH else np.zeros(6, np.float32))
+        segment.record(
+            step, observation(min(state, LENGTH)) if state < LENGTH else np.zeros(6, np.float32)
+        )
     return segment
 
 
 @pytest.fixture
 def corridor(make_policy):
-    """(policy, buffer) of a corridor; td_steps spans whole episodes, so every target is an exact return."""
-    policy = make_policy(learning_rate=1e-3, batch_size=32, td_steps=30, discount_factor=GAMMA, weight_decay=0.0,
-                         target_update_theta=0.05, loss_weights=dict(entropy=0.0))
+    """(policy, buffer) of a corridor; td_steps spans whole episodes, so every target is an exact
+    return.
+    """
+    policy = make_policy(
+        learning_rate=1e-3,
+        batch_size=32,
+        td_steps=30,
+        discount_factor=GAMMA,
+        weight_decay=0.0,
+        target_update_theta=0.05,
+        loss_weights=dict(entropy=0.0),
+    )
     buffer, rng = PriorZeroGameBuffer(policy._cfg), np.random.default_rng(0)
     buffer.push_game_segments([corridor_episode(policy._cfg, n, rng) for n in range(30)])
     return policy, buffer
@@ -59,29 +82,42 @@ def mean(log, name: str) -> float:
 
 
 def test_it_learns_a_game_whose_values_are_known(corridor):
-    """From state s straight on, the return is 0.9 ** (3 - s); reward 1 for action 0 in state 3, else 0."""
+    """From state s straight on, the return is 0.9 ** (3 - s); reward 1 for action 0 in state 3,
+    else 0.
+    """
     policy, buffer = corridor
     log = learn(policy, buffer, 500)
     first, last = log[:10], log[-10:]
     for name in ("policy_loss", "reward_loss", "value_loss", "value_error"):
         assert mean(last, name) < 0.6 * mean(first, name), name
-    # The heads' and encoder's last layers start at zero, so there is no latent to predict at first: it rises, then falls.
-    assert mean(last, "latent_loss") < 0.5 * max(mean(log[i:i + 10], "latent_loss") for i in range(0, 290, 10))
+    # The heads' and encoder's last layers start at zero, so there is no latent to predict at first:
+    # it rises, then falls.
+    assert mean(last, "latent_loss") < 0.5 * max(
+        mean(log[i : i + 10], "latent_loss") for i in range(0, 290, 10)
+    )
     entropy = -(0.9 * np.log(0.9) + 0.1 * np.log(0.1))
-    assert mean(last, "policy_loss") == pytest.approx(entropy, abs=0.05)  # it cannot go below the target's entropy
+    assert mean(last, "policy_loss") == pytest.approx(
+        entropy, abs=0.05
+    )  # it cannot go below the target's entropy
     assert mean(last, "target_policy_entropy") == pytest.approx(entropy, abs=1e-3)
     model = policy._model.eval()
     with torch.no_grad():
         path = torch.from_numpy(np.stack([observation(s) for s in range(LENGTH)]))[None]
-        _, reward, logits, value = model.unroll(model.encode(path), torch.zeros(1, LENGTH, dtype=torch.long))
+        _, reward, logits, value = model.unroll(
+            model.encode(path), torch.zeros(1, LENGTH, dtype=torch.long)
+        )
         rewards, values = (policy._scalar_of(x[0]).view(-1).numpy() for x in (reward, value))
-        stay = policy._scalar_of(model.unroll(model.encode(path), torch.ones(1, LENGTH, dtype=torch.long))[1][0])
+        stay = policy._scalar_of(
+            model.unroll(model.encode(path), torch.ones(1, LENGTH, dtype=torch.long))[1][0]
+        )
     np.testing.assert_allclose(rewards, [0, 0, 0, 1], atol=0.25)
     np.testing.assert_allclose(stay.view(-1).numpy(), 0.0, atol=0.25)
     # The walks in the data dawdle, so a state's mean return is that of 1 / 0.6 steps per room.
     assert (np.diff(values) > 0).all()
     per_room = 0.6 * GAMMA / (1 - 0.4 * GAMMA)
-    np.testing.assert_allclose(values, [per_room ** (LENGTH - s) / GAMMA for s in range(LENGTH)], atol=0.15)
+    np.testing.assert_allclose(
+        values, [per_room ** (LENGTH - s) / GAMMA for s in range(LENGTH)], atol=0.15
+    )
     np.testing.assert_allclose(torch.softmax(logits[0, :, :2], -1).numpy()[:, 0], 0.9, atol=0.06)
 
 
@@ -96,7 +132,9 @@ def test_priorities_are_the_value_errors_of_the_first_step(corridor):
 
 
 def test_the_loss_gets_the_targets_of_the_batch(corridor, monkeypatch):
-    """Latent t is compared with the target encoder's latent of observation t + 1; masks and weights reach their terms."""
+    """Latent t is compared with the target encoder's latent of observation t + 1; masks and weights
+    reach their terms.
+    """
     import priorzero_policy
 
     policy, buffer = corridor
@@ -105,7 +143,9 @@ def test_the_loss_gets_the_targets_of_the_batch(corridor, monkeypatch):
     real = priorzero_policy.world_model_loss
 
     def spy(outputs, targets, weights, group_size, loss_weights):
-        given.update(targets=targets, weights=weights, group_size=group_size, loss_weights=loss_weights)
+        given.update(
+            targets=targets, weights=weights, group_size=group_size, loss_weights=loss_weights
+        )
         return real(outputs, targets, weights, group_size, loss_weights)
 
     monkeypatch.setattr(priorzero_policy, "world_model_loss", spy)
@@ -114,10 +154,16 @@ def test_the_loss_gets_the_targets_of_the_batch(corridor, monkeypatch):
     policy.learn_mode.forward(batch)
     targets = given["targets"]
     for k in range(5):
-        torch.testing.assert_close(targets.latent[:, k], encoder.encode(torch.from_numpy(batch.observations[:, k + 1])))
+        torch.testing.assert_close(
+            targets.latent[:, k], encoder.encode(torch.from_numpy(batch.observations[:, k + 1]))
+        )
     assert targets.latent.std() > 0
-    for mask, name in ((targets.mask_latent, "mask_step"), (targets.mask_policy, "mask_step"),
-                       (targets.mask_reward, "mask_reward"), (targets.mask_value, "mask_value")):
+    for mask, name in (
+        (targets.mask_latent, "mask_step"),
+        (targets.mask_policy, "mask_step"),
+        (targets.mask_reward, "mask_reward"),
+        (targets.mask_value, "mask_value"),
+    ):
         np.testing.assert_array_equal(mask.numpy(), getattr(batch, name))
     np.testing.assert_array_equal(targets.policy.numpy(), batch.policies)
     np.testing.assert_array_equal(given["weights"].numpy(), batch.weights)
@@ -136,12 +182,17 @@ def test_importance_weights_change_the_update(corridor):
         torch.manual_seed(0)  # dropout
         batch.weights = weights.astype(np.float32)
         metrics = policy.learn_mode.forward(batch)
-        moved.append((metrics["wm_loss"], policy._model.world_model.head_value.head_module[-1].weight.detach().clone()))
+        moved.append(
+            (
+                metrics["wm_loss"],
+                policy._model.world_model.head_value.head_module[-1].weight.detach().clone(),
+            )
+        )
     assert moved[1][0] < 0.9 * moved[0][0]
     assert not torch.equal(moved[0][1], moved[1][1])
 
 
-# ---- targets ------------------------------------------------------------------------------------------------
+# ---- targets -------------------------------------------------------------------------------------
 
 
 class StateIndexTarget:
@@ -156,16 +207,31 @@ class StateIndexTarget:
 
 
 def indexed_buffer(policy, end: str) -> PriorZeroGameBuffer:
-    """Five steps with rewards 1 2 3 4 5; observation i is [i, 0, …]; the search's own root values are 100 + i."""
+    """Five steps with rewards 1 2 3 4 5; observation i is [i, 0, …]; the search's own root values
+    are 100 + i.
+    """
     buffer = PriorZeroGameBuffer(policy._cfg)
     vectors = np.zeros((6, 6), dtype=np.float32)
     vectors[:, 0] = np.arange(6)
     segment = PriorZeroSegment(policy._cfg, 0, 0, vectors[0])
     for t in range(5):
-        segment.record(StepRecord(
-            state=TextState("", ("action 0",)), observation=vectors[t], valid_actions=("action 0",), valid_ids=np.array([0]),
-            action_index=0, visit_counts=np.array([1.0]), behaviour=np.array([1.0]), root_value=100.0 + t,
-            predicted_value=0.0, reward=t + 1.0, done_kind=end if t == 4 else "running", timestep=t), vectors[t + 1])
+        segment.record(
+            StepRecord(
+                state=TextState("", ("action 0",)),
+                observation=vectors[t],
+                valid_actions=("action 0",),
+                valid_ids=np.array([0]),
+                action_index=0,
+                visit_counts=np.array([1.0]),
+                behaviour=np.array([1.0]),
+                root_value=100.0 + t,
+                predicted_value=0.0,
+                reward=t + 1.0,
+                done_kind=end if t == 4 else "running",
+                timestep=t,
+            ),
+            vectors[t + 1],
+        )
     buffer.push_game_segments([segment])
     return buffer
 
@@ -177,11 +243,22 @@ def test_value_targets_by_hand(make_policy, monkeypatch, end, bootstrap):
     policy = make_policy(td_steps=2, discount_factor=0.5, value_bootstrap=bootstrap)
     buffer = indexed_buffer(policy, end)
     policy._target_model, policy._scalar_of = StateIndexTarget(), lambda x: x
-    monkeypatch.setattr(buffer, "_draw", lambda count: (np.array([1]), np.ones(1, dtype=np.float32)))
-    v = {i: 10.0 * i for i in range(6)} if bootstrap == "target_network" else {i: 100.0 + i for i in range(5)} | {5: 50.0}
+    monkeypatch.setattr(
+        buffer, "_draw", lambda count: (np.array([1]), np.ones(1, dtype=np.float32))
+    )
+    v = (
+        {i: 10.0 * i for i in range(6)}
+        if bootstrap == "target_network"
+        else {i: 100.0 + i for i in range(5)} | {5: 50.0}
+    )
     over = end == "terminated"
-    by_hand = [2 + 0.5 * 3 + 0.25 * v[3], 3 + 0.5 * 4 + 0.25 * v[4], 4 + 0.5 * 5 + (0 if over else 0.25 * v[5]),
-               5 + (0 if over else 0.5 * v[5]), 0.0]
+    by_hand = [
+        2 + 0.5 * 3 + 0.25 * v[3],
+        3 + 0.5 * 4 + 0.25 * v[4],
+        4 + 0.5 * 5 + (0 if over else 0.25 * v[5]),
+        5 + (0 if over else 0.5 * v[5]),
+        0.0,
+    ]
     assert policy._value_targets(buffer.sample(1))[0].tolist() == pytest.approx(by_hand)
 
 
@@ -200,8 +277,12 @@ def test_soft_update(corridor):
     old = [p.detach().clone() for p in policy._target_model.parameters()]
     policy.learn_mode.forward(buffer.sample(8))
     theta, moved = policy._cfg.target_update_theta, 0.0
-    for before, online, now in zip(old, policy._model.parameters(), policy._target_model.parameters(), strict=True):
-        torch.testing.assert_close(now, (1 - theta) * before + theta * online.detach(), atol=1e-6, rtol=1e-5)
+    for before, online, now in zip(
+        old, policy._model.parameters(), policy._target_model.parameters(), strict=True
+    ):
+        torch.testing.assert_close(
+            now, (1 - theta) * before + theta * online.detach(), atol=1e-6, rtol=1e-5
+        )
         moved += (now - before).abs().sum().item()
     assert moved > 0
     assert not any(p.requires_grad for p in policy._target_model.parameters())
@@ -215,18 +296,22 @@ def test_a_loss_that_is_not_finite_stops_the_run(corridor):
         policy.learn_mode.forward(batch)
 
 
-# ---- planning -----------------------------------------------------------------------------------------------
+# ---- planning ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def planner(make_policy, randomise):
-    """A policy with drawn weights; `step(mode, {env: observation number}, action id)` gives (value, log_wm) per env."""
+    """A policy with drawn weights; `step(mode, {env: observation number}, action id)` gives (value,
+    log_wm) per env.
+    """
     policy = make_policy(num_simulations=3, root_prior=dict(mode="wm_logits"))
     randomise(policy._model, seed=3)
 
     def step(mode, seen: dict[int, int], ids=(2, 5)):
         ids = [list(ids)] * len(seen)
-        out = mode.forward(np.stack([observation(s) for s in seen.values()]), ids, [None] * len(seen), list(seen))
+        out = mode.forward(
+            np.stack([observation(s) for s in seen.values()]), ids, [None] * len(seen), list(seen)
+        )
         return {e: (out[e].predicted_value, *out[e].prior.log_wm) for e in seen}
 
     return policy, step
@@ -242,15 +327,17 @@ def test_contexts_are_kept_by_environment_id_whoever_is_ready(planner):
     mode, alone = policy.collect_mode, {}
     for env_id, start in ((3, 0), (7, 10)):
         mode.reset()
-        alone[env_id] = [step(mode, {env_id: start + t}, ids=(2,) if t < 2 else (2, 5))[env_id] for t in range(3)]
+        alone[env_id] = [
+            step(mode, {env_id: start + t}, ids=(2,) if t < 2 else (2, 5))[env_id] for t in range(3)
+        ]
     mode.reset()
     step(mode, {3: 0, 7: 10}, ids=(2,))
-    step(mode, {3: 1}, ids=(2,))                # 7 is not ready
-    step(mode, {7: 11}, ids=(2,))               # 3 is not ready
-    together = step(mode, {7: 12, 3: 2})        # rows in another order
+    step(mode, {3: 1}, ids=(2,))  # 7 is not ready
+    step(mode, {7: 11}, ids=(2,))  # 3 is not ready
+    together = step(mode, {7: 12, 3: 2})  # rows in another order
     assert close(together[3], alone[3][2]) and close(together[7], alone[7][2])
     assert not close(together[3], together[7])
-    mode.reset([3])                             # a new episode in 3 only
+    mode.reset([3])  # a new episode in 3 only
     fresh = step(mode, {3: 2, 7: 13})
     assert not close(fresh[3], alone[3][2])
     mode.reset()
@@ -269,11 +356,15 @@ def test_collect_and_eval_have_contexts_of_their_own(planner):
     evaluate.reset([0])
     assert close(step(collect, {0: 1}, ids=(2,))[0], untouched[0])
     first = step(evaluate, {0: 1}, ids=(2,))
-    assert not close(first[0], untouched[0])    # the evaluator sees a first state, the collector a second one
+    assert not close(
+        first[0], untouched[0]
+    )  # the evaluator sees a first state, the collector a second one
 
 
 def test_a_root_never_remembers_old_weights(planner, randomise):
-    """After a change of weights mid-episode, the root equals LightZero's full forward with the new weights."""
+    """After a change of weights mid-episode, the root equals LightZero's full forward with the new
+    weights.
+    """
     policy, step = planner
     for t in range(2):
         step(policy.collect_mode, {0: t}, ids=(2,))
@@ -295,7 +386,7 @@ def test_collect_draws_from_the_tempered_visits_and_eval_takes_the_best(planner)
     for _ in range(5):
         policy.collect_mode.reset()
         out = policy.collect_mode.forward(observation(0)[None], [[5, 1, 3]], [None], [0], 0.5)[0]
-        np.testing.assert_allclose(out.behaviour, out.visit_counts ** 2 / (out.visit_counts ** 2).sum())
+        np.testing.assert_allclose(out.behaviour, out.visit_counts**2 / (out.visit_counts**2).sum())
         assert out.visit_counts.sum() == 12 and out.visit_counts[out.action_index] > 0
         policy.eval_mode.reset()
         best = policy.eval_mode.forward(observation(0)[None], [[5, 1, 3]], [None], [0])[0]
@@ -305,31 +396,46 @@ def test_collect_draws_from_the_tempered_visits_and_eval_takes_the_best(planner)
     rng = np.random.default_rng(0)
     for _ in range(40):
         policy.eval_mode.reset()
-        out = policy.eval_mode.forward(observation(0)[None], [[5, 1, 3]], [None], [0], temperature=2.0, rng=rng)[0]
-        np.testing.assert_allclose(out.behaviour, out.visit_counts ** 0.5 / (out.visit_counts ** 0.5).sum())
+        out = policy.eval_mode.forward(
+            observation(0)[None], [[5, 1, 3]], [None], [0], temperature=2.0, rng=rng
+        )[0]
+        np.testing.assert_allclose(
+            out.behaviour, out.visit_counts**0.5 / (out.visit_counts**0.5).sum()
+        )
         drawn.add(out.action_index)
     assert len(drawn) > 1
 
 
 def test_the_drawn_action_enters_the_context_by_its_id(planner):
     policy, _ = planner
-    for mode, context in ((policy.collect_mode, policy._collect_context), (policy.eval_mode, policy._eval_context)):
+    for mode, context in (
+        (policy.collect_mode, policy._collect_context),
+        (policy.eval_mode, policy._eval_context),
+    ):
         out = mode.forward(observation(0)[None], [[6, 1, 4]], [None], [9])[9]
         assert list(context._actions[9]) == [[6, 1, 4][out.action_index]]
 
 
-@pytest.mark.parametrize(("counts", "temperature", "expected"), [
-    ([4, 2, 2], 1.0, [0.5, 0.25, 0.25]), ([4, 2, 0], 0.5, [0.8, 0.2, 0.0]), ([4, 1, 1], 2.0, [0.5, 0.25, 0.25]),
-    ([50, 49, 0], 1e-3, [1.0, 0.0, 0.0])])
+@pytest.mark.parametrize(
+    ("counts", "temperature", "expected"),
+    [
+        ([4, 2, 2], 1.0, [0.5, 0.25, 0.25]),
+        ([4, 2, 0], 0.5, [0.8, 0.2, 0.0]),
+        ([4, 1, 1], 2.0, [0.5, 0.25, 0.25]),
+        ([50, 49, 0], 1e-3, [1.0, 0.0, 0.0]),
+    ],
+)
 def test_tempered_visits_by_hand(counts, temperature, expected):
-    np.testing.assert_allclose(tempered(np.array(counts, dtype=float), temperature), expected, atol=1e-6)
+    np.testing.assert_allclose(
+        tempered(np.array(counts, dtype=float), temperature), expected, atol=1e-6
+    )
 
 
 def test_collect_temperature_follows_lightzeros_setting(make_policy):
     assert make_policy(fixed_temperature_value=0.37).collect_temperature() == 0.37
 
 
-# ---- vocabulary and saving ----------------------------------------------------------------------------------
+# ---- vocabulary and saving -----------------------------------------------------------------------
 
 
 def test_new_actions_are_named_in_both_networks(make_policy, encoder):
@@ -337,11 +443,15 @@ def test_new_actions_are_named_in_both_networks(make_policy, encoder):
     assert policy.register_actions(["open door", "action 1", "go north"]) == [3, 1, 4]
     texts = ["action 0", "action 1", "action 2", "open door", "go north"]
     for model in (policy._model, policy._target_model):
-        np.testing.assert_array_equal(model.world_model.act_embedding_table.text[:5].numpy(), encoder.encode(texts))
+        np.testing.assert_array_equal(
+            model.world_model.act_embedding_table.text[:5].numpy(), encoder.encode(texts)
+        )
         assert model.world_model.act_embedding_table.text[5:].abs().sum() == 0
     table = policy._model.world_model.act_embedding_table
     expected = encoder.encode(["go north"])[0] @ table.projection.weight.detach().numpy().T
-    np.testing.assert_allclose(table(torch.tensor([4]))[0].detach().numpy(), expected, atol=1e-6)  # residual: zero at first
+    np.testing.assert_allclose(
+        table(torch.tensor([4]))[0].detach().numpy(), expected, atol=1e-6
+    )  # residual: zero at first
 
 
 def test_an_action_cannot_be_named_without_an_encoder(make_policy):
@@ -356,20 +466,33 @@ def test_state_dict_round_trip(corridor, make_policy):
     learn(policy, buffer, 3)
     policy.register_actions(["a late command"])
     state = copy.deepcopy(policy.learn_mode.state_dict())
-    other = make_policy(seed=5, actions=0, learning_rate=1e-3, batch_size=32, td_steps=30, discount_factor=GAMMA,
-                        weight_decay=0.0, loss_weights=dict(entropy=0.0))
+    other = make_policy(
+        seed=5,
+        actions=0,
+        learning_rate=1e-3,
+        batch_size=32,
+        td_steps=30,
+        discount_factor=GAMMA,
+        weight_decay=0.0,
+        loss_weights=dict(entropy=0.0),
+    )
     inputs = torch.from_numpy(observation(1))[None, None], torch.tensor([[1]])
 
     def outputs(p):
         with torch.no_grad():
-            return [model.eval().unroll(model.encode(inputs[0]), inputs[1]) for model in (p._model, p._target_model)]
+            return [
+                model.eval().unroll(model.encode(inputs[0]), inputs[1])
+                for model in (p._model, p._target_model)
+            ]
 
     assert not torch.equal(outputs(policy)[0][0], outputs(other)[0][0])
     other.learn_mode.load_state_dict(state)
     for mine, theirs in zip(outputs(policy), outputs(other), strict=True):
         for a, b in zip(mine, theirs, strict=True):
             torch.testing.assert_close(a, b, atol=0, rtol=0)
-    assert other.vocabulary.ids(["a late command", "action 3"]) == policy.vocabulary.ids(["a late command", "action 3"])
+    assert other.vocabulary.ids(["a late command", "action 3"]) == policy.vocabulary.ids(
+        ["a late command", "action 3"]
+    )
     assert other._train_iter == 3
     # The optimiser too: one more update from the same batch and dropout leaves the same weights.
     batch = buffer.sample(8)
@@ -384,5 +507,7 @@ def test_learning_changes_only_ids_that_name_an_action(corridor):
     policy, buffer = corridor
     last = policy._model.world_model.head_policy.head_module[-1]
     learn(policy, buffer, 3)
-    assert last.weight[8:].abs().sum() == 0 and last.bias[8:].abs().sum() == 0  # 8 actions registered, zero at the start
+    assert (
+        last.weight[8:].abs().sum() == 0 and last.bias[8:].abs().sum() == 0
+    )  # 8 actions registered, zero at the start
     assert last.weight[:8].abs().sum() > 0

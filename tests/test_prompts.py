@@ -1,4 +1,7 @@
-"""Prompts with a real tokenizer and its own chat template: exact splits, truncation in order, answers read back."""
+"""Prompts with a real tokenizer and its own chat template: exact splits, truncation in order,
+answers read back.
+"""
+
 from __future__ import annotations
 
 import copy
@@ -26,7 +29,9 @@ STATE = TextState(
     observation=ROOM + "\nThere is a small mailbox here.",
     valid_actions=("go north", "go south", "open mailbox"),
     history=tuple(
-        HistoryItem(f"Place number {i}. " + "A long corridor runs on and on. " * 4, f"walk {i}", float(i))
+        HistoryItem(
+            f"Place number {i}. " + "A long corridor runs on and on. " * 4, f"walk {i}", float(i)
+        )
         for i in range(1, 8)
     ),
     goal="Find the treasure.",
@@ -36,9 +41,7 @@ NO_SYSTEM = (
     "{% for m in messages %}<start_of_turn>{{ m['role'] }}\n{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
     "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
-SILENT_SYSTEM = (
-    "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] | trim }} [/INST]{% endif %}{% endfor %}"
-)
+SILENT_SYSTEM = "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] | trim }} [/INST]{% endif %}{% endfor %}"
 SYSTEM_AFTER_COUNT = (  # earlier text depends on the content: nothing can be shared
     "length {{ messages[-1]['content'] | length }}|"
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -62,7 +65,9 @@ def with_template(tokenizer, template):
 
 def test_user_part_is_exactly_what_the_settings_say():
     settings = PromptSettings(history_length=2, max_observation_chars=20)
-    system, user = build_messages(replace(STATE, observation="  A cave.  \n\n\n\nA lamp.\r\n"), settings)
+    system, user = build_messages(
+        replace(STATE, observation="  A cave.  \n\n\n\nA lamp.\r\n"), settings
+    )
     assert (system["role"], user["role"]) == ("system", "user")
     assert user["content"] == (
         "Recent steps, oldest first:\n\n"
@@ -74,7 +79,9 @@ def test_user_part_is_exactly_what_the_settings_say():
     assert "Find the treasure." in system["content"] and "Action:" in system["content"]
     assert "Reasoning:" not in system["content"]
     assert "Reasoning:" in build_messages(STATE, PromptSettings(use_cot=True))[0]["content"]
-    bare = build_messages(STATE, PromptSettings(history_length=0, include_valid_actions=False))[1]["content"]
+    bare = build_messages(STATE, PromptSettings(history_length=0, include_valid_actions=False))[1][
+        "content"
+    ]
     assert bare == "Current observation:\n" + STATE.observation
 
 
@@ -82,21 +89,33 @@ def test_user_part_is_exactly_what_the_settings_say():
 def test_head_and_body_are_the_tokenizers_own_template_text(tokenizer, use_cot):
     settings = PromptSettings(use_cot=use_cot)
     parts = build_prompt(STATE, settings, tokenizer)
-    whole = tokenizer.apply_chat_template(build_messages(STATE, settings), tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template(
+        build_messages(STATE, settings), tokenize=False, add_generation_prompt=True
+    )
     assert parts.text == whole + ("Reasoning:" if use_cot else "Action:")
     assert parts.head.endswith("<|im_start|>user\n") and parts.body.startswith("Recent steps")
     assert not parts.truncation
-    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (parts.head, parts.body)]
+    ids = [
+        tokenizer(text, add_special_tokens=False)["input_ids"] for text in (parts.head, parts.body)
+    ]
     assert parts.num_tokens == len(ids[0]) + len(ids[1])
     # The cut is no unnatural one here: the joined ids are those of the whole text, action included.
     action = tokenizer(action_continuation("open mailbox"), add_special_tokens=False)["input_ids"]
-    assert ids[0] + ids[1] + action == tokenizer(parts.text + " open mailbox", add_special_tokens=False)["input_ids"]
+    assert (
+        ids[0] + ids[1] + action
+        == tokenizer(parts.text + " open mailbox", add_special_tokens=False)["input_ids"]
+    )
 
 
 def test_the_head_is_the_same_in_every_state(tokenizer):
     settings = PromptSettings()
-    other = TextState(observation="Elsewhere: größer, 開ける, {{ braces }}.", valid_actions=(), goal=STATE.goal)
-    assert build_prompt(STATE, settings, tokenizer).head == build_prompt(other, settings, tokenizer).head
+    other = TextState(
+        observation="Elsewhere: größer, 開ける, {{ braces }}.", valid_actions=(), goal=STATE.goal
+    )
+    assert (
+        build_prompt(STATE, settings, tokenizer).head
+        == build_prompt(other, settings, tokenizer).head
+    )
     assert "{{ braces }}" in build_prompt(other, settings, tokenizer).body
 
 
@@ -117,7 +136,10 @@ def test_a_template_that_cannot_be_split_has_no_head(tokenizer):
     other = with_template(tokenizer, SYSTEM_AFTER_COUNT)
     parts = build_prompt(STATE, PromptSettings(), other)
     messages = build_messages(STATE, PromptSettings())
-    assert parts.head == "" and parts.body == other.apply_chat_template(messages, tokenize=False) + "Action:"
+    assert (
+        parts.head == ""
+        and parts.body == other.apply_chat_template(messages, tokenize=False) + "Action:"
+    )
     assert parts.num_tokens == len(other(parts.body, add_special_tokens=False)["input_ids"])
 
 
@@ -132,7 +154,9 @@ def test_truncation_gives_up_the_oldest_first_and_the_current_observation_last(t
         t = parts.truncation
         seen.append(t)
         assert (STATE.observation in parts.body) == (t.observation_chars_cut == 0)
-        assert [f"walk {i}\n" in parts.body for i in range(1, 8)] == [i > t.history_dropped for i in range(1, 8)]
+        assert [f"walk {i}\n" in parts.body for i in range(1, 8)] == [
+            i > t.history_dropped for i in range(1, 8)
+        ]
         assert sum(a in parts.body for a in STATE.valid_actions) == 3 - t.valid_actions_dropped
         # A later loss begins only when the earlier one is complete.
         assert not t.observations_shortened or t.history_dropped == 6
@@ -155,8 +179,14 @@ def test_truncation_uses_the_room_it_has(tokenizer):
 def test_too_small_a_limit_and_impossible_settings_are_refused(tokenizer):
     with pytest.raises(PriorZeroError, match="no room"):
         build_prompt(STATE, PromptSettings(max_prompt_tokens=40), tokenizer)
-    for bad in ({"history_length": -1}, {"max_observation_chars": 0}, {"max_prompt_tokens": 1.5},
-                {"history_length": True}, {"history_drop": 0}, {"history_drop": 4, "history_length": 3}):
+    for bad in (
+        {"history_length": -1},
+        {"max_observation_chars": 0},
+        {"max_prompt_tokens": 1.5},
+        {"history_length": True},
+        {"history_drop": 0},
+        {"history_drop": 4, "history_length": 3},
+    ):
         with pytest.raises(PriorZeroError, match=next(iter(bad))):
             PromptSettings(**bad)
 
@@ -167,8 +197,12 @@ def test_too_small_a_limit_and_impossible_settings_are_refused(tokenizer):
         (" go north", "go north", "", False),
         ("Action: go north", "go north", "", True),
         ("action:  Open Mailbox.\nAction: go north", "open mailbox", "", True),
-        ('Reasoning: The Action: idea is bad.\nSo, mail.\n**Action:** "open mailbox"', "open mailbox",
-         "The Action: idea is bad.\nSo, mail.", True),
+        (
+            'Reasoning: The Action: idea is bad.\nSo, mail.\n**Action:** "open mailbox"',
+            "open mailbox",
+            "The Action: idea is bad.\nSo, mail.",
+            True,
+        ),
         ("I think, Action: go south", "go south", "I think,", True),
         ("Action:\ngo south\n", "go south", "", True),
         ("Action: dance", None, "", True),
@@ -190,7 +224,8 @@ def test_exact_spelling_wins_over_normalised():
 
 
 @pytest.mark.parametrize(
-    ("generated", "found"), [(" It is dark.\nAction: go north", True), (" It is dark.", False), ("", False)]
+    ("generated", "found"),
+    [(" It is dark.\nAction: go north", True), (" It is dark.", False), ("", False)],
 )
 def test_reasoning_is_closed_with_the_marker_once(tokenizer, generated, found):
     parts = build_prompt(STATE, PromptSettings(use_cot=True), tokenizer)
@@ -199,5 +234,6 @@ def test_reasoning_is_closed_with_the_marker_once(tokenizer, generated, found):
     expected = "Reasoning: It is dark.\nAction:" if generated else "Reasoning:\nAction:"
     assert closed.body == parts.body.removesuffix("Reasoning:") + expected
     assert closed.num_tokens == sum(
-        len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (closed.head, closed.body)
+        len(tokenizer(text, add_special_tokens=False)["input_ids"])
+        for text in (closed.head, closed.body)
     )

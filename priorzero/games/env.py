@@ -1,7 +1,7 @@
 """A text adventure as a DI-engine environment, registered as ``priorzero_text_game``.
 
-Observations are dicts (see ``TextGameEnv.reset``), actions are the command strings themselves. The interpreter runs
-in a worker process: a hang or crash ends the episode as truncated, never the run.
+Observations are dicts (see ``TextGameEnv.reset``), actions are the command strings themselves. The
+interpreter runs in a worker process: a hang or crash ends the episode as truncated, never the run.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ FIRST_SEED = 1_000  # Frotz treats smaller ones specially, and every walkthrough
 def episode_seed(seed: int, env_index: int, episode: int, split: str) -> int:
     """The interpreter's seed of one episode, in [1000, 2**31): a pure function of its arguments.
 
-    Evaluation seeds are odd and training seeds even, so the two never share an episode, whatever the run's seed.
-    No seed equals a walkthrough's, which are all below 1,000; in particular run seed 0 does not mean the walkthrough.
+    Evaluation seeds are odd and training seeds even, so the two never share an episode, whatever
+    the run's seed. No seed equals a walkthrough's, which are all below 1,000; in particular run
+    seed 0 does not mean the walkthrough.
     """
     words = np.random.SeedSequence((seed, env_index, episode)).generate_state(1, np.uint32)
     pair = (int(words[0]) % ((2**31 - FIRST_SEED) // 2)) * 2
@@ -44,10 +45,10 @@ def episode_seed(seed: int, env_index: int, episode: int, split: str) -> int:
 class TextGameEnv(BaseEnv):
     """One game, one interpreter process. Nothing is started before the first ``reset``.
 
-    What a seed changes: in Jericho games the interpreter's random numbers (fights, thieves, random texts); a game
-    without randomness, such as detective, plays the same under every seed. TextWorld's randomness lies in the
-    generation of the game, so it is set by the game's id (``tw-coin:seed=3``); a generated game plays the same in
-    every episode.
+    What a seed changes: in Jericho games the interpreter's random numbers (fights, thieves, random
+    texts); a game without randomness, such as detective, plays the same under every seed.
+    TextWorld's randomness lies in the generation of the game, so it is set by the game's id
+    (``tw-coin:seed=3``); a generated game plays the same in every episode.
 
     If no valid action is known in a state that does not end the game (darkness, a scripted scene),
     ``fallback_actions`` are offered, counted in ``stats()["fallback_states"]``.
@@ -77,16 +78,24 @@ class TextGameEnv(BaseEnv):
     def create_collector_env_cfg(cfg: dict) -> list[dict]:
         """``collector_env_num`` configs of split "train", told apart by ``env_index``."""
         cfg = dict(cfg)
-        return [EasyDict({**cfg, "split": "train", "env_index": i}) for i in range(cfg.pop("collector_env_num"))]
+        return [
+            EasyDict({**cfg, "split": "train", "env_index": i})
+            for i in range(cfg.pop("collector_env_num"))
+        ]
 
     @staticmethod
     def create_evaluator_env_cfg(cfg: dict) -> list[dict]:
         """``evaluator_env_num`` configs of split "eval", told apart by ``env_index``."""
         cfg = dict(cfg)
-        return [EasyDict({**cfg, "split": "eval", "env_index": i}) for i in range(cfg.pop("evaluator_env_num"))]
+        return [
+            EasyDict({**cfg, "split": "eval", "env_index": i})
+            for i in range(cfg.pop("evaluator_env_num"))
+        ]
 
     def __init__(self, cfg: dict | None = None) -> None:
-        """Resolves the game (a generated one is built here) and checks the settings. Raises PriorZeroError."""
+        """Resolves the game (a generated one is built here) and checks the settings. Raises
+        PriorZeroError.
+        """
         self._cfg = EasyDict({**copy.deepcopy(self.config), **(cfg or {})})
         self._check_settings()
         self._game = resolve_game(self._cfg.env_id, self._cfg.games_dir)
@@ -135,9 +144,9 @@ class TextGameEnv(BaseEnv):
     def seed(self, seed: int, dynamic_seed: bool = True, env_index: int | None = None) -> None:
         """Set the run's seed and start counting episodes anew; takes effect at the next ``reset``.
 
-        ``dynamic_seed=False`` gives every episode the seed of the first. DI-engine's managers pass ``seed + index``;
-        a ``GameEnvGroup`` passes the run's seed and the index apart, so that run 0's second environment is not run
-        1's first.
+        ``dynamic_seed=False`` gives every episode the seed of the first. DI-engine's managers pass
+        ``seed + index``; a ``GameEnvGroup`` passes the run's seed and the index apart, so that run
+        0's second environment is not run 1's first.
         """
         self._seed = int(seed)
         self._dynamic_seed = dynamic_seed
@@ -148,22 +157,27 @@ class TextGameEnv(BaseEnv):
     def reset(self) -> dict[str, Any]:
         """Start the next episode; returns its first observation.
 
-        Keys: ``text`` (str), ``valid_actions`` (sorted tuple of str, never empty unless the episode is over),
-        ``timestep`` (int, actions taken so far), ``score`` (float, the game's), ``state_hash`` (str, of the world
-        state).
-        Raises PriorZeroError if ``reset_attempts`` workers in a row hang or die.
+        Keys: ``text`` (str), ``valid_actions`` (sorted tuple of str, never empty unless the episode
+        is over), ``timestep`` (int, actions taken so far), ``score`` (float, the game's),
+        ``state_hash`` (str, of the world state). Raises PriorZeroError if ``reset_attempts``
+        workers in a row hang or die.
         """
         start = time.perf_counter()
         self._obs = None
         for attempt in range(1, self._cfg.reset_attempts + 1):
             self._episode += 1
             self._episode_seed = episode_seed(
-                self._seed, self._env_index, self._episode if self._dynamic_seed else 0, self._cfg.split
+                self._seed,
+                self._env_index,
+                self._episode if self._dynamic_seed else 0,
+                self._cfg.split,
             )
             self._timestep = 0
             self._running = True
             try:
-                state = self._process.call("reset", self._episode_seed, timeout_s=self._cfg.step_timeout_s)
+                state = self._process.call(
+                    "reset", self._episode_seed, timeout_s=self._cfg.step_timeout_s
+                )
                 self._first_score = state.score
                 self._score = state.score
                 self._obs = self._observe(state)
@@ -185,11 +199,12 @@ class TextGameEnv(BaseEnv):
     def step(self, action: str) -> BaseEnvTimestep:
         """Type ``action``. Reward: the change of the game's score (float).
 
-        ``info``: terminated, truncated (bool), done_kind ("running", "terminated", "truncated", "hang"), score,
-        max_score, won, steps, fault (text or ""), and when done eval_episode_return (float, sum of the episode's
-        rewards). After a fault of the worker (done_kind "hang", truncated) the observation is the previous one, since
-        the next state is unknown, and the reward is 0.
-        Raises PriorZeroError if ``action`` is not among the present valid actions; the game is untouched then.
+        ``info``: terminated, truncated (bool), done_kind ("running", "terminated", "truncated",
+        "hang"), score, max_score, won, steps, fault (text or ""), and when done eval_episode_return
+        (float, sum of the episode's rewards). After a fault of the worker (done_kind "hang",
+        truncated) the observation is the previous one, since the next state is unknown, and the
+        reward is 0. Raises PriorZeroError if ``action`` is not among the present valid actions; the
+        game is untouched then.
         """
         if self._obs is None or not self._running:
             raise RuntimeError("step() outside an episode: call reset() first")
@@ -215,7 +230,9 @@ class TextGameEnv(BaseEnv):
             state = None
         return self._timestep_record(obs, state, fault_text)
 
-    def _timestep_record(self, obs: dict[str, Any], state: GameState | None, fault: str) -> BaseEnvTimestep:
+    def _timestep_record(
+        self, obs: dict[str, Any], state: GameState | None, fault: str
+    ) -> BaseEnvTimestep:
         terminated = state is not None and state.terminated
         hang = state is None
         truncated = hang or (not terminated and self._timestep >= self._max_steps)
@@ -226,7 +243,13 @@ class TextGameEnv(BaseEnv):
         info = {
             "terminated": terminated,
             "truncated": truncated,
-            "done_kind": "hang" if hang else "terminated" if terminated else "truncated" if truncated else "running",
+            "done_kind": "hang"
+            if hang
+            else "terminated"
+            if terminated
+            else "truncated"
+            if truncated
+            else "running",
             "score": self._score,
             "max_score": self._game.max_score,
             "won": state is not None and state.won,
@@ -279,18 +302,26 @@ class TextGameEnv(BaseEnv):
         )
 
     def walkthrough(self) -> tuple[str, ...]:
-        """Commands that reach the best known score, for tests; for a Jericho game with randomness only under its own
-        seed."""
+        """Commands that reach the best known score, for tests; for a Jericho game with randomness
+        only under its own seed.
+        """
         return self._game.walkthrough
 
     def stats(self) -> dict[str, float]:
-        """Counters since construction: episodes, steps, hangs (time limit), deaths (crashes), respawns, state_hits
-        and state_misses (lookups of valid actions), fallback_states, and seconds spent in step_s, describe_s, reset_s
-        and spawn_s."""
-        return {**self._counts, "respawns": max(0, self._process.spawns - 1), "spawn_s": self._process.spawn_s}
+        """Counters since construction: episodes, steps, hangs (time limit), deaths (crashes),
+        respawns, state_hits and state_misses (lookups of valid actions), fallback_states, and
+        seconds spent in step_s, describe_s, reset_s and spawn_s.
+        """
+        return {
+            **self._counts,
+            "respawns": max(0, self._process.spawns - 1),
+            "spawn_s": self._process.spawn_s,
+        }
 
     def interrupt(self) -> None:
-        """From another thread: end a ``step`` or ``reset`` under way at once, as if the worker had died."""
+        """From another thread: end a ``step`` or ``reset`` under way at once, as if the worker had
+        died.
+        """
         self._process.interrupt()
 
     def close(self) -> None:
@@ -303,9 +334,7 @@ class TextGameEnv(BaseEnv):
         return str(np.random.choice(self._obs["valid_actions"]))
 
     def __repr__(self) -> str:
-        return (
-            f"TextGameEnv({self._game.env_id}, {self._game.kind}, split={self._cfg.split}, env_index={self._env_index})"
-        )
+        return f"TextGameEnv({self._game.env_id}, {self._game.kind}, split={self._cfg.split}, env_index={self._env_index})"
 
     def _check_settings(self) -> None:
         cfg = self._cfg
@@ -327,8 +356,11 @@ class TextGameEnv(BaseEnv):
             )
 
 
-def compose_text(state: GameState, details: StateDetails, parts: list[str] | tuple[str, ...]) -> str:
-    """The observation's text: what the game answered, then room and inventory unless the answer already says them.
+def compose_text(
+    state: GameState, details: StateDetails, parts: list[str] | tuple[str, ...]
+) -> str:
+    """The observation's text: what the game answered, then room and inventory unless the answer
+    already says them.
 
     After the end of a game there is the answer only.
     """
@@ -336,7 +368,9 @@ def compose_text(state: GameState, details: StateDetails, parts: list[str] | tup
         return state.feedback
     texts: list[str] = []
     for name in OBSERVATION_PARTS:
-        text = {"feedback": state.feedback, "look": details.look, "inventory": details.inventory}[name].strip()
+        text = {"feedback": state.feedback, "look": details.look, "inventory": details.inventory}[
+            name
+        ].strip()
         if name not in parts or not text or any(_flat(text) in _flat(seen) for seen in texts):
             continue
         # A visited room answers with its name alone, with which the full description starts.

@@ -1,7 +1,7 @@
 """Games that TextWorld generates: ids with options, built once by ``tw-make`` and cached.
 
-An id is ``<game>[:option=value,...]``, e.g. ``tw-coin:level=5,seed=3``. The same id is the same game everywhere (one
-TextWorld version given): the seed is part of it.
+An id is ``<game>[:option=value,...]``, e.g. ``tw-coin:level=5,seed=3``. The same id is the same
+game everywhere (one TextWorld version given): the seed is part of it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ GENERATE_TIMEOUT_S = 300.0
 
 @dataclass(frozen=True)
 class _Option:
-    """``parse`` raises ValueError for what is not allowed; ``default=None`` leaves the option out; bool is a bare
-    flag."""
+    """``parse`` raises ValueError for what is not allowed; ``default=None`` leaves the option out;
+    bool is a bare flag.
+    """
 
     parse: Callable[[str], object]
     default: object
@@ -56,7 +57,15 @@ def _choice(*values: str) -> Callable[[str], str]:
 
 
 def _flag(text: str) -> bool:
-    values = {"": True, "1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+    values = {
+        "": True,
+        "1": True,
+        "true": True,
+        "yes": True,
+        "0": False,
+        "false": False,
+        "no": False,
+    }
     if text.lower() not in values:
         raise ValueError(f"{text} is neither true nor false")
     return values[text.lower()]
@@ -68,8 +77,12 @@ GAMES: dict[str, tuple[str, dict[str, _Option]]] = {  # our name -> (tw-make's n
     "tw-simple": (
         "tw-simple",
         {
-            "rewards": _Option(_choice("dense", "balanced", "sparse"), "dense", "dense, balanced or sparse"),
-            "goal": _Option(_choice("detailed", "brief", "none"), "brief", "detailed, brief or none"),
+            "rewards": _Option(
+                _choice("dense", "balanced", "sparse"), "dense", "dense, balanced or sparse"
+            ),
+            "goal": _Option(
+                _choice("detailed", "brief", "none"), "brief", "detailed, brief or none"
+            ),
             "test": _FLAG,
             "seed": _SEED,
         },
@@ -79,7 +92,9 @@ GAMES: dict[str, tuple[str, dict[str, _Option]]] = {  # our name -> (tw-make's n
         {
             "recipe": _Option(_number(1, 5), 2, "1 to 5 ingredients"),
             "take": _Option(_number(0, 5), 2, "0 to recipe"),
-            "go": _Option(lambda text: int(_choice("1", "6", "9", "12")(text)), 6, "1, 6, 9 or 12 rooms"),
+            "go": _Option(
+                lambda text: int(_choice("1", "6", "9", "12")(text)), 6, "1, 6, 9 or 12 rooms"
+            ),
             "open": _Option(_flag, True, "true or false"),
             "cook": _FLAG,
             "cut": _FLAG,
@@ -89,7 +104,10 @@ GAMES: dict[str, tuple[str, dict[str, _Option]]] = {  # our name -> (tw-make's n
             "seed": _SEED,
         },
     ),
-    "tw-coin": ("tw-coin_collector", {"level": _Option(_number(1, 300), 5, "1 to 300"), "seed": _SEED}),
+    "tw-coin": (
+        "tw-coin_collector",
+        {"level": _Option(_number(1, 300), 5, "1 to 300"), "seed": _SEED},
+    ),
 }
 
 
@@ -101,7 +119,9 @@ def parse_id(env_id: str) -> tuple[str, dict[str, object]]:
     for item in filter(None, (part.strip() for part in text.split(","))):
         key, _, value = item.partition("=")
         if key not in options:
-            raise PriorZeroError(f"{env_id!r}: {name} has no option {key!r}; it has " + describe_options(name))
+            raise PriorZeroError(
+                f"{env_id!r}: {name} has no option {key!r}; it has " + describe_options(name)
+            )
         try:
             chosen[key] = options[key].parse(value)
         except ValueError as error:
@@ -109,7 +129,9 @@ def parse_id(env_id: str) -> tuple[str, dict[str, object]]:
                 f"{env_id!r}: {key}={value} is not allowed ({error}); give {options[key].allowed}"
             ) from error
     if name == "tw-cooking" and chosen["take"] > chosen["recipe"]:
-        raise PriorZeroError(f"{env_id!r}: take={chosen['take']} ingredients must not exceed recipe={chosen['recipe']}")
+        raise PriorZeroError(
+            f"{env_id!r}: take={chosen['take']} ingredients must not exceed recipe={chosen['recipe']}"
+        )
     return name, chosen
 
 
@@ -132,16 +154,19 @@ def canonical_id(name: str, options: dict[str, object]) -> str:
 
 
 def generate(env_id: str) -> Path:
-    """The story file of a generated game; builds it at the first request (about 5 s). Its ``.json`` lies beside it.
+    """The story file of a generated game; builds it at the first request (about 5 s). Its ``.json``
+    lies beside it.
 
-    Safe with several processes: a lock lets one build while the others wait, and the finished folder appears by one
-    rename.
+    Safe with several processes: a lock lets one build while the others wait, and the finished
+    folder appears by one rename.
     """
     name, options = parse_id(env_id)
     try:
         version = importlib.metadata.version("textworld")
     except importlib.metadata.PackageNotFoundError as error:
-        raise PriorZeroError(f"{env_id!r} needs TextWorld, which is not installed; pip install textworld") from error
+        raise PriorZeroError(
+            f"{env_id!r} needs TextWorld, which is not installed; pip install textworld"
+        ) from error
     label = canonical_id(name, options).replace(":", "-").replace(",", "-").replace("=", "_")
     root = cache_root() / f"textworld-{version}"
     final = root / label
@@ -171,9 +196,18 @@ def _build(name: str, options: dict[str, object], root: Path, final: Path) -> No
     logger.info("generating %s with tw-make", canonical_id(name, options))
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=GENERATE_TIMEOUT_S, stdin=subprocess.DEVNULL, check=False
+            command,
+            capture_output=True,
+            text=True,
+            timeout=GENERATE_TIMEOUT_S,
+            stdin=subprocess.DEVNULL,
+            check=False,
         )
-        if done.returncode or not (scratch / "game.z8").is_file() or not (scratch / "game.json").is_file():
+        if (
+            done.returncode
+            or not (scratch / "game.z8").is_file()
+            or not (scratch / "game.json").is_file()
+        ):
             tail = (done.stdout + done.stderr)[-1500:]
             raise PriorZeroError(
                 f"tw-make could not build {canonical_id(name, options)} (exit {done.returncode}); other options or "

@@ -16,10 +16,13 @@ from priorzero.types import PriorZeroError
 
 
 class EnvGroupError(PriorZeroError):
-    """Some environments raised. ``results`` holds what the others returned, ``errors`` the exceptions, both by env
-    id."""
+    """Some environments raised. ``results`` holds what the others returned, ``errors`` the
+    exceptions, both by env id.
+    """
 
-    def __init__(self, what: str, results: dict[int, Any], errors: dict[int, BaseException]) -> None:
+    def __init__(
+        self, what: str, results: dict[int, Any], errors: dict[int, BaseException]
+    ) -> None:
         super().__init__(
             f"{what} failed in {len(errors)} of {len(errors) + len(results)} environments: "
             + "; ".join(f"env {i}: {error}" for i, error in errors.items())
@@ -29,13 +32,16 @@ class EnvGroupError(PriorZeroError):
 
 
 class GameEnvGroup:
-    """Wraps environments by id 0..n-1: given as factories, or as the environments themselves (``manager._envs`` too).
+    """Wraps environments by id 0..n-1: given as factories, or as the environments themselves
+    (``manager._envs`` too).
 
-    ``seed`` is the run's seed; environment i gets ``(seed, i)``, so its episodes depend on nothing else. None leaves
-    the seeds as they are. One thread may use a group at a time.
+    ``seed`` is the run's seed; environment i gets ``(seed, i)``, so its episodes depend on nothing
+    else. None leaves the seeds as they are. One thread may use a group at a time.
     """
 
-    def __init__(self, envs: Sequence[Callable[[], TextGameEnv] | TextGameEnv], seed: int | None = None) -> None:
+    def __init__(
+        self, envs: Sequence[Callable[[], TextGameEnv] | TextGameEnv], seed: int | None = None
+    ) -> None:
         if not envs:
             raise PriorZeroError(
                 "a GameEnvGroup needs at least one environment; set the number of environments to 1 or more"
@@ -62,7 +68,10 @@ class GameEnvGroup:
 
         Raises EnvGroupError, after all have answered, if one raised (an invalid action, say).
         """
-        return self._gather("step", {i: self._pool.submit(self.envs[i].step, action) for i, action in actions.items()})
+        return self._gather(
+            "step",
+            {i: self._pool.submit(self.envs[i].step, action) for i, action in actions.items()},
+        )
 
     def stats(self) -> dict[str, float]:
         """Sums of the environments' counters."""

@@ -1,7 +1,8 @@
 """The parent's end of an interpreter process: calls with a time limit, kill and respawn.
 
-A call that runs past its limit, or whose process ends, raises a ``WorkerFault``; the process is gone by then and the
-next call starts a fresh one. Thread-safe as long as one GameProcess is used by one thread at a time.
+A call that runs past its limit, or whose process ends, raises a ``WorkerFault``; the process is
+gone by then and the next call starts a fresh one. Thread-safe as long as one GameProcess is used by
+one thread at a time.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ _THREAD_LIMITS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_
 
 
 class Nursery:
-    """The process workers of one kind are forked from; started at the first need, restarted if it died."""
+    """The process workers of one kind are forked from; started at the first need, restarted if it
+    died.
+    """
 
     _all: dict[tuple[int, str], Nursery] = {}
     _all_lock = threading.Lock()
@@ -68,7 +71,12 @@ class Nursery:
                 except OSError as error:
                     self._stop()
                     self.restarts += 1
-                    logger.warning("the nursery of %s workers failed (%r), attempt %d of 2", self.kind, error, attempt)
+                    logger.warning(
+                        "the nursery of %s workers failed (%r), attempt %d of 2",
+                        self.kind,
+                        error,
+                        attempt,
+                    )
                 finally:
                     theirs.close()
                     ours.close()
@@ -83,7 +91,11 @@ class Nursery:
                 self._control.sendall(REQUEST.pack(b"k", pid))
                 self._reply()
             except OSError as error:
-                logger.warning("the nursery of %s workers is gone (%r) and its workers with it", self.kind, error)
+                logger.warning(
+                    "the nursery of %s workers is gone (%r) and its workers with it",
+                    self.kind,
+                    error,
+                )
                 self._stop()
 
     def close(self) -> None:
@@ -154,11 +166,13 @@ class GameProcess:
     def call(self, method: str, *arguments: Any, timeout_s: float) -> Any:
         """Run ``method`` in the worker, starting one if need be.
 
-        Raises WorkerTimeout, WorkerDied or WorkerError after killing the worker, and PriorZeroError for what the user
-        can mend.
+        Raises WorkerTimeout, WorkerDied or WorkerError after killing the worker, and PriorZeroError
+        for what the user can mend.
         """
         if self._interrupted:
-            raise WorkerDied(f"the worker of {self.path} was interrupted; close() makes a new start possible")
+            raise WorkerDied(
+                f"the worker of {self.path} was interrupted; close() makes a new start possible"
+            )
         if self._connection is None:
             start = time.perf_counter()
             self.pid, self._connection = Nursery.of(self.kind).spawn()
@@ -171,7 +185,9 @@ class GameProcess:
         try:
             self._connection.send((method, arguments))
             if not self._connection.poll(timeout_s):
-                raise WorkerTimeout(f"{method}{arguments!r} of {self.path} did not return within {timeout_s:g} s")
+                raise WorkerTimeout(
+                    f"{method}{arguments!r} of {self.path} did not return within {timeout_s:g} s"
+                )
             kind, result = self._connection.recv()
             if kind == "error":
                 raise WorkerError(f"{method}{arguments!r} of {self.path} failed:\n{result}")
@@ -180,8 +196,12 @@ class GameProcess:
             raise
         except (EOFError, OSError) as error:
             self.kill()
-            raise WorkerDied(f"the worker of {self.path} ended during {method}{arguments!r}: {error!r}") from error
-        except BaseException:  # e.g. KeyboardInterrupt between send and recv: the pipe is out of step from here on
+            raise WorkerDied(
+                f"the worker of {self.path} ended during {method}{arguments!r}: {error!r}"
+            ) from error
+        except (
+            BaseException
+        ):  # e.g. KeyboardInterrupt between send and recv: the pipe is out of step from here on
             self.kill()
             raise
         if kind == "user":
@@ -198,7 +218,9 @@ class GameProcess:
             self.pid = None
 
     def interrupt(self) -> None:
-        """From another thread: make calls raise WorkerDied at once, the one under way too, until ``close``."""
+        """From another thread: make calls raise WorkerDied at once, the one under way too, until
+        ``close``.
+        """
         self._interrupted = True
         pid = self.pid
         if pid is not None:

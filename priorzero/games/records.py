@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class StateDetails:
     """What depends on the world state alone, and is therefore cached by its hash.
 
-    ``valid_actions`` is sorted and free of duplicates. ``look`` and ``inventory`` are the game's answers to these two
-    commands, asked without advancing the game.
+    ``valid_actions`` is sorted and free of duplicates. ``look`` and ``inventory`` are the game's
+    answers to these two commands, asked without advancing the game.
     """
 
     valid_actions: tuple[str, ...]
@@ -22,8 +22,9 @@ class StateDetails:
 class GameState:
     """One answer of an interpreter, after a reset or an action.
 
-    ``score`` is the game's own running score, not a reward. ``terminated``: the game itself ended (won, lost or quit).
-    ``details`` is None where computing them is expensive (Jericho) and the parent should look into its cache first.
+    ``score`` is the game's own running score, not a reward. ``terminated``: the game itself ended
+    (won, lost or quit). ``details`` is None where computing them is expensive (Jericho) and the
+    parent should look into its cache first.
     """
 
     feedback: str
@@ -36,7 +37,9 @@ class GameState:
 
 
 class WorkerFault(Exception):
-    """An interpreter process could not answer. It has been killed; the next call starts a fresh one."""
+    """An interpreter process could not answer. It has been killed; the next call starts a fresh
+    one.
+    """
 
 
 class WorkerTimeout(WorkerFault):

@@ -1,11 +1,13 @@
 """What is known of a world state (valid actions, room, inventory), in memory and in a SQLite file.
 
-Jericho needs 0.03 to 2 s to find the valid actions of a state, and they depend on the world state alone, so all
-environments of a run, and later runs, share one file. Keys: story (hash of the file and version of Jericho) and
-world-state hash. The first writer wins, so that every reader sees the same list.
+Jericho needs 0.03 to 2 s to find the valid actions of a state, and they depend on the world state
+alone, so all environments of a run, and later runs, share one file. Keys: story (hash of the file
+and version of Jericho) and world-state hash. The first writer wins, so that every reader sees the
+same list.
 
-A file that is damaged is set aside as ``<name>.damaged-<n>`` and rebuilt. A file that cannot be written (disk full,
-read-only, locked for too long) costs persistence only: it is counted, said once, and the memory part goes on.
+A file that is damaged is set aside as ``<name>.damaged-<n>`` and rebuilt. A file that cannot be
+written (disk full, read-only, locked for too long) costs persistence only: it is counted, said
+once, and the memory part goes on.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ _SCHEMA = (
 
 
 def cache_root() -> Path:
-    """Where generated games and known states are kept: $PRIORZERO_CACHE/games, or ~/.cache/priorzero/games."""
+    """Where generated games and known states are kept: $PRIORZERO_CACHE/games, or
+    ~/.cache/priorzero/games.
+    """
     given = os.environ.get("PRIORZERO_CACHE")
     return (Path(given).expanduser() if given else Path.home() / ".cache" / "priorzero") / "games"
 
@@ -42,10 +46,11 @@ def default_cache_path() -> Path:
 
 
 class ValidActionCache:
-    """See the module's text. Safe for several threads, and for several processes that use the same file.
+    """See the module's text. Safe for several threads, and for several processes that use the same
+    file.
 
-    ``path=None`` keeps everything in memory. ``memory_entries`` bounds the memory part (least recently used goes
-    first).
+    ``path=None`` keeps everything in memory. ``memory_entries`` bounds the memory part (least
+    recently used goes first).
     """
 
     def __init__(self, path: str | Path | None, memory_entries: int = 50_000) -> None:
@@ -80,10 +85,14 @@ class ValidActionCache:
             return found
 
     def put(self, story: str, state: str, details: StateDetails) -> StateDetails:
-        """Store the details of a state; returns what holds from now on, which is another writer's if it was first."""
+        """Store the details of a state; returns what holds from now on, which is another writer's
+        if it was first.
+        """
         key = (story, state)
         with self._lock:
-            payload = json.dumps([details.valid_actions, details.look, details.inventory], ensure_ascii=False)
+            payload = json.dumps(
+                [details.valid_actions, details.look, details.inventory], ensure_ascii=False
+            )
             self._run("put", (*key, payload))
             details = self._decode(self._run("get", key)) or details
             self._counts["stored"] += 1
@@ -119,11 +128,15 @@ class ValidActionCache:
             return StateDetails(tuple(actions), look, inventory)
         except (ValueError, TypeError) as error:
             self._counts["store_errors"] += 1
-            logger.warning("an entry of %s is unreadable (%s) and will be computed again", self.path, error)
+            logger.warning(
+                "an entry of %s is unreadable (%s) and will be computed again", self.path, error
+            )
             return None
 
     def _run(self, what: str, arguments: tuple | None) -> tuple | None:
-        """One database operation; repairs a damaged file once, and survives one that cannot be written."""
+        """One database operation; repairs a damaged file once, and survives one that cannot be
+        written.
+        """
         if self.path is None:
             return None
         for attempt in (1, 2):
@@ -135,7 +148,9 @@ class ValidActionCache:
                         "SELECT payload FROM details WHERE story=? AND state=?", arguments
                     ).fetchone()
                 if what == "put":
-                    self._db.execute("INSERT INTO details VALUES (?, ?, ?) ON CONFLICT DO NOTHING", arguments)
+                    self._db.execute(
+                        "INSERT INTO details VALUES (?, ?, ?) ON CONFLICT DO NOTHING", arguments
+                    )
                 return None
             except (sqlite3.Error, OSError) as error:
                 code = getattr(error, "sqlite_errorcode", 0) or 0
@@ -171,13 +186,18 @@ class ValidActionCache:
                 self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
         self._counts["damaged_files"] += 1
         logger.warning(
-            "%s is damaged (%s); it was set aside as %s and is rebuilt as states are met again", self.path, error, aside
+            "%s is damaged (%s); it was set aside as %s and is rebuilt as states are met again",
+            self.path,
+            error,
+            aside,
         )
 
 
 def _open_database(path: Path) -> sqlite3.Connection:
     path.parent.mkdir(parents=True, exist_ok=True)
-    db = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+    db = sqlite3.connect(
+        path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
+    )
     try:
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=NORMAL")

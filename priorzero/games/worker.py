@@ -1,12 +1,13 @@
 """The interpreter process, and the nursery it is forked from.
 
-``process.Nursery`` (parent) starts one nursery per kind of game: ``nursery_main`` imports the heavy parts once (spaCy
-and its model take two seconds and 100 MB), then forks a worker for each request. So a worker starts in milliseconds,
-its memory is shared copy-on-write, and, unlike with multiprocessing's forkserver, the parent's ``__main__`` is never
-imported again.
+``process.Nursery`` (parent) starts one nursery per kind of game: ``nursery_main`` imports the heavy
+parts once (spaCy and its model take two seconds and 100 MB), then forks a worker for each request.
+So a worker starts in milliseconds, its memory is shared copy-on-write, and, unlike with
+multiprocessing's forkserver, the parent's ``__main__`` is never imported again.
 
-No one outlives anyone: a nursery ends when its control socket closes or its parent changes; the kernel kills a worker
-with its nursery, also one that hangs in C. SIGINT is ignored, since Ctrl-C is the parent's to handle.
+No one outlives anyone: a nursery ends when its control socket closes or its parent changes; the
+kernel kills a worker with its nursery, also one that hangs in C. SIGINT is ignored, since Ctrl-C is
+the parent's to handle.
 
 Must not import torch, transformers or vllm.
 """
@@ -30,15 +31,20 @@ from priorzero.types import PriorZeroError
 
 logger = logging.getLogger(__name__)
 
-REQUEST = struct.Struct("!ci")  # command and pid; b"n": fork a worker on the attached socket; b"k": kill and reap pid
-REPLY = struct.Struct("!i")  # the pid; -1: the nursery could not load its parts, the message follows on the socket
+REQUEST = struct.Struct(
+    "!ci"
+)  # command and pid; b"n": fork a worker on the attached socket; b"k": kill and reap pid
+REPLY = struct.Struct(
+    "!i"
+)  # the pid; -1: the nursery could not load its parts, the message follows on the socket
 PARENT_CHECK_S = 2.0
 _PR_SET_PDEATHSIG = 1
 
 
 def nursery_main(control_fd: int, kind: str) -> None:
     """Entry point of a nursery process; see the module's text."""
-    # A signal to the whole process group is for the run: it finishes its step with us and ends us with SIGKILL.
+    # A signal to the whole process group is for the run: it finishes its step with us and ends us
+    # with SIGKILL.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     parent = os.getppid()
@@ -81,7 +87,9 @@ def nursery_main(control_fd: int, kind: str) -> None:
 
 
 def _kill_and_reap(pid: int) -> None:
-    """Only the nursery kills: until it has reaped a worker, the pid cannot belong to another process."""
+    """Only the nursery kills: until it has reaped a worker, the pid cannot belong to another
+    process.
+    """
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
 
@@ -102,14 +110,18 @@ def _worker_main(fd: int, kind: str) -> None:
 
 
 def _serve(connection: Connection, kind: str) -> None:
-    """Answer ``(method, arguments)`` with ``("ok", result)``, ``("user", text)`` or ``("error", traceback)``."""
+    """Answer ``(method, arguments)`` with ``("ok", result)``, ``("user", text)`` or ``("error",
+    traceback)``.
+    """
     game = None
     hang_next = ""
     while True:
         method, arguments = connection.recv()
         try:
             if method == hang_next:
-                ctypes.PyDLL(None).sleep(3600)  # PyDLL keeps the GIL, just as the C interpreter's endless loops do
+                ctypes.PyDLL(None).sleep(
+                    3600
+                )  # PyDLL keeps the GIL, just as the C interpreter's endless loops do
             if method == "open":
                 game = backends.open_game(kind, *arguments)
                 result = None
@@ -120,6 +132,8 @@ def _serve(connection: Connection, kind: str) -> None:
             answer = ("ok", result)
         except PriorZeroError as error:
             answer = ("user", str(error))
-        except Exception:  # the parent decides what to do: the traceback crosses the pipe and is raised there
+        except (
+            Exception
+        ):  # the parent decides what to do: the traceback crosses the pipe and is raised there
             answer = ("error", traceback.format_exc())
         connection.send(answer)

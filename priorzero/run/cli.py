@@ -1,4 +1,7 @@
-"""The main command's process and options; what these mean for the settings is told in `priorzero_orz_entry.config_from`."""
+"""The main command's process and options; what these mean for the settings is told in
+`priorzero_orz_entry.config_from`.
+"""
+
 from __future__ import annotations
 
 import argparse
@@ -9,27 +12,56 @@ from collections.abc import Sequence
 def option_parser(description: str, presets: Sequence[str]) -> argparse.ArgumentParser:
     """Options for what people change often; the rest with --set."""
     parser = argparse.ArgumentParser(prog="priorzero_orz_entry", description=description)
-    parser.add_argument("--env-id", default="auto",
-                        help="zork1.z5, detective.z5, tw-simple, tw-cooking, tw-coin, a path, auto")
+    parser.add_argument(
+        "--env-id",
+        default="auto",
+        help="zork1.z5, detective.z5, tw-simple, tw-cooking, tw-coin, a path, auto",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--iterations", type=int, help="iterations of collect and train")
     parser.add_argument("--exp-name", help="folder under data_priorzero/")
     parser.add_argument("--llm", help="auto, a hub name or a folder")
     parser.add_argument("--engine", choices=["auto", "vllm", "transformers"])
-    parser.add_argument("--llm-required", action="store_true", help="stop where the LLM engine would be replaced")
+    parser.add_argument(
+        "--llm-required", action="store_true", help="stop where the LLM engine would be replaced"
+    )
     parser.add_argument("--no-llm", action="store_true", help="pure UniZero")
-    parser.add_argument("--rft", action="store_true", help="also train the LLM with advantages of the world model")
+    parser.add_argument(
+        "--rft", action="store_true", help="also train the LLM with advantages of the world model"
+    )
     parser.add_argument("--encoder", help="sentence encoder: auto, a hub name or a folder")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"])
-    parser.add_argument("--preset", action="append", default=[], choices=sorted(presets), help="may be given several times")
+    parser.add_argument(
+        "--preset",
+        action="append",
+        default=[],
+        choices=sorted(presets),
+        help="may be given several times",
+    )
     parser.add_argument("--eval-freq", type=int, help="iterations between evaluations; 0: none")
-    parser.add_argument("--save-freq", type=int, help="iterations between checkpoints; 0: at the end only")
-    parser.add_argument("--wm-train-freq", type=int, help="iterations between training phases of the world model")
-    parser.add_argument("--llm-train-freq", type=int, help="iterations between training phases of the LLM")
-    parser.add_argument("--set", action="append", default=[], metavar="GROUP.SETTING=VALUE", dest="assignments",
-                        help="any setting of priorzero_config.py, e.g. policy.num_simulations=30")
-    parser.add_argument("--resume", action="store_true", help="continue the experiment's latest checkpoint")
-    parser.add_argument("--checkpoint", default="latest", help="latest, best or a checkpoint folder's name")
+    parser.add_argument(
+        "--save-freq", type=int, help="iterations between checkpoints; 0: at the end only"
+    )
+    parser.add_argument(
+        "--wm-train-freq", type=int, help="iterations between training phases of the world model"
+    )
+    parser.add_argument(
+        "--llm-train-freq", type=int, help="iterations between training phases of the LLM"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="GROUP.SETTING=VALUE",
+        dest="assignments",
+        help="any setting of priorzero_config.py, e.g. policy.num_simulations=30",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="continue the experiment's latest checkpoint"
+    )
+    parser.add_argument(
+        "--checkpoint", default="latest", help="latest, best or a checkpoint folder's name"
+    )
     parser.add_argument("--eval-only", action="store_true", help="evaluate a checkpoint and stop")
     return parser
 
@@ -37,9 +69,10 @@ def option_parser(description: str, presets: Sequence[str]) -> argparse.Argument
 def calm_openmp() -> None:
     """Let OpenMP threads spin for a moment only before they sleep; to be called before torch loads.
 
-    Threads that wait by spinning starve each other where cores are shared: on two busy cores a world-model update took
-    56 ms with sleeping threads and 900 ms with spinning ones. On two quiet cores sleeping at once costs an LLM forward a
-    third of its speed. A short spin is close to the better of both. OMP_WAIT_POLICY or GOMP_SPINCOUNT of the user stand.
+    Threads that wait by spinning starve each other where cores are shared: on two busy cores a
+    world-model update took 56 ms with sleeping threads and 900 ms with spinning ones. On two quiet
+    cores sleeping at once costs an LLM forward a third of its speed. A short spin is close to the
+    better of both. OMP_WAIT_POLICY or GOMP_SPINCOUNT of the user stand.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")

@@ -1,4 +1,7 @@
-"""One logger for the run: lines a user can follow on the terminal, the same with times and modules in a file."""
+"""One logger for the run: lines a user can follow on the terminal, the same with times and modules
+in a file.
+"""
+
 from __future__ import annotations
 
 import logging
@@ -6,19 +9,40 @@ import os
 import sys
 from pathlib import Path
 
-_NOISY = ("httpx", "urllib3", "matplotlib", "filelock", "fsspec", "asyncio", "transformers", "jax", "h5py", "numba", "spacy")
+_NOISY = (
+    "httpx",
+    "urllib3",
+    "matplotlib",
+    "filelock",
+    "fsspec",
+    "asyncio",
+    "transformers",
+    "jax",
+    "h5py",
+    "numba",
+    "spacy",
+)
 
 
 def setup_logging(folder: Path | None, level: int = logging.INFO) -> None:
-    """Send our log to the terminal and, with a folder, to `<folder>/run.log`; keep other libraries at WARNING."""
+    """Send our log to the terminal and, with a folder, to `<folder>/run.log`; keep other libraries
+    at WARNING.
+    """
     if not sys.stderr.isatty():  # bars of model loading fill a log file with control characters
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     root = logging.getLogger()
     for handler in list(root.handlers):
         root.removeHandler(handler)
     root.setLevel(logging.WARNING)
-    for name in ("priorzero", "priorzero_orz_entry", "priorzero_collector", "priorzero_evaluator", "priorzero_policy",
-                 "game_buffer_priorzero", "priorzero_config"):
+    for name in (
+        "priorzero",
+        "priorzero_orz_entry",
+        "priorzero_collector",
+        "priorzero_evaluator",
+        "priorzero_policy",
+        "game_buffer_priorzero",
+        "priorzero_config",
+    ):
         logging.getLogger(name).setLevel(level)
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,7 +1,10 @@
-"""TensorBoard and the numbers that go there. Components return plain dictionaries; prefixes are added here.
+"""TensorBoard and the numbers that go there. Components return plain dictionaries; prefixes are
+added here.
 
-docs/METRICS.md explains every name. Counters of a run (hangs, fallbacks, cache hits) arrive as totals since the start.
+docs/METRICS.md explains every name. Counters of a run (hangs, fallbacks, cache hits) arrive as
+totals since the start.
 """
+
 from __future__ import annotations
 
 import json
@@ -36,7 +39,8 @@ class Stopwatch:
 
 
 class MetricsWriter:
-    """Writes scalars and texts under the fixed namespaces, and the same scalars as JSON lines for scripts.
+    """Writes scalars and texts under the fixed namespaces, and the same scalars as JSON lines for
+    scripts.
 
     Args:
         folder: `<exp>/log`; TensorBoard files and `metrics.jsonl` go there.
@@ -52,7 +56,9 @@ class MetricsWriter:
         self._lines = (folder / "metrics.jsonl").open("a", encoding="utf-8")
 
     def scalars(self, namespace: str, values: Mapping[str, float], step: int) -> None:
-        """Write `namespace/name` for every finite value; what is not finite is named in the log instead."""
+        """Write `namespace/name` for every finite value; what is not finite is named in the log
+        instead.
+        """
         if namespace not in self.NAMESPACES:
             raise ValueError(f"metrics namespace {namespace!r} is not one of {self.NAMESPACES}")
         finite = {}
@@ -61,7 +67,13 @@ class MetricsWriter:
                 finite[name] = float(value)
                 self.tensorboard.add_scalar(f"{namespace}/{name}", float(value), step)
             else:
-                logger.warning("metric %s/%s is %s at step %d and was not written", namespace, name, value, step)
+                logger.warning(
+                    "metric %s/%s is %s at step %d and was not written",
+                    namespace,
+                    name,
+                    value,
+                    step,
+                )
         self._lines.write(json.dumps({"namespace": namespace, "step": step, **finite}) + "\n")
 
     def text(self, tag: str, text: str, step: int) -> None:
@@ -77,7 +89,8 @@ class MetricsWriter:
 
 
 def memory_gb() -> float:
-    """Most memory this run has held so far, in GiB: this process at its peak plus its children (interpreters, engine) now.
+    """Most memory this run has held so far, in GiB: this process at its peak plus its children
+    (interpreters, engine) now.
 
     Pages that children share count once (PSS).
     """

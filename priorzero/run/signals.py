@@ -1,8 +1,10 @@
-"""SIGINT and SIGTERM ask the loop to stop after the present step; a second one ends the process at once.
+"""SIGINT and SIGTERM ask the loop to stop after the present step; a second one ends the process at
+once.
 
-timeout(1) and some supervisors signal a process and then its process group, so one request arrives twice: a signal
-within `REPEAT_S` of the first is the same request.
+timeout(1) and some supervisors signal a process and then its process group, so one request arrives
+twice: a signal within `REPEAT_S` of the first is the same request.
 """
+
 from __future__ import annotations
 
 import asyncio
@@ -17,7 +19,8 @@ REPEAT_S = 1.0
 class StopRequest:
     """Set by a signal; the loop looks at `requested` between its stages.
 
-    Use as a context manager inside the running event loop; the previous handlers come back at the end.
+    Use as a context manager inside the running event loop; the previous handlers come back at the
+    end.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -41,8 +44,13 @@ class StopRequest:
         if self.requested and now - self._first < REPEAT_S:
             return
         if self.requested:
-            logger.warning("second %s: stopping at once; the last checkpoint stands", signal.Signals(number).name)
+            logger.warning(
+                "second %s: stopping at once; the last checkpoint stands",
+                signal.Signals(number).name,
+            )
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self.requested, self._first = True, now
-        logger.info("%s: finishing the present step, then saving and closing", signal.Signals(number).name)
+        logger.info(
+            "%s: finishing the present step, then saving and closing", signal.Signals(number).name
+        )

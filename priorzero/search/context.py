@@ -1,4 +1,7 @@
-"""The last few real steps of each environment: all the world model remembers when it plans from a root."""
+"""The last few real steps of each environment: all the world model remembers when it plans from a
+root.
+"""
+
 from __future__ import annotations
 
 from collections import deque
@@ -12,8 +15,8 @@ from torch import Tensor
 class ContextStore:
     """Per environment id, the newest observations and the actions between them.
 
-    Collect and eval each own one; nothing is shared between environments, and nothing derived from weights is kept, so
-    an update never leaves a stale cache behind.
+    Collect and eval each own one; nothing is shared between environments, and nothing derived from
+    weights is kept, so an update never leaves a stale cache behind.
 
     Args:
         steps: `C`, how many observations a root may look back on, itself included.
@@ -44,8 +47,12 @@ class ContextStore:
         if self._steps > 1:
             self._actions[env_id].append(action_id)
 
-    def batch(self, env_ids: Sequence[int], device: str | torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """observations `[B, C, E]`, actions `[B, C]`, lengths `[B]` as `SearchMemory.root` takes them (right-padded)."""
+    def batch(
+        self, env_ids: Sequence[int], device: str | torch.device
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """observations `[B, C, E]`, actions `[B, C]`, lengths `[B]` as `SearchMemory.root` takes
+        them (right-padded).
+        """
         longest = max(len(self._observations[e]) for e in env_ids)
         observations = np.zeros((len(env_ids), longest, self._dim), dtype=np.float32)
         actions = np.zeros((len(env_ids), longest), dtype=np.int64)
@@ -53,7 +60,7 @@ class ContextStore:
         for row, env_id in enumerate(env_ids):
             seen, done = self._observations[env_id], list(self._actions[env_id])
             lengths[row] = len(seen)
-            observations[row, :len(seen)] = np.stack(seen)
-            between = done[-(len(seen) - 1):] if len(seen) > 1 else []
-            actions[row, :len(between)] = between
+            observations[row, : len(seen)] = np.stack(seen)
+            between = done[-(len(seen) - 1) :] if len(seen) > 1 else []
+            actions[row, : len(between)] = between
         return tuple(torch.from_numpy(x).to(device) for x in (observations, actions, lengths))

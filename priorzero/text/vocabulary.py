@@ -1,11 +1,14 @@
 """Action texts to integer ids, so that a policy logit means the same command everywhere.
 
-LightZero's usual indexing is positional: id i is "the i-th valid action here", so the same logit means another command
-in each state and means nothing at all in the inner nodes of a search tree. `ActionVocabulary` gives each action text
-one id for the whole run instead; `PositionalVocabulary` keeps the usual indexing available for comparison.
+LightZero's usual indexing is positional: id i is "the i-th valid action here", so the same logit
+means another command in each state and means nothing at all in the inner nodes of a search tree.
+`ActionVocabulary` gives each action text one id for the whole run instead; `PositionalVocabulary`
+keeps the usual indexing available for comparison.
 
-Called by the collector (ids of a state's valid actions), the policy (which ids exist) and the checkpoint code.
+Called by the collector (ids of a state's valid actions), the policy (which ids exist) and the
+checkpoint code.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -46,7 +49,9 @@ class Vocabulary(Protocol):
 
 
 def make_vocabulary(kind: str, capacity: int, overflow: int) -> Vocabulary:
-    """``kind``: ``stable`` (an id per action text) or ``positional`` (rank in the state; ignores ``overflow``)."""
+    """``kind``: ``stable`` (an id per action text) or ``positional`` (rank in the state; ignores
+    ``overflow``).
+    """
     if kind == "stable":
         return ActionVocabulary(capacity, overflow)
     if kind == "positional":
@@ -57,13 +62,15 @@ def make_vocabulary(kind: str, capacity: int, overflow: int) -> Vocabulary:
 class ActionVocabulary:
     """One id per action text for the whole run, in order of first sight.
 
-    Ids ``[0, capacity - overflow)`` are ordinary: each belongs to one action for ever. When they are used up, a warning
-    is logged once and a further action falls among the ``overflow`` ids at the end: its home is ``capacity - overflow +
-    hash(action) mod overflow``, by a hash that is the same in every process. Two overflow actions of one state never
-    share an id: every home goes to the first action that asks for it, the others take the next free overflow id
-    (linear probing), so an overflow id can mean different commands in different states. If a state has more overflow
-    actions than there are overflow ids, the last of them are dropped from the search in that state (`None`), counted
-    and logged. Since ``overflow >= 1``, a state with valid actions always keeps at least one.
+    Ids ``[0, capacity - overflow)`` are ordinary: each belongs to one action for ever. When they
+    are used up, a warning is logged once and a further action falls among the ``overflow`` ids at
+    the end: its home is ``capacity - overflow + hash(action) mod overflow``, by a hash that is the
+    same in every process. Two overflow actions of one state never share an id: every home goes to
+    the first action that asks for it, the others take the next free overflow id (linear probing),
+    so an overflow id can mean different commands in different states. If a state has more overflow
+    actions than there are overflow ids, the last of them are dropped from the search in that state
+    (`None`), counted and logged. Since ``overflow >= 1``, a state with valid actions always keeps
+    at least one.
 
     Thread-safe. Ids never change once given, also over `state_dict` and back.
     """
@@ -89,7 +96,8 @@ class ActionVocabulary:
     def ids(self, actions: Sequence[str]) -> list[int | None]:
         """Ids of one state's valid actions, in their order; unseen actions are taken in.
 
-        ``actions`` holds no duplicates (ValueError). ``None`` marks an action that this state's search must leave out.
+        ``actions`` holds no duplicates (ValueError). ``None`` marks an action that this state's
+        search must leave out.
         """
         if len(set(actions)) != len(actions):
             raise ValueError(f"valid actions of a state must be distinct, got {list(actions)!r}")
@@ -112,18 +120,25 @@ class ActionVocabulary:
                 "The action vocabulary is full: %d actions have their own id. Further actions share %d overflow ids, "
                 "so their policy logits mean different commands in different states. Raise the vocabulary's capacity "
                 "(now %d) and start anew to avoid it. First action affected: %r.",
-                self._ordinary, self.overflow, self.capacity, action,
+                self._ordinary,
+                self.overflow,
+                self.capacity,
+                action,
             )
         self._overflow_actions.add(action)
         return None
 
     def _home(self, action: str) -> int:
-        """Preferred overflow slot in ``[0, overflow)``; Python's own hash differs from process to process."""
+        """Preferred overflow slot in ``[0, overflow)``; Python's own hash differs from process to
+        process.
+        """
         digest = hashlib.blake2b(action.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         return int.from_bytes(digest, "little") % self.overflow
 
     def _place_overflow(self, actions: Sequence[str], result: list[int | None]) -> None:
-        """Fill the gaps of ``result`` in place. Homes first, so that as few actions as possible move from theirs."""
+        """Fill the gaps of ``result`` in place. Homes first, so that as few actions as possible
+        move from theirs.
+        """
         taken: set[int] = set()
         homeless: list[int] = []
         for index in [i for i, given in enumerate(result) if given is None]:
@@ -157,18 +172,25 @@ class ActionVocabulary:
             level,
             "A state has %d more unnumbered actions than the %d overflow ids: the search leaves out %s "
             "(%d states so far). Raise the vocabulary's capacity or overflow.",
-            len(dropped), self.overflow, dropped, self._states_with_drops,
+            len(dropped),
+            self.overflow,
+            dropped,
+            self._states_with_drops,
         )
 
     def id_of(self, action: str) -> int | None:
-        """The action's id without taking it in; an overflow action's home id; None if it was never seen."""
+        """The action's id without taking it in; an overflow action's home id; None if it was never
+        seen.
+        """
         with self._lock:
             if action in self._ids:
                 return self._ids[action]
             return self._ordinary + self._home(action) if action in self._overflow_actions else None
 
     def action_of(self, action_id: int) -> str | None:
-        """Text of an ordinary id; None for an unused id and for an overflow id, which has no single meaning."""
+        """Text of an ordinary id; None for an unused id and for an overflow id, which has no single
+        meaning.
+        """
         if not 0 <= action_id < self.capacity:
             raise ValueError(f"action id {action_id} is outside [0, {self.capacity})")
         return self._actions[action_id] if action_id < len(self._actions) else None
@@ -201,7 +223,9 @@ class ActionVocabulary:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Replace everything by a saved state; PriorZeroError if it was saved under other settings."""
-        _check_saved(state, {"kind": "stable", "capacity": self.capacity, "overflow": self.overflow})
+        _check_saved(
+            state, {"kind": "stable", "capacity": self.capacity, "overflow": self.overflow}
+        )
         with self._lock:
             self._actions = list(state["actions"])
             self._ids = {action: i for i, action in enumerate(self._actions)}
@@ -211,7 +235,9 @@ class ActionVocabulary:
             self._probed, self._dropped, self._states_with_drops = state["counters"]
 
     def stats(self) -> dict[str, int]:
-        """Counters: ids in use, overflow actions seen, moves from the home slot, actions left out, states hit."""
+        """Counters: ids in use, overflow actions seen, moves from the home slot, actions left out,
+        states hit.
+        """
         return {
             "size": self.size,
             "overflow_actions": len(self._overflow_actions),
@@ -222,9 +248,11 @@ class ActionVocabulary:
 
 
 class PositionalVocabulary:
-    """LightZero's usual indexing: an action's id is its rank in the state's sorted valid actions. For comparison only.
+    """LightZero's usual indexing: an action's id is its rank in the state's sorted valid actions.
+    For comparison only.
 
-    A state with more than ``capacity`` valid actions loses the last ones (`None`), counted and logged.
+    A state with more than ``capacity`` valid actions loses the last ones (`None`), counted and
+    logged.
     """
 
     def __init__(self, capacity: int, overflow: int = 0) -> None:
@@ -240,7 +268,9 @@ class PositionalVocabulary:
         self._states_with_drops = 0
 
     def ids(self, actions: Sequence[str]) -> list[int | None]:
-        """Rank of each action among ``actions`` sorted, in the order given; None from rank ``capacity`` on."""
+        """Rank of each action among ``actions`` sorted, in the order given; None from rank
+        ``capacity`` on.
+        """
         if len(set(actions)) != len(actions):
             raise ValueError(f"valid actions of a state must be distinct, got {list(actions)!r}")
         rank = {action: i for i, action in enumerate(sorted(actions))}
@@ -250,8 +280,14 @@ class PositionalVocabulary:
             self._dropped += surplus
             self._states_with_drops += 1
             level = logging.WARNING if self._states_with_drops.bit_count() == 1 else logging.DEBUG
-            logger.log(level, "A state has %d valid actions but the vocabulary's capacity is %d: %d are left out of "
-                       "the search. Raise the capacity.", len(actions), self.capacity, surplus)
+            logger.log(
+                level,
+                "A state has %d valid actions but the vocabulary's capacity is %d: %d are left out of "
+                "the search. Raise the capacity.",
+                len(actions),
+                self.capacity,
+                surplus,
+            )
         return [rank[action] if rank[action] < self.capacity else None for action in actions]
 
     def id_of(self, action: str) -> int | None:
@@ -276,8 +312,13 @@ class PositionalVocabulary:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data for a checkpoint."""
-        return {"kind": "positional", "capacity": self.capacity, "overflow": 0, "size": self._size,
-                "counters": [self._dropped, self._states_with_drops]}
+        return {
+            "kind": "positional",
+            "capacity": self.capacity,
+            "overflow": 0,
+            "size": self._size,
+            "counters": [self._dropped, self._states_with_drops],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Replace everything by a saved state; PriorZeroError if it was saved under other settings."""
@@ -287,13 +328,21 @@ class PositionalVocabulary:
 
     def stats(self) -> dict[str, int]:
         """Counters: ids in use, actions left out, states hit."""
-        return {"size": self._size, "dropped_actions": self._dropped, "states_with_drops": self._states_with_drops}
+        return {
+            "size": self._size,
+            "dropped_actions": self._dropped,
+            "states_with_drops": self._states_with_drops,
+        }
 
 
 def _check_saved(state: dict[str, Any], expected: dict[str, Any]) -> None:
-    differing = {key: (state.get(key), value) for key, value in expected.items() if state.get(key) != value}
+    differing = {
+        key: (state.get(key), value) for key, value in expected.items() if state.get(key) != value
+    }
     if differing:
-        shown = ", ".join(f"{key}: saved {old!r}, now {new!r}" for key, (old, new) in differing.items())
+        shown = ", ".join(
+            f"{key}: saved {old!r}, now {new!r}" for key, (old, new) in differing.items()
+        )
         raise PriorZeroError(
             f"the checkpoint's action vocabulary does not fit this run ({shown}). Ids decide what the policy's outputs "
             "mean, so they cannot be converted: resume with the saved settings or start a new experiment."

@@ -1,1 +1,3 @@
-"""The latent world model: UniZero's network on text embeddings, its losses, and its inference for search."""
+"""The latent world model: UniZero's network on text embeddings, its losses, and its inference for
+search.
+"""

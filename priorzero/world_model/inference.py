@@ -1,16 +1,22 @@
-"""Inference of the world model for tree search: one arena of keys and values per search, no hashes, no trimming.
+"""Inference of the world model for tree search: one arena of keys and values per search, no hashes,
+no trimming.
 
-LightZero keeps past keys and values in dictionaries keyed by a hash of the latent state, per environment slot, and
-shifts their position embeddings when the window slides. Its caches survive weight updates, mix environments when
-the ready ids are not 0..n-1, and the shift is exact for the first layer only. Here nothing survives a search:
+LightZero keeps past keys and values in dictionaries keyed by a hash of the latent state, per
+environment slot, and shifts their position embeddings when the window slides. Its caches survive
+weight updates, mix environments when the ready ids are not 0..n-1, and the shift is exact for the
+first layer only. Here nothing survives a search:
 
-* the root recomputes the last few real steps of each environment (at most 2C-1 tokens, cheaper than any bookkeeping);
-* every node of the tree writes the keys and values of its two tokens (action, predicted latent) into its own slots of
-  an arena, and carries a mask of the slots on its path. Attention under that mask equals a full forward over
-  context + path, which tests/world_model/test_inference.py checks against LightZero's own forward.
+* the root recomputes the last few real steps of each environment (at most 2C-1 tokens, cheaper than
+  any bookkeeping);
+* every node of the tree writes the keys and values of its two tokens (action, predicted latent)
+  into its own slots of an arena, and carries a mask of the slots on its path. Attention under that
+  mask equals a full forward over context + path, which tests/world_model/test_inference.py checks
+  against LightZero's own forward.
 
-Letters: `B` roots, `C` context steps, `N` arena slots = (2C-1) + 2 * simulations, `H` heads, `V` actions, `S` support.
+Letters: `B` roots, `C` context steps, `N` arena slots = (2C-1) + 2 * simulations, `H` heads, `V`
+actions, `S` support.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -32,7 +38,9 @@ class RootOutput:
 
 @dataclass
 class NodeOutput:
-    """What the network says of one expansion per root: reward `[B, S]`, value `[B, S]`, policy `[B, V]` logits."""
+    """What the network says of one expansion per root: reward `[B, S]`, value `[B, S]`, policy `[B,
+    V]` logits.
+    """
 
     reward_logits: Tensor
     value_logits: Tensor
@@ -40,7 +48,8 @@ class NodeOutput:
 
 
 class SearchMemory:
-    """The arena of one search over `B` roots. Create, call `root` once, then `expand` once per simulation.
+    """The arena of one search over `B` roots. Create, call `root` once, then `expand` once per
+    simulation.
 
     Args:
         model: the network; it must not change while this object is in use.
@@ -59,8 +68,10 @@ class SearchMemory:
         """Encode each environment's context and make its newest observation the root.
 
         Args:
-            observations: `[B, C, E]`, oldest first, row b valid up to `lengths[b]`, the rest ignored.
-            actions: `[B, C]` ids, action c followed observation c; from `lengths[b] - 1` on ignored.
+            observations: `[B, C, E]`, oldest first, row b valid up to `lengths[b]`, the rest
+                ignored.
+            actions: `[B, C]` ids, action c followed observation c; from `lengths[b] - 1` on
+                ignored.
             lengths: `[B]`, 1..C.
         """
         wm, (batch, steps) = self._wm, observations.shape[:2]
@@ -69,23 +80,39 @@ class SearchMemory:
         tokens[:, 1::2] = wm.act_embedding_table(actions[:, :-1])
         context = 2 * steps - 1
         slots = context + 2 * self._num_simulations
-        shape = (len(wm.transformer.blocks), batch, wm.num_heads, slots, wm.embed_dim // wm.num_heads)
+        shape = (
+            len(wm.transformer.blocks),
+            batch,
+            wm.num_heads,
+            slots,
+            wm.embed_dim // wm.num_heads,
+        )
         self._keys = torch.zeros(shape, device=tokens.device)
         self._values = torch.zeros(shape, device=tokens.device)
         self._context = context
         self._rows = torch.arange(batch, device=tokens.device)
-        # mask[b, n, j]: may node n of root b see slot j? Node 0 is the root, node s + 1 comes from simulation s.
-        self._mask = torch.zeros(batch, self._num_simulations + 1, slots, dtype=torch.bool, device=tokens.device)
-        self._mask[:, 0, :context] = torch.arange(context, device=tokens.device) < (2 * lengths - 1)[:, None]
-        self._position = torch.zeros(batch, self._num_simulations + 1, dtype=torch.long, device=tokens.device)
+        # mask[b, n, j]: may node n of root b see slot j? Node 0 is the root, node s + 1 comes from
+        # simulation s.
+        self._mask = torch.zeros(
+            batch, self._num_simulations + 1, slots, dtype=torch.bool, device=tokens.device
+        )
+        self._mask[:, 0, :context] = (
+            torch.arange(context, device=tokens.device) < (2 * lengths - 1)[:, None]
+        )
+        self._position = torch.zeros(
+            batch, self._num_simulations + 1, dtype=torch.long, device=tokens.device
+        )
         self._position[:, 0] = 2 * (lengths - 1)
-        x = self._forward(tokens, torch.arange(context, device=tokens.device).expand(batch, -1), 0, None)
+        x = self._forward(
+            tokens, torch.arange(context, device=tokens.device).expand(batch, -1), 0, None
+        )
         last = x[self._rows, 2 * (lengths - 1)]
         return RootOutput(wm.head_policy.head_module(last), wm.head_value.head_module(last))
 
     @torch.no_grad()
     def expand(self, simulation: int, parents: Tensor, actions: Tensor) -> NodeOutput:
-        """Take `actions[b]` in node `parents[b]` of every root b; the new node gets index `simulation + 1`.
+        """Take `actions[b]` in node `parents[b]` of every root b; the new node gets index
+        `simulation + 1`.
 
         Args:
             parents: `[B]` node indices, 0 = root. actions: `[B]` ids.
@@ -95,7 +122,9 @@ class SearchMemory:
         mask = self._mask[self._rows, parents]
         position = self._position[self._rows, parents]
         mask[:, slot] = True
-        x = self._forward(wm.act_embedding_table(actions)[:, None], self._clamp(position + 1)[:, None], slot, mask)[:, 0]
+        x = self._forward(
+            wm.act_embedding_table(actions)[:, None], self._clamp(position + 1)[:, None], slot, mask
+        )[:, 0]
         reward = wm.head_rewards.head_module(x)
         latent = wm.head_observations.head_module(x)
         mask[:, slot + 1] = True
@@ -105,7 +134,9 @@ class SearchMemory:
         return NodeOutput(reward, wm.head_value.head_module(x), wm.head_policy.head_module(x))
 
     def _clamp(self, position: Tensor) -> Tensor:
-        """Paths deeper than the trained window reuse the positions of its last step, and are counted."""
+        """Paths deeper than the trained window reuse the positions of its last step, and are
+        counted.
+        """
         deep = position >= self._max_tokens
         if deep.any():
             self.positions_clamped += int(deep.sum())
@@ -114,24 +145,33 @@ class SearchMemory:
         return position
 
     def _forward(self, tokens: Tensor, positions: Tensor, slot: int, mask: Tensor | None) -> Tensor:
-        """Run `[B, n, D]` tokens through LightZero's blocks; their keys and values go to arena slots slot..slot+n-1.
+        """Run `[B, n, D]` tokens through LightZero's blocks; their keys and values go to arena
+        slots slot..slot+n-1.
 
-        With `mask` `[B, N]` a single token attends to the arena; without it the tokens attend to each other causally.
+        With `mask` `[B, N]` a single token attends to the arena; without it the tokens attend to
+        each other causally.
         """
         wm = self._wm
         batch, n, width = tokens.shape
         x = tokens + wm.pos_emb(positions)
         for layer, block in enumerate(wm.transformer.blocks):
             attn, h = block.attn, block.ln1(x)
-            q, k, v = (f(h).view(batch, n, wm.num_heads, -1).transpose(1, 2) for f in (attn.query, attn.key, attn.value))
-            self._keys[layer, :, :, slot:slot + n] = k
-            self._values[layer, :, :, slot:slot + n] = v
+            q, k, v = (
+                f(h).view(batch, n, wm.num_heads, -1).transpose(1, 2)
+                for f in (attn.query, attn.key, attn.value)
+            )
+            self._keys[layer, :, :, slot : slot + n] = k
+            self._values[layer, :, :, slot : slot + n] = v
             if mask is None:
                 y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             else:
                 end = slot + n
-                y = F.scaled_dot_product_attention(q, self._keys[layer, :, :, :end], self._values[layer, :, :, :end],
-                                                   attn_mask=mask[:, None, None, :end])
+                y = F.scaled_dot_product_attention(
+                    q,
+                    self._keys[layer, :, :, :end],
+                    self._values[layer, :, :, :end],
+                    attn_mask=mask[:, None, None, :end],
+                )
             x = x + attn.proj(y.transpose(1, 2).reshape(batch, n, width))
             x = x + block.mlp(block.ln2(x))
         return wm.transformer.ln_f(x)

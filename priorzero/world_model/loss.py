@@ -1,11 +1,13 @@
-"""The world model's loss: UniZero's four terms per sample and step, so that importance weights can act on them.
+"""The world model's loss: UniZero's four terms per sample and step, so that importance weights can
+act on them.
 
-LightZero 0.2.0 reduces each term to one number for the whole batch before it sees the importance weights, which
-therefore cannot have an effect, and it returns no priorities. With weights of one, the total here equals LightZero's
-`WorldModel.compute_loss` (tests/world_model/test_loss.py).
+LightZero 0.2.0 reduces each term to one number for the whole batch before it sees the importance
+weights, which therefore cannot have an effect, and it returns no priorities. With weights of one,
+the total here equals LightZero's `WorldModel.compute_loss` (tests/world_model/test_loss.py).
 
 Letters: `B` samples, `T` unroll steps, `D` width, `S` support size, `V` vocabulary size.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -29,8 +31,9 @@ class LossWeights:
 class WorldModelTargets:
     """What the unrolled model is compared with; masks are 1.0 where a term counts.
 
-    latent `[B, T, D]`: the target encoder's latent of the next observation. reward, value `[B, T, S]`: categorical.
-    policy `[B, T, V]`: visit distribution. mask_* `[B, T]`. used_actions `[V]` bool: ids that name an action so far.
+    latent `[B, T, D]`: the target encoder's latent of the next observation. reward, value `[B, T,
+    S]`: categorical. policy `[B, T, V]`: visit distribution. mask_* `[B, T]`. used_actions `[V]`
+    bool: ids that name an action so far.
     """
 
     latent: Tensor
@@ -45,7 +48,9 @@ class WorldModelTargets:
 
 
 def group_kl(prediction: Tensor, target: Tensor, group_size: int, epsilon: float = 1e-6) -> Tensor:
-    """Mean over SimNorm groups of KL(target || prediction); `[..., D]` each -> `[...]` (UniZero, eq. 6)."""
+    """Mean over SimNorm groups of KL(target || prediction); `[..., D]` each -> `[...]` (UniZero,
+    eq. 6).
+    """
     p = prediction.unflatten(-1, (-1, group_size)) + epsilon
     t = target.unflatten(-1, (-1, group_size)) + epsilon
     return F.kl_div(p.log(), t, reduction="none").sum(-1).mean(-1)
@@ -56,20 +61,25 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     return -(target * F.log_softmax(logits, dim=-1)).sum(-1)
 
 
-def world_model_loss(outputs: tuple[Tensor, Tensor, Tensor, Tensor], targets: WorldModelTargets, sample_weights: Tensor,
-                     group_size: int, weights: LossWeights | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+def world_model_loss(
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    targets: WorldModelTargets,
+    sample_weights: Tensor,
+    group_size: int,
+    weights: LossWeights | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Weighted loss of one unrolled batch.
 
-    For each term l with mask m, term = sum_b w_b sum_t m_bt l_bt / sum_bt m_bt; total = sum over terms of weight * term.
-    The policy's softmax runs over `used_actions` only: an id that names no action yet gets no gradient, so its logit
-    is still the neutral one when the action appears.
+    For each term l with mask m, term = sum_b w_b sum_t m_bt l_bt / sum_bt m_bt; total = sum over
+    terms of weight * term. The policy's softmax runs over `used_actions` only: an id that names no
+    action yet gets no gradient, so its logit is still the neutral one when the action appears.
 
     Args:
         outputs: `PriorZeroModel.unroll`'s next latent, reward, policy and value.
         sample_weights: `[B]` importance weights (ones without prioritised replay).
     Returns:
-        total (scalar) and the unweighted-by-term means under `latent_loss`, `reward_loss`, `policy_loss`,
-        `value_loss`, `policy_entropy`.
+        total (scalar) and the unweighted-by-term means under `latent_loss`, `reward_loss`,
+        `policy_loss`, `value_loss`, `policy_entropy`.
     """
     weights = weights or LossWeights()
     latent, reward, policy, value = outputs
@@ -82,9 +92,15 @@ def world_model_loss(outputs: tuple[Tensor, Tensor, Tensor, Tensor], targets: Wo
         "value_loss": (cross_entropy(value, targets.value), targets.mask_value),
         "policy_entropy": (-(log_policy.exp() * log_policy).sum(-1), targets.mask_policy),
     }
-    means = {name: (sample_weights[:, None] * mask * loss).sum() / mask.sum().clamp(min=1.0)
-             for name, (loss, mask) in terms.items()}
-    total = (weights.latent * means["latent_loss"] + weights.reward * means["reward_loss"]
-             + weights.policy * means["policy_loss"] + weights.value * means["value_loss"]
-             - weights.entropy * means["policy_entropy"])
+    means = {
+        name: (sample_weights[:, None] * mask * loss).sum() / mask.sum().clamp(min=1.0)
+        for name, (loss, mask) in terms.items()
+    }
+    total = (
+        weights.latent * means["latent_loss"]
+        + weights.reward * means["reward_loss"]
+        + weights.policy * means["policy_loss"]
+        + weights.value * means["value_loss"]
+        - weights.entropy * means["policy_entropy"]
+    )
     return total, {name: value.detach() for name, value in means.items()}

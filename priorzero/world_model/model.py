@@ -1,15 +1,17 @@
-"""UniZero's network (arXiv:2406.10667) on text: observation vectors in, action tokens made from the action's text.
+"""UniZero's network (arXiv:2406.10667) on text: observation vectors in, action tokens made from the
+action's text.
 
 `PriorZeroModel` is LightZero's `UniZeroModel` with three parts exchanged:
 
-* the observation encoder normalises with LayerNorm instead of BatchNorm, so that one state encodes to the same latent
-  in training, in search and in any batch;
-* the action table is `TextActionEmbedding` (with a text vocabulary), so that a command seen for the first time enters
-  the model as its meaning and not as noise;
+* the observation encoder normalises with LayerNorm instead of BatchNorm, so that one state encodes
+  to the same latent in training, in search and in any batch;
+* the action table is `TextActionEmbedding` (with a text vocabulary), so that a command seen for the
+  first time enters the model as its meaning and not as noise;
 * the decoder LightZero builds for its own memory task is dropped.
 
 Used by `priorzero_policy.py`; `inference.py` and `loss.py` beside this file take an instance.
 """
+
 from __future__ import annotations
 
 import torch
@@ -25,12 +27,15 @@ with quiet_base():
 
 
 class TextActionEmbedding(nn.Module):
-    """Action token = projection of the action text's frozen embedding + a learned residual of its id.
+    """Action token = projection of the action text's frozen embedding + a learned residual of its
+    id.
 
-    The residual starts at zero, so a new action begins as its text says and can then drift to what it does in the
-    game. Ids without a text (the vocabulary's overflow ids) have a zero text vector and live from the residual alone.
+    The residual starts at zero, so a new action begins as its text says and can then drift to what
+    it does in the game. Ids without a text (the vocabulary's overflow ids) have a zero text vector
+    and live from the residual alone.
 
-    Shapes: ids `[...]` int64 -> tokens `[..., D]`. The buffer `text` is `[V, E]`, filled by `set_text`.
+    Shapes: ids `[...]` int64 -> tokens `[..., D]`. The buffer `text` is `[V, E]`, filled by
+    `set_text`.
     """
 
     def __init__(self, vocabulary_size: int, text_dim: int, width: int) -> None:
@@ -39,7 +44,8 @@ class TextActionEmbedding(nn.Module):
         self.projection = nn.Linear(text_dim, width, bias=False)
         self.residual = nn.Embedding(vocabulary_size, width)
         nn.init.zeros_(self.residual.weight)
-        # Sentence embeddings have unit length; this gives tokens the scale of an nn.Embedding drawn from N(0, 0.02).
+        # Sentence embeddings have unit length; this gives tokens the scale of an nn.Embedding drawn
+        # from N(0, 0.02).
         nn.init.normal_(self.projection.weight, std=0.02)
 
     @torch.no_grad()
@@ -58,36 +64,57 @@ class PriorZeroModel(UniZeroModel):
     Args:
         observation_shape: dimension of an observation vector.
         action_space_size: `V`, size of the action vocabulary.
-        action_text_dim: `E`, dimension of an action text's embedding; 0 keeps LightZero's plain table (positional ids).
+        action_text_dim: `E`, dimension of an action text's embedding; 0 keeps LightZero's plain
+            table (positional ids).
         world_model_cfg: LightZero's world-model settings.
     """
 
-    def __init__(self, observation_shape: int, action_space_size: int, world_model_cfg: EasyDict,
-                 action_text_dim: int = 0, **kwargs) -> None:
+    def __init__(
+        self,
+        observation_shape: int,
+        action_space_size: int,
+        world_model_cfg: EasyDict,
+        action_text_dim: int = 0,
+        **kwargs,
+    ) -> None:
         with quiet_base():
-            super().__init__(observation_shape=observation_shape, action_space_size=action_space_size,
-                             world_model_cfg=world_model_cfg, norm_type="LN")
-            encoder = RepresentationNetworkMLP(observation_shape, hidden_channels=world_model_cfg.embed_dim, layer_num=2,
-                                               activation=self.activation, norm_type="LN",
-                                               group_size=world_model_cfg.group_size)
+            super().__init__(
+                observation_shape=observation_shape,
+                action_space_size=action_space_size,
+                world_model_cfg=world_model_cfg,
+                norm_type="LN",
+            )
+            encoder = RepresentationNetworkMLP(
+                observation_shape,
+                hidden_channels=world_model_cfg.embed_dim,
+                layer_num=2,
+                activation=self.activation,
+                norm_type="LN",
+                group_size=world_model_cfg.group_size,
+            )
         self.representation_network = encoder
         self.tokenizer.encoder = encoder
         self.tokenizer.decoder_network = None
         self.decoder_network = None
         if action_text_dim:
             self.world_model.act_embedding_table = TextActionEmbedding(
-                action_space_size, action_text_dim, world_model_cfg.embed_dim)
+                action_space_size, action_text_dim, world_model_cfg.embed_dim
+            )
         self.to(self.world_model.device)
 
     def set_action_text(self, ids: list[int], embeddings: Tensor) -> None:
-        """Give the texts of newly named actions to the action table; a plain table has none and ignores it."""
+        """Give the texts of newly named actions to the action table; a plain table has none and
+        ignores it.
+        """
         table = self.world_model.act_embedding_table
         if isinstance(table, TextActionEmbedding):
             table.set_text(ids, embeddings)
 
     def encode(self, observations: Tensor) -> Tensor:
         """Observation vectors `[..., E]` -> latent states `[..., D]` (SimNorm groups sum to 1)."""
-        return self.tokenizer.encoder(observations.flatten(0, -2)).view(*observations.shape[:-1], -1)
+        return self.tokenizer.encoder(observations.flatten(0, -2)).view(
+            *observations.shape[:-1], -1
+        )
 
     def unroll(self, latents: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The full causal forward of LightZero's world model over o_0 a_0 o_1 a_1 … (no cache).
@@ -95,10 +122,13 @@ class PriorZeroModel(UniZeroModel):
         Args:
             latents: `[B, T, D]`. actions: `[B, T]` ids.
         Returns:
-            logits of next latent `[B, T, D]` (SimNorm-ed), reward `[B, T, S]`, policy `[B, T, V]`, value `[B, T, S]`.
+            logits of next latent `[B, T, D]` (SimNorm-ed), reward `[B, T, S]`, policy `[B, T, V]`,
+            value `[B, T, S]`.
         """
         out = self.world_model.forward(
             {"obs_embeddings_and_act_tokens": (latents.unsqueeze(2), actions.unsqueeze(-1))},
-            # Only rotary embeddings would use it; UniZero's positions count from the window's start.
-            start_pos=torch.zeros(len(actions), 1, dtype=torch.long))
+            # Only rotary embeddings would use it; UniZero's positions count from the window's
+            # start.
+            start_pos=torch.zeros(len(actions), 1, dtype=torch.long),
+        )
         return out.logits_observations, out.logits_rewards, out.logits_policy, out.logits_value

@@ -12,7 +12,9 @@ _CHECKOUT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory):
-    """Generated games and known states of this test session: nothing from an earlier run can help a test to pass."""
+    """Generated games and known states of this test session: nothing from an earlier run can help a
+    test to pass.
+    """
     folder = tmp_path_factory.mktemp("priorzero-cache")
     patch = pytest.MonkeyPatch()
     patch.setenv("PRIORZERO_CACHE", str(folder))

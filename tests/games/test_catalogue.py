@@ -1,4 +1,6 @@
-"""Ids to games: look-up order, options, catalogue against Jericho's and TextWorld's own figures, error texts."""
+"""Ids to games: look-up order, options, catalogue against Jericho's and TextWorld's own figures,
+error texts.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,11 @@ def test_catalogue_agrees_with_jericho(detective, zork1):
 def test_unknown_supported_game_gets_settings_from_the_file(detective, monkeypatch):
     monkeypatch.delitem(STORIES, "detective")
     spec = resolve_game(detective)
-    assert (spec.max_score, spec.max_steps, spec.score_range) == (360.0, 102, (0.0, 360.0))  # twice 51 steps
+    assert (spec.max_score, spec.max_steps, spec.score_range) == (
+        360.0,
+        102,
+        (0.0, 360.0),
+    )  # twice 51 steps
     assert default_settings("new", 10, 0).max_steps == 200
 
 
@@ -120,7 +126,8 @@ def test_concurrent_generators_build_once(monkeypatch):
     monkeypatch.setattr(generate, "_build", lambda *a: (builds.append(a), build(*a)))
     results: list[Path] = []
     threads = [
-        threading.Thread(target=lambda: results.append(generate.generate("tw-coin:level=2,seed=9"))) for _ in range(3)
+        threading.Thread(target=lambda: results.append(generate.generate("tw-coin:level=2,seed=9")))
+        for _ in range(3)
     ]
     for thread in threads:
         thread.start()
@@ -128,7 +135,11 @@ def test_concurrent_generators_build_once(monkeypatch):
         thread.join()
     assert len(builds) == 1 and len(set(results)) == 1 and len(results) == 3
     spec = resolve_game("tw-coin:level=2,seed=9")
-    assert dict(spec.options) == {"level": 2, "seed": 9} and spec.max_score == 1.0 and len(spec.walkthrough) == 2
+    assert (
+        dict(spec.options) == {"level": 2, "seed": 9}
+        and spec.max_score == 1.0
+        and len(spec.walkthrough) == 2
+    )
     assert not list(results[0].parent.parent.glob(".building-*"))
 
 
@@ -139,7 +150,9 @@ def test_failed_generation_leaves_nothing_and_quotes_tw_make(tmp_path, monkeypat
     monkeypatch.setattr(generate, "_tw_make", lambda: [generate.sys.executable, str(fake)])
     with pytest.raises(PriorZeroError, match="no quest possible"):
         resolve_game("tw-coin:level=3")
-    assert not list(tmp_path.glob("textworld-*/*/game.z8")) and not list(tmp_path.glob("textworld-*/.building-*"))
+    assert not list(tmp_path.glob("textworld-*/*/game.z8")) and not list(
+        tmp_path.glob("textworld-*/.building-*")
+    )
 
 
 def test_auto_says_which_game_and_why(zork1, tmp_path, monkeypatch, caplog):

@@ -34,27 +34,44 @@ def play(env, chooser: random.Random, steps: int) -> list[tuple]:
     return trace
 
 
-# --- whole games ----------------------------------------------------------------------------------------------------
+# --- whole games
+# ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("env_id", ["tw-simple", "tw-cooking:recipe=1,take=1,go=6,cook,seed=4", COIN])
+@pytest.mark.parametrize(
+    "env_id", ["tw-simple", "tw-cooking:recipe=1,take=1,go=6,cook,seed=4", COIN]
+)
 def test_walkthrough_wins_generated_games(make_env, env_id):
     env = make_env(env_id=env_id)
     obs = env.reset()
     rewards = []
     for command in env.walkthrough():
-        assert command in obs["valid_actions"] and list(obs["valid_actions"]) == sorted(set(obs["valid_actions"]))
+        assert command in obs["valid_actions"] and list(obs["valid_actions"]) == sorted(
+            set(obs["valid_actions"])
+        )
         timestep = env.step(command)
         obs = timestep.obs
         rewards.append(timestep.reward)
-    assert timestep.done and timestep.info["won"] and timestep.info["terminated"] and not timestep.info["truncated"]
-    assert timestep.info["score"] == timestep.info["max_score"] == env.game.max_score == sum(rewards)
-    assert timestep.info["eval_episode_return"] == sum(rewards) and timestep.info["done_kind"] == "terminated"
+    assert (
+        timestep.done
+        and timestep.info["won"]
+        and timestep.info["terminated"]
+        and not timestep.info["truncated"]
+    )
+    assert (
+        timestep.info["score"] == timestep.info["max_score"] == env.game.max_score == sum(rewards)
+    )
+    assert (
+        timestep.info["eval_episode_return"] == sum(rewards)
+        and timestep.info["done_kind"] == "terminated"
+    )
     assert obs["valid_actions"] == ()
 
 
 def test_walkthrough_of_detective_reaches_its_maximum(make_env, detective):
-    """Through every check of step(); Jericho's list has "west" where the walkthrough types "W", hence extra_actions."""
+    """Through every check of step(); Jericho's list has "west" where the walkthrough types "W",
+    hence extra_actions.
+    """
     commands = TextGameEnv({"env_id": detective}).walkthrough()
     env = make_env(env_id=detective, extra_actions=sorted(set(commands)))
     first = env.reset()
@@ -62,7 +79,9 @@ def test_walkthrough_of_detective_reaches_its_maximum(make_env, detective):
     for command in commands:
         timestep = env.step(command)
     assert timestep.info["score"] == 360 == timestep.info["max_score"] and timestep.info["won"]
-    assert timestep.done and timestep.info["eval_episode_return"] == 350.0  # ten points are there at the start
+    assert (
+        timestep.done and timestep.info["eval_episode_return"] == 350.0
+    )  # ten points are there at the start
     # All states are known now: a second pass asks the interpreter for nothing but steps.
     misses = env.stats()["state_misses"]
     env.reset()
@@ -71,7 +90,8 @@ def test_walkthrough_of_detective_reaches_its_maximum(make_env, detective):
     assert env.stats()["state_misses"] == misses and env.stats()["state_hits"] >= 51
 
 
-# --- seeds ----------------------------------------------------------------------------------------------------------
+# --- seeds
+# ----------------------------------------------------------------------------------------------------------
 
 
 def test_stock_jericho_takes_seed_0_for_the_walkthroughs(zork1, make_env):
@@ -83,7 +103,11 @@ def test_stock_jericho_takes_seed_0_for_the_walkthroughs(zork1, make_env):
     env = make_env(env_id=zork1)
     env.seed(0)
     env.reset()
-    assert env.episode_seed >= FIRST_SEED > max(r["seed"] for r in jericho.defines.BINDINGS_DICT.values())
+    assert (
+        env.episode_seed
+        >= FIRST_SEED
+        > max(r["seed"] for r in jericho.defines.BINDINGS_DICT.values())
+    )
 
 
 def test_train_and_eval_seeds_are_disjoint_and_spread():
@@ -92,9 +116,13 @@ def test_train_and_eval_seeds_are_disjoint_and_spread():
     evaluation = {episode_seed(*key, "eval") for key in grid}
     assert len(train) == len(evaluation) == len(grid)
     assert not train & evaluation
-    assert all(seed % 2 == 0 for seed in train) and all(seed % 2 == 1 for seed in evaluation)  # by construction
+    assert all(seed % 2 == 0 for seed in train) and all(
+        seed % 2 == 1 for seed in evaluation
+    )  # by construction
     assert all(FIRST_SEED <= seed < 2**31 for seed in train | evaluation)
-    assert episode_seed(0, 1, 0, "train") != episode_seed(1, 0, 0, "train")  # DI-engine's seed + i would collide
+    assert episode_seed(0, 1, 0, "train") != episode_seed(
+        1, 0, 0, "train"
+    )  # DI-engine's seed + i would collide
 
 
 # To the troll with lamp and sword, then fight: what happens is up to the random numbers.
@@ -117,7 +145,9 @@ FIGHT = [
 
 def test_episodes_differ_by_seed_and_repeat_by_seed(zork1, make_env):
     def fights(**settings) -> list[str]:
-        env = make_env(env_id=zork1, extra_actions=FIGHT, observation_parts=["feedback"], **settings)
+        env = make_env(
+            env_id=zork1, extra_actions=FIGHT, observation_parts=["feedback"], **settings
+        )
         texts = []
         for _ in range(4):
             env.reset()
@@ -137,13 +167,19 @@ def test_episodes_differ_by_seed_and_repeat_by_seed(zork1, make_env):
 
 
 def test_random_play_is_reproducible_whatever_the_cache_holds(zork1, make_env, tmp_path):
-    """Valid actions do not depend on who asked first: two empty caches and a full one give the same episodes."""
+    """Valid actions do not depend on who asked first: two empty caches and a full one give the same
+    episodes.
+    """
     paths = [tmp_path / "a.sqlite", tmp_path / "b.sqlite", tmp_path / "a.sqlite"]
-    traces = [play(make_env(env_id=zork1, seed=5, cache_path=str(path)), random.Random(1), 30) for path in paths]
+    traces = [
+        play(make_env(env_id=zork1, seed=5, cache_path=str(path)), random.Random(1), 30)
+        for path in paths
+    ]
     assert traces[0] == traces[1] == traces[2]
 
 
-# --- steps ----------------------------------------------------------------------------------------------------------
+# --- steps
+# ----------------------------------------------------------------------------------------------------------
 
 
 def test_invalid_action_raises_and_changes_nothing(make_env):
@@ -206,7 +242,9 @@ def test_reset_that_cannot_work_gives_up_with_a_reason(make_env):
 
 
 def test_state_without_valid_actions_offers_the_fallback(make_env, detective, tmp_path):
-    env = make_env(env_id=detective, cache_path=str(tmp_path / "c.sqlite"), fallback_actions=["wait", "look"])
+    env = make_env(
+        env_id=detective, cache_path=str(tmp_path / "c.sqlite"), fallback_actions=["wait", "look"]
+    )
     start = env.reset()
     env._cache.put(env.game.story_key, "dark", StateDetails((), "Dark.", ""))
     state = GameState("You wait.", 10.0, terminated=False, won=False, moves=1, state_hash="dark")
@@ -215,7 +253,13 @@ def test_state_without_valid_actions_offers_the_fallback(make_env, detective, tm
 
 
 @pytest.mark.parametrize(
-    "settings", [{"split": "test"}, {"observation_parts": ["smell"]}, {"fallback_actions": []}, {"max_steps": 0}]
+    "settings",
+    [
+        {"split": "test"},
+        {"observation_parts": ["smell"]},
+        {"fallback_actions": []},
+        {"max_steps": 0},
+    ],
 )
 def test_wrong_settings_are_refused(settings):
     with pytest.raises(PriorZeroError, match=next(iter(settings))):
@@ -232,10 +276,14 @@ def test_text_says_nothing_twice():
     assert text("Hall\n\nA hall.") == "Hall\n\nA hall.\nYou carry nothing."  # moving shows the room
     assert text("Hall") == "Hall\nA hall.\nYou carry nothing."  # a known room answers with its name
     assert text("You carry nothing.") == "You carry nothing.\nHall\nA hall."
-    assert text("Taken.", parts=("feedback",)) == "Taken." and text("You died.", terminated=True) == "You died."
+    assert (
+        text("Taken.", parts=("feedback",)) == "Taken."
+        and text("You died.", terminated=True) == "You died."
+    )
 
 
-# --- several environments -------------------------------------------------------------------------------------------
+# --- several environments
+# -------------------------------------------------------------------------------------------
 
 
 def test_di_engine_base_manager_runs_it():
@@ -269,7 +317,9 @@ def test_di_engine_base_manager_runs_it():
 
 
 def test_group_overlaps_calls_and_keeps_the_others_results():
-    group = GameEnvGroup([partial(TextGameEnv, {"env_id": COIN, "step_timeout_s": 1.0}) for _ in range(4)], seed=3)
+    group = GameEnvGroup(
+        [partial(TextGameEnv, {"env_id": COIN, "step_timeout_s": 1.0}) for _ in range(4)], seed=3
+    )
     try:
         assert set(group.reset()) == {0, 1, 2, 3}
         assert len({env.episode_seed for env in group.envs}) == 4

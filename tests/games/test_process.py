@@ -1,4 +1,6 @@
-"""Interpreter processes: what they load, hangs, crashes, orphans; describing a state does not touch the game."""
+"""Interpreter processes: what they load, hangs, crashes, orphans; describing a state does not touch
+the game.
+"""
 
 from __future__ import annotations
 
@@ -126,7 +128,9 @@ def test_describing_a_state_leaves_the_game_alone(zork1):
     described, twin = GameProcess("jericho", zork1), GameProcess("jericho", zork1)
     choice = random.Random(3)
     try:
-        assert described.call("reset", 7001, timeout_s=LIMIT) == twin.call("reset", 7001, timeout_s=LIMIT)
+        assert described.call("reset", 7001, timeout_s=LIMIT) == twin.call(
+            "reset", 7001, timeout_s=LIMIT
+        )
         for _ in range(60):
             details = described.call("describe", timeout_s=LIMIT)
             assert list(details.valid_actions) == sorted(set(details.valid_actions))
@@ -140,11 +144,15 @@ def test_describing_a_state_leaves_the_game_alone(zork1):
         twin.close()
 
 
-TO_THE_TROLL = "s/e/open window/w/w/take lamp/take sword/move rug/open trap door/turn on lamp/d/n".split("/")
+TO_THE_TROLL = (
+    "s/e/open window/w/w/take lamp/take sword/move rug/open trap door/turn on lamp/d/n".split("/")
+)
 
 
 def test_valid_actions_depend_on_the_world_state_alone(zork1):
-    """In the troll's room Jericho's own list varies with the random numbers drawn so far (7 lists for one state)."""
+    """In the troll's room Jericho's own list varies with the random numbers drawn so far (7 lists
+    for one state).
+    """
     game = GameProcess("jericho", zork1)
     lists: dict[str, set] = {}
     try:
@@ -178,4 +186,7 @@ def test_textworld_noise_is_dropped():
     )
     raw = banner + "Cook!\n\n-= Kitchen =-\nA   room.\n\n\n\n>" + " " * 90 + "-= Kitchen =-0/1"
     assert backends.tidy_textworld(raw) == "Cook!\n\n-= Kitchen =-\nA room."
-    assert backends.tidy_textworld("You won.\n\nWould you like to RESTART, RESTORE a saved game\n>   ") == "You won."
+    assert (
+        backends.tidy_textworld("You won.\n\nWould you like to RESTART, RESTORE a saved game\n>   ")
+        == "You won."
+    )

@@ -1,4 +1,6 @@
-"""The cache of known states: memory, disk, several processes, damage, a disk that cannot be written."""
+"""The cache of known states: memory, disk, several processes, damage, a disk that cannot be
+written.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +77,9 @@ def test_concurrent_processes_lose_nothing(tmp_path):
     cache = ValidActionCache(path)
     for i in range(150):
         assert cache.get("story", f"shared-{i}").valid_actions[0] in names
-        assert [cache.get("story", f"{name}-{i}").valid_actions for name in names] == [(name,) for name in names]
+        assert [cache.get("story", f"{name}-{i}").valid_actions for name in names] == [
+            (name,) for name in names
+        ]
 
 
 def test_concurrent_threads(tmp_path):

@@ -1,4 +1,5 @@
 """Small random models and the embedded real one, shared by the LLM tests."""
+
 from __future__ import annotations
 
 import os
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from priorzero.llm.requests import ScoreRequest, TextTokeniser, TokenisedRequest
+from priorzero.llm.scoring.requests import ScoreRequest, TextTokeniser, TokenisedRequest
 from priorzero.types import HistoryItem, TextState
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,7 +20,9 @@ def reference_logprobs(model, request: TokenisedRequest) -> list[list[float]]:
     start = request.num_prompt_tokens
     with torch.no_grad():
         for action in request.action_ids:
-            logits = model(torch.tensor([request.prompt_ids + action])).logits.float().log_softmax(-1)
+            logits = (
+                model(torch.tensor([request.prompt_ids + action])).logits.float().log_softmax(-1)
+            )
             out.append([float(logits[0, start - 1 + j, token]) for j, token in enumerate(action)])
     return out
 
@@ -28,10 +31,24 @@ def tiny_llama(seed: int = 0, vocab: int = 97, **settings):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    config = LlamaConfig(**dict(
-        vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.12, attn_implementation="sdpa",
-        tie_word_embeddings=True, eos_token_id=1, bos_token_id=2, pad_token_id=0) | settings)
+    config = LlamaConfig(
+        **dict(
+            vocab_size=vocab,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            initializer_range=0.12,
+            attn_implementation="sdpa",
+            tie_word_embeddings=True,
+            eos_token_id=1,
+            bos_token_id=2,
+            pad_token_id=0,
+        )
+        | settings
+    )
     return LlamaForCausalLM(config).eval()
 
 
@@ -54,7 +71,9 @@ class ByteTokenizer:
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Tiny models gain nothing from a second thread, and on a busy machine all lose much to waiting for it."""
+    """Tiny models gain nothing from a second thread, and on a busy machine all lose much to waiting
+    for it.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -83,7 +102,9 @@ def byte_model():
 
 @pytest.fixture(scope="session")
 def smollm():
-    """(model in float32, tokenizer, resolved) of the embedded LLM; skipped where its package is not installed."""
+    """(model in float32, tokenizer, resolved) of the embedded LLM; skipped where its package is not
+    installed.
+    """
     from priorzero.llm.model import load_llm, resolve_llm
     from priorzero.types import PriorZeroError
 
@@ -97,9 +118,13 @@ def smollm():
 
 @pytest.fixture(scope="session")
 def states() -> list[TextState]:
-    """Two states of a real game, reached by its walkthrough; the candidates are commands of the walkthrough."""
+    """Two states of a real game, reached by its walkthrough; the candidates are commands of the
+    walkthrough.
+    """
     folders = [os.environ.get("PRIORZERO_GAMES"), ROOT / "games", ROOT.parent / "shared" / "games"]
-    stories = [Path(f) / "detective.z5" for f in folders if f and (Path(f) / "detective.z5").is_file()]
+    stories = [
+        Path(f) / "detective.z5" for f in folders if f and (Path(f) / "detective.z5").is_file()
+    ]
     if not stories:
         pytest.skip("detective.z5 is in none of $PRIORZERO_GAMES, ./games, ../shared/games")
     from jericho import FrotzEnv

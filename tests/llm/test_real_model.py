@@ -1,8 +1,10 @@
-"""Engines on the real embedded LLM and the text of a real game, against one full float32 forward per action.
+"""Engines on the real embedded LLM and the text of a real game, against one full float32 forward
+per action.
 
-Slow parts: the reference itself, and vLLM's CPU engine, which is started once for the module, once more after it was
-killed, and once in a process that is killed itself.
+Slow parts: the reference itself, and vLLM's CPU engine, which is started once for the module, once
+more after it was killed, and once in a process that is killed itself.
 """
+
 from __future__ import annotations
 
 import asyncio
@@ -20,12 +22,12 @@ import pytest
 import pytest_asyncio
 import torch
 
-from priorzero.llm.canary import push_and_verify
-from priorzero.llm.factory import create_engine
-from priorzero.llm.requests import ReasoningSettings, ScoreRequest, TextTokeniser
-from priorzero.llm.settings import EngineSettings, VLLMSettings
-from priorzero.llm.trainer import LLMTrainer, LLMTrainerSettings, SFTSample
-from priorzero.llm.transformers_engine import TransformersEngine
+from priorzero.llm.engines.choice import create_engine
+from priorzero.llm.engines.transformers_engine import TransformersEngine
+from priorzero.llm.scoring.requests import ReasoningSettings, ScoreRequest, TextTokeniser
+from priorzero.llm.update.trainers.builtin import LLMTrainer, LLMTrainerSettings, SFTSample
+from priorzero.llm.weights.canary import push_and_verify
+from priorzero.settings.engine_old import EngineSettings, VLLMSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -54,13 +56,17 @@ async def test_transformers_float32_and_bfloat16(smollm, requests, reference):
         await engine.close()
 
 
-@pytest.mark.parametrize(("residual", "stored"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("residual", "stored"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)]
+)
 async def test_residual_dtype_of_the_engines_copy(residual, stored, smollm, requests):
     """Its copy is stored as asked, and either way near the float32 engine."""
     model, tokenizer, resolved = smollm
     text = TextTokeniser(tokenizer, 2048)
     few = [ScoreRequest(r.head, r.body, r.actions[:3], r.action_prefix) for r in requests]
-    settings = EngineSettings(kind="transformers", compute_dtype="bfloat16", residual_dtype=residual, cache_size=0)
+    settings = EngineSettings(
+        kind="transformers", compute_dtype="bfloat16", residual_dtype=residual, cache_size=0
+    )
     engine = await create_engine(settings, resolved, text=text)
     assert engine.model.model.norm.weight.dtype == stored and engine.dtype == torch.bfloat16
     assert engine.model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
@@ -72,7 +78,9 @@ async def test_residual_dtype_of_the_engines_copy(residual, stored, smollm, requ
 
 
 def _trained(smollm, requests) -> LLMTrainer:
-    """A trainer on a copy of the real model after one update; its tied head differs from the published one."""
+    """A trainer on a copy of the real model after one update; its tied head differs from the
+    published one.
+    """
     model, tokenizer, _ = smollm
     trainer = LLMTrainer(copy.deepcopy(model), tokenizer, LLMTrainerSettings(learning_rate=1e-4))
     target = (1.0,) + (0.0,) * (len(requests[0].actions) - 1)
@@ -86,7 +94,10 @@ vllm_tests = [
     pytest.mark.asyncio(loop_scope="module"),
 ]
 SETTINGS = EngineSettings(
-    kind="vllm", required=True, cache_size=0, max_restarts=1,
+    kind="vllm",
+    required=True,
+    cache_size=0,
+    max_restarts=1,
     reasoning=ReasoningSettings(max_new_tokens=8, temperature=0.0),
     vllm=VLLMSettings(dtype="float32", max_model_len=1024, kv_cache_gb=0.5),
 )
@@ -104,11 +115,21 @@ async def vllm(smollm):
 class TestVLLM:
     pytestmark = vllm_tests
 
-    async def test_equals_reference_with_and_without_reasoning(self, vllm, smollm, requests, reference):
-        thinking = ScoreRequest(requests[1].head, requests[1].body, requests[1].actions[:2], " ", reasoning=True)
-        odd = ScoreRequest(requests[0].head, requests[0].body, ("öffne Tür", "", "go", "go north", "go"), " ")
-        many = ScoreRequest("", "Pick.", tuple(f"{w}{i}" for i in range(50) for w in ("buy ", "sell ", "", "x")))
-        answers = await vllm.score([requests[0], thinking, odd, many, ScoreRequest("", "The end.", ())])
+    async def test_equals_reference_with_and_without_reasoning(
+        self, vllm, smollm, requests, reference
+    ):
+        thinking = ScoreRequest(
+            requests[1].head, requests[1].body, requests[1].actions[:2], " ", reasoning=True
+        )
+        odd = ScoreRequest(
+            requests[0].head, requests[0].body, ("öffne Tür", "", "go", "go north", "go"), " "
+        )
+        many = ScoreRequest(
+            "", "Pick.", tuple(f"{w}{i}" for i in range(50) for w in ("buy ", "sell ", "", "x"))
+        )
+        answers = await vllm.score(
+            [requests[0], thinking, odd, many, ScoreRequest("", "The end.", ())]
+        )
         text = vllm.text
         few = ScoreRequest(requests[0].head, requests[0].body, requests[0].actions[:4], " ")
         check((await vllm.score([few]))[0], reference(smollm[0], text.tokenise(few)), 0.005)
@@ -126,7 +147,9 @@ class TestVLLM:
         greedy = await TransformersEngine(smollm[0], vllm.text).generate(prompts, 8, 0.0)
         assert await vllm.generate(prompts, 8, 0.0) == greedy
 
-    async def test_new_weights_answer_and_survive_a_killed_engine(self, vllm, smollm, requests, reference):
+    async def test_new_weights_answer_and_survive_a_killed_engine(
+        self, vllm, smollm, requests, reference
+    ):
         before = (await vllm.score(requests))[0]
         trainer = _trained(smollm, requests)
         report = await push_and_verify(vllm, trainer, requests[1])
@@ -146,11 +169,17 @@ class TestVLLM:
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
-async def test_vllm_in_bfloat16_with_and_without_reasoning_and_after_an_update(smollm, requests, reference):
-    """Within 0.3 of float32, the number format of a run; after an update, of float32 with the weights rounded alike."""
+async def test_vllm_in_bfloat16_with_and_without_reasoning_and_after_an_update(
+    smollm, requests, reference
+):
+    """Within 0.3 of float32, the number format of a run; after an update, of float32 with the
+    weights rounded alike.
+    """
     model, tokenizer, resolved = smollm
     text = TextTokeniser(tokenizer, 1024)
-    settings = dataclasses.replace(SETTINGS, vllm=dataclasses.replace(SETTINGS.vllm, dtype="bfloat16"))
+    settings = dataclasses.replace(
+        SETTINGS, vllm=dataclasses.replace(SETTINGS.vllm, dtype="bfloat16")
+    )
     few = [ScoreRequest(r.head, r.body, r.actions[:3], " ") for r in requests]
     thinking = dataclasses.replace(few[1], reasoning=True)
     engine = await create_engine(settings, resolved, text=text)
@@ -166,8 +195,14 @@ async def test_vllm_in_bfloat16_with_and_without_reasoning_and_after_an_update(s
         answers = await engine.score(few)
         for answer, request in zip(answers, few, strict=True):
             check(answer, reference(rounded, text.tokenise(request)), 0.3)
-        assert max(abs(a - b) for x, y in zip(answers, before, strict=False)
-                   for a, b in zip(x.totals(), y.totals(), strict=True)) > 0.5
+        assert (
+            max(
+                abs(a - b)
+                for x, y in zip(answers, before, strict=False)
+                for a, b in zip(x.totals(), y.totals(), strict=True)
+            )
+            > 0.5
+        )
     finally:
         await engine.close()
 
@@ -181,8 +216,8 @@ def test_a_killed_trainer_leaves_no_engine_behind(smollm, tmp_path):
     script.write_text(
         "import asyncio, pathlib, time\n"
         "from priorzero.llm.model import resolve_llm\n"
-        "from priorzero.llm.settings import EngineSettings, VLLMSettings\n"
-        "from priorzero.llm.vllm_engine import VLLMEngine\n"
+        "from priorzero.settings.engine_old import EngineSettings, VLLMSettings\n"
+        "from priorzero.llm.engines.vllm_engine import VLLMEngine\n"
         "async def main():\n"
         "    settings = EngineSettings(vllm=VLLMSettings(max_model_len=256, kv_cache_gb=0.25))\n"
         "    engine = await VLLMEngine.start(resolve_llm('embedded'), settings)\n"
@@ -196,7 +231,9 @@ def test_a_killed_trainer_leaves_no_engine_behind(smollm, tmp_path):
     try:
         deadline = time.monotonic() + 240
         while not (report.exists() and report.read_text()):
-            assert trainer.poll() is None and time.monotonic() < deadline, "the engine did not start"
+            assert trainer.poll() is None and time.monotonic() < deadline, (
+                "the engine did not start"
+            )
             time.sleep(0.5)
         engines = [psutil.Process(int(pid)) for pid in report.read_text().split()]
         assert engines
@@ -211,6 +248,6 @@ def test_a_killed_trainer_leaves_no_engine_behind(smollm, tmp_path):
 
 def test_asyncio_is_not_blocked_by_the_module():
     """The engines' modules import without vLLM and without a running loop."""
-    code = "import priorzero.llm.factory, priorzero.llm.vllm_engine, sys; assert 'vllm' not in sys.modules"
+    code = "import priorzero.llm.engines.choice, priorzero.llm.engines.vllm_engine, sys; assert 'vllm' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
     assert asyncio.iscoroutinefunction(create_engine)

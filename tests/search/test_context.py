@@ -1,4 +1,5 @@
 """What a root looks back on, per environment."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -12,7 +13,9 @@ def vector(x):
 
 
 def play(store, env_id, steps, base=0):
-    """steps observations base, base + 1, … with actions 100 + step between them; the last one has no action yet."""
+    """steps observations base, base + 1, … with actions 100 + step between them; the last one has
+    no action yet.
+    """
     for i in range(steps):
         store.observe(env_id, vector(base + i))
         if i < steps - 1:
@@ -40,7 +43,7 @@ def test_action_and_observation_stay_aligned_while_the_window_slides():
         assert n == min(i + 1, 3)
         seen = observations[0, :n, 0].int().tolist()
         assert seen == list(range(i - n + 1, i + 1))
-        assert actions[0, :n - 1].tolist() == [100 + s for s in seen[:-1]]
+        assert actions[0, : n - 1].tolist() == [100 + s for s in seen[:-1]]
         store.act(0, 100 + i)
 
 
@@ -59,7 +62,9 @@ def test_reset_forgets_one_environment_or_all():
     store.reset(0)
     store.observe(0, vector(99))
     observations, _, lengths = store.batch([0, 1], "cpu")
-    assert lengths.tolist() == [1, 3] and observations[0, 0, 0] == 99 and observations[1, 2, 0] == 12
+    assert (
+        lengths.tolist() == [1, 3] and observations[0, 0, 0] == 99 and observations[1, 2, 0] == 12
+    )
     store.reset()
     store.observe(1, vector(5))
     assert store.batch([1], "cpu")[2].tolist() == [1]

@@ -1,4 +1,7 @@
-"""`PuctTree` against a slow recursive reference written from the formula, and by hand; and that it is reproducible."""
+"""`PuctTree` against a slow recursive reference written from the formula, and by hand; and that it
+is reproducible.
+"""
+
 from __future__ import annotations
 
 import math
@@ -51,7 +54,11 @@ def slow_search(network: Network, row: int, prior, allowed, simulations: int):
         def score(a: int) -> float:
             gains = node.returns.get(a, [])
             q = sum(gains) / len(gains) if gains else node.mean()
-            scaled = (q - bounds[0]) / max(bounds[1] - bounds[0], DELTA) if bounds[1] >= bounds[0] else 0.0
+            scaled = (
+                (q - bounds[0]) / max(bounds[1] - bounds[0], DELTA)
+                if bounds[1] >= bounds[0]
+                else 0.0
+            )
             return scaled + c * node.prior[a] / (1 + len(gains))
 
         return max(node.allowed, key=lambda a: (score(a), -a))
@@ -86,7 +93,11 @@ def fast_search(network: Network, priors, valid, simulations: int):
         for row in range(batch):
             paths[row].append((*paths[row][parents[row]], int(actions[row])))
         outputs = [network(row, paths[row][-1]) for row in range(batch)]
-        tree.expand(np.array([o[0] for o in outputs]), np.array([o[1] for o in outputs]), np.array([o[2] for o in outputs]))
+        tree.expand(
+            np.array([o[0] for o in outputs]),
+            np.array([o[1] for o in outputs]),
+            np.array([o[2] for o in outputs]),
+        )
     return tree.root_visits, tree.root_values, paths
 
 
@@ -100,7 +111,9 @@ def test_equals_the_slow_reference(seed):
     priors /= priors.sum(axis=1, keepdims=True)
     visits, values, paths = fast_search(network, priors, valid, 60)
     for row in range(batch):
-        expected, value = slow_search(network, row, priors[row], np.flatnonzero(valid[row]).tolist(), 60)
+        expected, value = slow_search(
+            network, row, priors[row], np.flatnonzero(valid[row]).tolist(), 60
+        )
         np.testing.assert_array_equal(visits[row], expected)
         assert values[row] == pytest.approx(value)
     assert max(len(p) for row in paths for p in row) > 3
@@ -110,8 +123,9 @@ def test_equals_the_slow_reference(seed):
 def test_two_simulations_by_hand():
     """Priors 0.2 and 0.8; the first goes to 0.8 (all Q unknown), the second weighs what it found.
 
-    First: reward 1, value 2 -> Q = 1 + 0.9 * 2 = 2.8; root mean = (0 + 2.8) / 2 = 1.4; only one Q is known, so the range
-    is delta = 0.01. Second: scaled Q of action 1 is 0, of action 0 (1.4 - 2.8) / 0.01 = -140: action 1 again.
+    First: reward 1, value 2 -> Q = 1 + 0.9 * 2 = 2.8; root mean = (0 + 2.8) / 2 = 1.4; only one Q
+    is known, so the range is delta = 0.01. Second: scaled Q of action 1 is 0, of action 0 (1.4 -
+    2.8) / 0.01 = -140: action 1 again.
     """
     tree = PuctTree(np.array([[0.2, 0.8]]), np.ones((1, 2), dtype=bool), np.array([0.0]), 3, 0.9)
     parents, actions = tree.select()
@@ -119,7 +133,10 @@ def test_two_simulations_by_hand():
     tree.expand(np.array([1.0]), np.array([2.0]), np.array([[0.3, 0.7]]))
     assert tree.root_values[0] == pytest.approx(1.4)
     parents, actions = tree.select()
-    assert (parents[0], actions[0]) == (1, 1)  # below action 1, the network's policy prefers action 1
+    assert (parents[0], actions[0]) == (
+        1,
+        1,
+    )  # below action 1, the network's policy prefers action 1
     tree.expand(np.array([0.0]), np.array([-1.0]), np.array([[0.5, 0.5]]))
     # return of the path: 1 + 0.9 * (0 + 0.9 * -1) = 0.19
     assert tree.root_values[0] == pytest.approx((0.0 + 2.8 + 0.19) / 3)

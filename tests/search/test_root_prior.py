@@ -1,4 +1,5 @@
 """The mixture at the root, against numbers worked out on paper."""
+
 from __future__ import annotations
 
 import math
@@ -6,13 +7,19 @@ import math
 import numpy as np
 import pytest
 
-from priorzero.llm_prior import reduced
-from priorzero.search.root_prior import LOG_FLOOR, RootPriorSettings, log_softmax, mix_root_prior, prior_weight
+from priorzero.llm.prior import reduced
+from priorzero.search.root_prior import (
+    LOG_FLOOR,
+    RootPriorSettings,
+    log_softmax,
+    mix_root_prior,
+    prior_weight,
+)
 from priorzero.types import ActionScores, PriorZeroError
 
-WM = np.array([0.0, math.log(3.0)])                      # p_WM = 1/4, 3/4
-LLM = np.log([0.8, 0.2]) - 7.0                           # p_LLM = 4/5, 1/5; an LLM's own numbers do not sum to one
-ENTROPY = 0.8112781244591328                             # H(1/4, 3/4) / log 2
+WM = np.array([0.0, math.log(3.0)])  # p_WM = 1/4, 3/4
+LLM = np.log([0.8, 0.2]) - 7.0  # p_LLM = 4/5, 1/5; an LLM's own numbers do not sum to one
+ENTROPY = 0.8112781244591328  # H(1/4, 3/4) / log 2
 
 
 def mixed(env_steps=0, wm=WM, llm=LLM, **settings):
@@ -22,7 +29,10 @@ def mixed(env_steps=0, wm=WM, llm=LLM, **settings):
 
 
 @pytest.mark.parametrize("mixing", ["logits", "probabilities"])
-@pytest.mark.parametrize(("mode", "expected", "weight"), [("wm_logits", [0.25, 0.75], 0.0), ("llm_logits", [0.8, 0.2], 1.0)])
+@pytest.mark.parametrize(
+    ("mode", "expected", "weight"),
+    [("wm_logits", [0.25, 0.75], 0.0), ("llm_logits", [0.8, 0.2], 1.0)],
+)
 def test_one_opinion_alone(mixing, mode, expected, weight):
     prior = mixed(mode=mode, mixing=mixing, weight=0.3)
     assert np.exp(prior.log_mixed) == pytest.approx(expected, rel=1e-6)
@@ -35,25 +45,41 @@ def test_product_of_experts_at_half_weight():
 
 
 def test_product_of_experts_at_three_quarters():
-    a, b = 0.8 ** 0.75 * 0.25 ** 0.25, 0.2 ** 0.75 * 0.75 ** 0.25
-    assert np.exp(mixed(mixing="logits", weight=0.75).log_mixed) == pytest.approx([a / (a + b), b / (a + b)], abs=1e-9)
+    a, b = 0.8**0.75 * 0.25**0.25, 0.2**0.75 * 0.75**0.25
+    assert np.exp(mixed(mixing="logits", weight=0.75).log_mixed) == pytest.approx(
+        [a / (a + b), b / (a + b)], abs=1e-9
+    )
 
 
 def test_mixture_of_probabilities():
-    assert np.exp(mixed(mixing="probabilities").log_mixed) == pytest.approx([0.525, 0.475], abs=1e-9)
-    assert np.exp(mixed(mixing="probabilities", weight=0.1).log_mixed) == pytest.approx([0.305, 0.695], abs=1e-9)
+    assert np.exp(mixed(mixing="probabilities").log_mixed) == pytest.approx(
+        [0.525, 0.475], abs=1e-9
+    )
+    assert np.exp(mixed(mixing="probabilities", weight=0.1).log_mixed) == pytest.approx(
+        [0.305, 0.695], abs=1e-9
+    )
 
 
 def test_temperature_flattens_the_llm_only():
     # sqrt(0.8) : sqrt(0.2) = 2 : 1, and squared 16 : 1.
-    assert np.exp(mixed(mode="llm_logits", temperature=2.0).log_mixed) == pytest.approx([2 / 3, 1 / 3], abs=1e-9)
-    assert np.exp(mixed(mode="llm_logits", temperature=0.5).log_mixed) == pytest.approx([16 / 17, 1 / 17], abs=1e-9)
-    assert np.exp(mixed(mode="wm_logits", temperature=2.0).log_mixed) == pytest.approx([0.25, 0.75], abs=1e-9)
+    assert np.exp(mixed(mode="llm_logits", temperature=2.0).log_mixed) == pytest.approx(
+        [2 / 3, 1 / 3], abs=1e-9
+    )
+    assert np.exp(mixed(mode="llm_logits", temperature=0.5).log_mixed) == pytest.approx(
+        [16 / 17, 1 / 17], abs=1e-9
+    )
+    assert np.exp(mixed(mode="wm_logits", temperature=2.0).log_mixed) == pytest.approx(
+        [0.25, 0.75], abs=1e-9
+    )
 
 
-@pytest.mark.parametrize(("env_steps", "scheduled"), [(0, 0.8), (5_000, 0.625), (20_000, 0.1), (90_000, 0.1)])
+@pytest.mark.parametrize(
+    ("env_steps", "scheduled"), [(0, 0.8), (5_000, 0.625), (20_000, 0.1), (90_000, 0.1)]
+)
 def test_adaptive_weight(env_steps, scheduled):
-    prior = mixed(env_steps, weighting="adaptive", weight_max=0.8, weight_min=0.1, anneal_env_steps=20_000)
+    prior = mixed(
+        env_steps, weighting="adaptive", weight_max=0.8, weight_min=0.1, anneal_env_steps=20_000
+    )
     assert prior.weight == pytest.approx(0.1 + (scheduled - 0.1) * ENTROPY, abs=1e-9)
     by_hand = np.array([0.8, 0.2]) ** prior.weight * np.array([0.25, 0.75]) ** (1 - prior.weight)
     assert np.exp(prior.log_mixed) == pytest.approx(by_hand / by_hand.sum(), abs=1e-9)
@@ -65,14 +91,21 @@ def test_adaptive_weight_follows_the_world_models_doubt():
     sure = prior_weight(settings, log_softmax(np.array([20.0, 0.0, 0.0])), 0)
     assert 0.1 <= sure < 0.1001
     # The weight only matters in the mode that mixes.
-    assert prior_weight(RootPriorSettings(mode="llm_logits", weighting="adaptive"), log_softmax(np.zeros(2)), 0) == 1.0
+    assert (
+        prior_weight(
+            RootPriorSettings(mode="llm_logits", weighting="adaptive"), log_softmax(np.zeros(2)), 0
+        )
+        == 1.0
+    )
 
 
 @pytest.mark.parametrize("weighting", ["fixed", "adaptive"])
 @pytest.mark.parametrize("mode", ["wm_logits", "llm_logits", "llm_plus_wm_logits"])
 @pytest.mark.parametrize("mixing", ["logits", "probabilities"])
 def test_one_valid_action_has_probability_one(weighting, mode, mixing):
-    prior = mixed(wm=np.array([3.0]), llm=np.array([-40.0]), mode=mode, weighting=weighting, mixing=mixing)
+    prior = mixed(
+        wm=np.array([3.0]), llm=np.array([-40.0]), mode=mode, weighting=weighting, mixing=mixing
+    )
     assert prior.log_mixed == pytest.approx([0.0], abs=1e-12)
     assert prior.entropy == pytest.approx(0.0, abs=1e-9)
 
@@ -84,7 +117,9 @@ def test_without_an_answer_the_world_model_stands_alone(mode):
     assert prior.log_llm is None and prior.weight == 0.0 and prior.kl_from_wm == 0.0
 
 
-@pytest.mark.parametrize("broken", [np.array([math.nan, -1.0]), np.array([-1.0]), np.array([-1.0, -2.0, -3.0])])
+@pytest.mark.parametrize(
+    "broken", [np.array([math.nan, -1.0]), np.array([-1.0]), np.array([-1.0, -2.0, -3.0])]
+)
 def test_an_unusable_answer_raises(broken):
     with pytest.raises(PriorZeroError, match="one number per valid action"):
         mixed(llm=broken)
@@ -98,7 +133,9 @@ def test_an_impossible_text_is_floored_and_does_not_rule_out_its_action():
 
 def test_measures_by_hand():
     prior = mixed(mixing="probabilities")
-    assert prior.kl_from_wm == pytest.approx(0.525 * math.log(0.525 / 0.25) + 0.475 * math.log(0.475 / 0.75))
+    assert prior.kl_from_wm == pytest.approx(
+        0.525 * math.log(0.525 / 0.25) + 0.475 * math.log(0.475 / 0.75)
+    )
     assert prior.entropy == pytest.approx(-(0.525 * math.log(0.525) + 0.475 * math.log(0.475)))
 
 
@@ -111,9 +148,21 @@ def test_reduction_over_tokens():
         reduced(scores, "max")
 
 
-@pytest.mark.parametrize(("name", "value"), [
-    ("mode", "llm"), ("weighting", "none"), ("mixing", "sum"), ("reduction", "max"), ("weight", 1.1), ("weight", -0.1),
-    ("weight_min", 0.9), ("weight_max", 1.5), ("temperature", 0.0), ("anneal_env_steps", 0)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("mode", "llm"),
+        ("weighting", "none"),
+        ("mixing", "sum"),
+        ("reduction", "max"),
+        ("weight", 1.1),
+        ("weight", -0.1),
+        ("weight_min", 0.9),
+        ("weight_max", 1.5),
+        ("temperature", 0.0),
+        ("anneal_env_steps", 0),
+    ],
+)
 def test_settings_out_of_range_are_rejected_with_their_value(name, value):
     with pytest.raises(PriorZeroError) as caught:
         RootPriorSettings(**{name: value})
@@ -132,7 +181,9 @@ def test_collect_and_eval_mix_with_the_same_function(make_policy, monkeypatch):
 
     monkeypatch.setattr(priorzero_policy, "mix_root_prior", spy)
     policy = make_policy()
-    policy._prior_settings = RootPriorSettings(mode="llm_plus_wm_logits", mixing="probabilities", weight=0.25)
+    policy._prior_settings = RootPriorSettings(
+        mode="llm_plus_wm_logits", mixing="probabilities", weight=0.25
+    )
     observation, llm = np.ones((1, 6), dtype=np.float32), [np.log([0.7, 0.2, 0.1])]
     collected = policy.collect_mode.forward(observation, [[4, 1, 2]], llm, [0], 1.0, 77)[0]
     evaluated = policy.eval_mode.forward(observation, [[4, 1, 2]], llm, [0], 77)[0]

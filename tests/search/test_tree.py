@@ -1,10 +1,13 @@
-"""Our search loop against LightZero's `UniZeroMCTSCtree.search`, both driven by the same table of network outputs.
+"""Our search loop against LightZero's `UniZeroMCTSCtree.search`, both driven by the same table of
+network outputs.
 
-LightZero's C++ selection is not reproducible: it weighs priors with sqrt(visits - 1), so in a node visited once every
-child scores alike, and it breaks the tie with `rand()` seeded from the clock at each traversal. So the first search is
-recorded, and the second one redraws each traversal until it makes the recorded choice. A traversal changes nothing in
-the tree; where the second search could not make that choice at all, the redraws run out and the test fails.
+LightZero's C++ selection is not reproducible: it weighs priors with sqrt(visits - 1), so in a node
+visited once every child scores alike, and it breaks the tie with `rand()` seeded from the clock at
+each traversal. So the first search is recorded, and the second one redraws each traversal until it
+makes the recorded choice. A traversal changes nothing in the tree; where the second search could
+not make that choice at all, the redraws run out and the test fails.
 """
+
 from __future__ import annotations
 
 import numpy as np
@@ -39,7 +42,9 @@ class Table(torch.nn.Module):
     def look(self, row: int, path: tuple[int, ...]):
         """reward [S], value [S], policy [V] logits."""
         rng = np.random.default_rng([self._seed, row, *(a + 1 for a in path)])
-        reward, value, policy = (rng.normal(size=n) for n in (SUPPORT, SUPPORT, self.action_space_size))
+        reward, value, policy = (
+            rng.normal(size=n) for n in (SUPPORT, SUPPORT, self.action_space_size)
+        )
         if self._flat:
             reward, value = np.zeros(SUPPORT), np.zeros(SUPPORT)  # symmetric support: both are 0
         policy = 2 * policy if self._policy is None else np.asarray(self._policy)
@@ -54,7 +59,9 @@ class OurMemory:
 
     def expand(self, simulation, parents, actions) -> NodeOutput:
         rows = []
-        for row, (parent, action) in enumerate(zip(parents.tolist(), actions.tolist(), strict=True)):
+        for row, (parent, action) in enumerate(
+            zip(parents.tolist(), actions.tolist(), strict=True)
+        ):
             path = (*self.paths[row][parent], action)
             assert len(self.paths[row]) == simulation + 1
             self.paths[row].append(path)
@@ -65,13 +72,17 @@ class OurMemory:
 
 
 class LightZeroModel(torch.nn.Module):
-    """The same table behind LightZero's `recurrent_inference`; a latent is [row, number of its path]."""
+    """The same table behind LightZero's `recurrent_inference`; a latent is [row, number of its
+    path].
+    """
 
     def __init__(self, table: Table) -> None:
         super().__init__()
         self.table, self.paths = table, [()]
 
-    def recurrent_inference(self, state_action_history, simulation_index=0, search_depth=None, timestep=None):
+    def recurrent_inference(
+        self, state_action_history, simulation_index=0, search_depth=None, timestep=None
+    ):
         latents, actions = state_action_history[-1]
         out, rows = [], []
         for latent, action in zip(latents, actions.tolist(), strict=True):
@@ -84,7 +95,9 @@ class LightZeroModel(torch.nn.Module):
 
 
 class Ties:
-    """Stands in for `mz_tree`'s traversal and backup: records choices, or makes the recorded ones again."""
+    """Stands in for `mz_tree`'s traversal and backup: records choices, or makes the recorded ones
+    again.
+    """
 
     def __init__(self, monkeypatch) -> None:
         self.choices: list[tuple] = []
@@ -102,7 +115,9 @@ class Ties:
         wanted = self._replay[len(self.choices)] if self._replay is not None else None
         for _ in range(20_000):
             self._drawn = mz_tree.ResultsWrapper(num=roots.num)
-            found = self._traverse(roots, pb_c_base, pb_c_init, discount, stats, self._drawn, to_play)
+            found = self._traverse(
+                roots, pb_c_base, pb_c_init, discount, stats, self._drawn, to_play
+            )
             choice = (tuple(found[0]), tuple(found[2]))
             if wanted in (None, choice):
                 self.choices.append(choice)
@@ -123,7 +138,9 @@ def transform():
 
 
 def prior_of(logits) -> RootPrior:
-    return mix_root_prior(np.asarray(logits, dtype=np.float64), None, RootPriorSettings(mode="wm_logits"))
+    return mix_root_prior(
+        np.asarray(logits, dtype=np.float64), None, RootPriorSettings(mode="wm_logits")
+    )
 
 
 def run_ours(table, priors, valid, settings, noise=None, vocabulary=V):
@@ -133,9 +150,13 @@ def run_ours(table, priors, valid, settings, noise=None, vocabulary=V):
 
 
 def run_lightzero(table, priors, valid, settings, draws=None):
-    cfg = EasyDict(num_simulations=settings.num_simulations, discount_factor=settings.discount, device="cpu",
-                   env_type="not_board_games",
-                   model=dict(support_scale=SCALE, categorical_distribution=True))
+    cfg = EasyDict(
+        num_simulations=settings.num_simulations,
+        discount_factor=settings.discount,
+        device="cpu",
+        env_type="not_board_games",
+        model=dict(support_scale=SCALE, categorical_distribution=True),
+    )
     model, batch = LightZeroModel(table), len(valid)
     logits = np.zeros((batch, table.action_space_size), dtype=np.float32)
     for row, ids in enumerate(valid):
@@ -144,7 +165,9 @@ def run_lightzero(table, priors, valid, settings, draws=None):
     if draws is None:
         roots.prepare_no_noise([0.0] * batch, logits.tolist(), [-1] * batch)
     else:
-        roots.prepare(settings.root_noise_weight, draws, [0.0] * batch, logits.tolist(), [-1] * batch)
+        roots.prepare(
+            settings.root_noise_weight, draws, [0.0] * batch, logits.tolist(), [-1] * batch
+        )
     latents = np.stack([[row, 0] for row in range(batch)]).astype(np.float32)
     UniZeroMCTSCtree(cfg).search(roots, model, latents, [-1] * batch, [0] * batch)
     return roots.get_distributions(), roots.get_values()
@@ -166,7 +189,9 @@ def test_same_visits_and_values_as_lightzero(seed, noisy, ties):
         draws = [generator.dirichlet([0.3] * len(ids)).astype(np.float32).tolist() for ids in VALID]
     visits, values = run_lightzero(table, priors, VALID, settings, draws)
     ties.replay()
-    results, memory = run_ours(table, priors, VALID, settings, np.random.default_rng(100 + seed) if noisy else None)
+    results, memory = run_ours(
+        table, priors, VALID, settings, np.random.default_rng(100 + seed) if noisy else None
+    )
     for result, expected, value in zip(results, visits, values, strict=True):
         np.testing.assert_array_equal(result.visit_counts, expected)
         assert result.value == pytest.approx(value, abs=1e-6)
@@ -178,7 +203,10 @@ def test_same_visits_and_values_as_lightzero(seed, noisy, ties):
 @pytest.mark.parametrize("change", ["values", "discount", "prior"])
 def test_the_comparison_notices_a_difference(change, ties):
     """The same search with one thing changed cannot follow, or ends with other values."""
-    table, settings = Table(0, ids=SMALL), SearchSettings(num_simulations=40, discount=0.97, tree="lightzero")
+    table, settings = (
+        Table(0, ids=SMALL),
+        SearchSettings(num_simulations=40, discount=0.97, tree="lightzero"),
+    )
     priors = [prior_of([1.0, -1.0, 0.0])]
     visits, values = run_lightzero(table, priors, VALID[2:], settings)
     ties.replay()
@@ -201,7 +229,13 @@ def test_noise_enters_at_the_root_from_the_given_generator():
     settings = SearchSettings(num_simulations=60, root_noise_weight=1.0)
     for seed in range(5):
         draw = np.random.default_rng(seed).dirichlet([0.3] * 10)
-        result = run_ours(table, [prior_of(np.zeros(10))], [list(range(10))], settings, np.random.default_rng(seed))[0][0]
+        result = run_ours(
+            table,
+            [prior_of(np.zeros(10))],
+            [list(range(10))],
+            settings,
+            np.random.default_rng(seed),
+        )[0][0]
         counts = result.visit_counts
         assert np.corrcoef(counts, draw)[0, 1] > 0.95
 
@@ -210,7 +244,10 @@ def test_the_prior_decides_at_the_root_and_only_there():
     """Values are flat. The network likes id 4 everywhere; the root's prior likes id 1 or id 6."""
     wm_policy = [0.0] * V
     wm_policy[4] = 9.0
-    table, settings = Table(0, policy=wm_policy, flat_value=True), SearchSettings(num_simulations=40)
+    table, settings = (
+        Table(0, policy=wm_policy, flat_value=True),
+        SearchSettings(num_simulations=40),
+    )
     ids = [1, 4, 6]
     for favourite in (0, 2):
         logits = np.zeros(3)
@@ -261,7 +298,9 @@ def test_prior_arrays_follow_the_order_of_the_valid_ids(ties, tree):
 
 
 def test_a_real_network_gives_the_tree_what_its_unrolled_forward_says(make_policy, randomise):
-    """One root, one simulation: the root's value is the mean LightZero backs up, from the model's full forward."""
+    """One root, one simulation: the root's value is the mean LightZero backs up, from the model's
+    full forward.
+    """
     from priorzero.world_model.inference import SearchMemory
 
     policy = make_policy()
@@ -269,14 +308,22 @@ def test_a_real_network_gives_the_tree_what_its_unrolled_forward_says(make_polic
     observation = torch.randn(1, 1, 6, generator=torch.Generator().manual_seed(0))
     memory = SearchMemory(model, 1)
     memory.root(observation, torch.zeros(1, 1, dtype=torch.long), torch.tensor([1]))
-    result = search(model, memory, [prior_of([0.0])], [[3]], 8, policy._scalar_of, SearchSettings(1, 0.9, tree="lightzero"))[0]
+    result = search(
+        model,
+        memory,
+        [prior_of([0.0])],
+        [[3]],
+        8,
+        policy._scalar_of,
+        SearchSettings(1, 0.9, tree="lightzero"),
+    )[0]
     with torch.no_grad():
         first = model.unroll(model.encode(observation), torch.tensor([[3]]))
         latents = torch.cat([model.encode(observation), first[0]], 1)
         both = model.unroll(latents, torch.tensor([[3, 0]]))
     reward = policy._scalar_of(both[1][:, 0]).item()
     value = policy._scalar_of(both[3][:, 1]).item()
-    # LightZero's root enters with one visit of value 0, and the simulation adds reward + discount * value.
+    # LightZero's root enters with one visit of value 0, and the simulation adds reward + discount *
+    # value.
     assert abs(reward + 0.9 * value) > 1e-3
     assert result.value == pytest.approx((0.0 + reward + 0.9 * value) / 2, abs=1e-4)
-

@@ -1,4 +1,5 @@
 """The sentence encoder against sentence-transformers' formula computed by hand, and its cache."""
+
 from __future__ import annotations
 
 import json
@@ -10,7 +11,12 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
-from priorzero.text.encoder import SentenceEncoder, embedded_folder, read_pooling_rule, resolve_encoder
+from priorzero.text.encoder import (
+    SentenceEncoder,
+    embedded_folder,
+    read_pooling_rule,
+    resolve_encoder,
+)
 from priorzero.types import PriorZeroError
 
 TEXTS = [
@@ -28,10 +34,17 @@ def encoder() -> SentenceEncoder:
 
 
 def by_hand(folder, text: str, pooling: str, normalize: bool, max_length: int) -> np.ndarray:
-    """One text at a time, no padding, so no masking can go wrong; the formula of sentence-transformers."""
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    """One text at a time, no padding, so no masking can go wrong; the formula of
+    sentence-transformers.
+    """
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoModel.from_pretrained(folder).eval(),
+    )
     with torch.no_grad():
-        hidden = model(**tokenizer(text, return_tensors="pt", truncation=True, max_length=max_length))[0][0]
+        hidden = model(
+            **tokenizer(text, return_tensors="pt", truncation=True, max_length=max_length)
+        )[0][0]
     vector = {"mean": hidden.mean(dim=0), "cls": hidden[0], "max": hidden.amax(dim=0)}[pooling]
     return (vector / vector.norm() if normalize else vector).numpy()
 
@@ -47,7 +60,11 @@ def test_embedded_model_equals_mean_pooling_and_normalisation_by_hand(encoder):
 def test_a_paraphrase_is_closer_than_another_subject(encoder):
     for text, paraphrase, other in [
         ("open the wooden door", "The door made of wood is opened.", "eat the garlic sandwich"),
-        ("You are in a dark cave.", "It is pitch black in this cavern.", "The detective questions the mayor."),
+        (
+            "You are in a dark cave.",
+            "It is pitch black in this cavern.",
+            "The detective questions the mayor.",
+        ),
         ("go north", "walk to the north", "light the lamp"),
     ]:
         a, b, c = encoder.encode([text, paraphrase, other])
@@ -59,31 +76,64 @@ def test_weights_are_frozen(encoder):
     assert not any(p.requires_grad for p in encoder._model.parameters())
 
 
-def tiny_model(folder, pooling: dict | None, modules=("Transformer", "Pooling"), max_seq_length=None):
+def tiny_model(
+    folder, pooling: dict | None, modules=("Transformer", "Pooling"), max_seq_length=None
+):
     """A random BERT with the real tokenizer, saved the way sentence-transformers saves one."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(embedded_folder())
     tokenizer.save_pretrained(folder)
-    BertModel(BertConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-                         intermediate_size=32, max_position_embeddings=64)).save_pretrained(folder)
+    BertModel(
+        BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=64,
+        )
+    ).save_pretrained(folder)
     if pooling is not None:
-        paths = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize", "Dense": "2_Dense"}
-        listing = [{"idx": i, "name": str(i), "path": paths[m], "type": f"sentence_transformers.models.{m}"}
-                   for i, m in enumerate(modules)]
+        paths = {
+            "Transformer": "",
+            "Pooling": "1_Pooling",
+            "Normalize": "2_Normalize",
+            "Dense": "2_Dense",
+        }
+        listing = [
+            {
+                "idx": i,
+                "name": str(i),
+                "path": paths[m],
+                "type": f"sentence_transformers.models.{m}",
+            }
+            for i, m in enumerate(modules)
+        ]
         (folder / "modules.json").write_text(json.dumps(listing))
         (folder / "1_Pooling").mkdir()
         (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
     if max_seq_length:
-        (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": max_seq_length}))
+        (folder / "sentence_bert_config.json").write_text(
+            json.dumps({"max_seq_length": max_seq_length})
+        )
     return folder
 
 
 @pytest.mark.parametrize(
     ("pooling", "modules", "mode", "normalize"),
     [
-        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, ("Transformer", "Pooling", "Normalize"),
-         "cls", True),
-        ({"pooling_mode": "max", "word_embedding_dimension": 16}, ("Transformer", "Pooling"), "max", False),
+        (
+            {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False},
+            ("Transformer", "Pooling", "Normalize"),
+            "cls",
+            True,
+        ),
+        (
+            {"pooling_mode": "max", "word_embedding_dimension": 16},
+            ("Transformer", "Pooling"),
+            "max",
+            False,
+        ),
         ({"pooling_mode_mean_tokens": True}, ("Transformer", "Pooling"), "mean", False),
     ],
 )
@@ -94,21 +144,33 @@ def test_the_models_own_pooling_rule_is_used(tmp_path, pooling, modules, mode, n
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
-def test_a_model_without_a_rule_is_mean_pooled_with_a_warning_and_other_modules_are_refused(tmp_path, caplog):
+def test_a_model_without_a_rule_is_mean_pooled_with_a_warning_and_other_modules_are_refused(
+    tmp_path, caplog
+):
     (tmp_path / "plain").mkdir()
     (tmp_path / "dense").mkdir()
     plain = tiny_model(tmp_path / "plain", None)
     with caplog.at_level(logging.WARNING, logger="priorzero"):
         rule = read_pooling_rule(plain, 512, 64)
-    assert (rule.mode, rule.normalize, rule.max_tokens) == ("mean", True, 64) and "modules.json" in caplog.text
-    dense = tiny_model(tmp_path / "dense", {"pooling_mode_mean_tokens": True}, ("Transformer", "Pooling", "Dense"))
+    assert (rule.mode, rule.normalize, rule.max_tokens) == (
+        "mean",
+        True,
+        64,
+    ) and "modules.json" in caplog.text
+    dense = tiny_model(
+        tmp_path / "dense", {"pooling_mode_mean_tokens": True}, ("Transformer", "Pooling", "Dense")
+    )
     with pytest.raises(PriorZeroError, match="Dense"):
         read_pooling_rule(dense, 512, 64)
 
 
 def test_long_texts_lose_their_end_and_are_counted(tmp_path):
-    encoder = SentenceEncoder(str(tiny_model(tmp_path, {"pooling_mode_mean_tokens": True}, max_seq_length=8)))
-    whole, long, longer = encoder.encode(["a b c d e f", "a b c d e f g", "a b c d e f something else"])
+    encoder = SentenceEncoder(
+        str(tiny_model(tmp_path, {"pooling_mode_mean_tokens": True}, max_seq_length=8))
+    )
+    whole, long, longer = encoder.encode(
+        ["a b c d e f", "a b c d e f g", "a b c d e f something else"]
+    )
     # 8 tokens are [CLS], six words, [SEP].
     np.testing.assert_allclose(long, whole, atol=1e-6)
     np.testing.assert_allclose(longer, whole, atol=1e-6)
@@ -127,7 +189,9 @@ def test_each_distinct_text_is_computed_once(tiny):
     np.testing.assert_array_equal(again, first[[1, 0]])
     np.testing.assert_array_equal(first[0], first[2])
     stats = encoder.stats()
-    assert (stats["misses"], stats["hits"], stats["cache_entries"]) == (2, 3, 2) and stats["seconds"] > 0
+    assert (stats["misses"], stats["hits"], stats["cache_entries"]) == (2, 3, 2) and stats[
+        "seconds"
+    ] > 0
     assert encoder.encode([]).shape == (0, 16)
     with pytest.raises(TypeError):
         encoder.encode("a")

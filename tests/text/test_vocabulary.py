@@ -1,4 +1,5 @@
 """Action ids: stable over states and restarts, unique in a state, and explicit about every loss."""
+
 from __future__ import annotations
 
 import json
@@ -66,7 +67,8 @@ def test_random_states_have_unique_ids_within_capacity_and_account_for_drops():
         used_overflow += in_overflow
         assert vocabulary.ids(state) == ids or len(fixed) < 25
     assert used_overflow and dropped
-    # Each state was asked twice, so every drop counted above was reported twice once the vocabulary was full.
+    # Each state was asked twice, so every drop counted above was reported twice once the vocabulary
+    # was full.
     assert vocabulary.stats()["dropped_actions"] == 2 * dropped
     assert set(np.flatnonzero(vocabulary.used_mask)) == handed_out
     assert sorted(fixed.values()) == list(range(25))
@@ -92,8 +94,13 @@ def test_overflow_ids_are_the_same_in_another_process():
         "print([v.ids([w])[0] for w in ('go north', 'ouvre la fenêtre', '開ける')])"
     )
     runs = {
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                       env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)}).stdout
+        subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)},
+        ).stdout
         for seed in ("1", "2")
     }
     assert len(runs) == 1 and "None" not in runs.pop()
@@ -127,7 +134,9 @@ def test_positional_ids_are_ranks_whatever_the_order_given_and_the_surplus_is_dr
     assert copy.stats() == vocabulary.stats()
 
 
-@pytest.mark.parametrize("arguments", [("stable", 5, 0), ("stable", 5, 5), ("positional", 0, 1), ("other", 5, 1)])
+@pytest.mark.parametrize(
+    "arguments", [("stable", 5, 0), ("stable", 5, 5), ("positional", 0, 1), ("other", 5, 1)]
+)
 def test_impossible_settings_are_refused(arguments):
     with pytest.raises(PriorZeroError):
         make_vocabulary(*arguments)
