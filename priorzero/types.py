@@ -8,7 +8,8 @@ the world model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 
 class PriorZeroError(Exception):
@@ -40,25 +41,57 @@ class TextState:
 
 
 @dataclass(frozen=True)
+class TokenisedRequest:
+    """One state as the LLM is asked about it, in token ids.
+
+    ``head_ids`` begin every prompt of a run (the fixed system text), ``body_ids`` are the rest of
+    the prompt, ``action_ids[a]`` are the tokens of valid action a and end with the terminator.
+    With ``reasoning`` an engine generates a chain of thought behind the prompt before it scores the
+    actions; without it the actions stand right behind the prompt.
+    """
+
+    head_ids: tuple[int, ...]
+    body_ids: tuple[int, ...]
+    action_ids: tuple[tuple[int, ...], ...]
+    reasoning: bool = False
+
+    @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        return self.head_ids + self.body_ids
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.head_ids) + len(self.body_ids)
+
+    def with_thought(self, thought_ids: Sequence[int]) -> TokenisedRequest:
+        """The same state behind the chain of thought ``thought_ids`` (action marker included)."""
+        return replace(self, body_ids=self.body_ids + tuple(thought_ids), reasoning=False)
+
+
+@dataclass(frozen=True)
 class ActionScores:
     """Log-probabilities an LLM gives to the valid actions of one state, in the order of
     ``valid_actions``.
 
     ``token_logprobs[i][j]`` is the natural-log probability (temperature 1) of token j of action i,
     given the prompt and the action's earlier tokens; the terminator token that ends an action is
-    the last one. ``reasoning`` is the generated chain of thought that preceded the actions, or "".
-    ``weights_version`` tells which LLM weights answered.
+    the last one. ``weights_version`` tells which LLM weights answered. ``thought_ids`` is the chain
+    of thought generated between prompt and actions, action marker included, or empty.
     """
 
     token_logprobs: tuple[tuple[float, ...], ...]
     weights_version: int = 0
-    reasoning: str = ""
+    thought_ids: tuple[int, ...] = ()
     cached: bool = field(default=False, compare=False)
+    reasoning: str = ""  # the thought as text; goes with its last reader
 
     def totals(self, reduction: str = "sum") -> list[float]:
         """One number per action: ``sum`` of its token log-probabilities, or their ``mean``."""
+        assert reduction in ("sum", "mean"), reduction
+
+        sums = [sum(tokens) for tokens in self.token_logprobs]
         if reduction == "sum":
-            return [sum(t) for t in self.token_logprobs]
-        if reduction == "mean":
-            return [sum(t) / len(t) for t in self.token_logprobs]
-        raise PriorZeroError(f"prior reduction {reduction!r} is unknown; use 'sum' or 'mean'")
+            return sums
+        return [
+            total / len(tokens) for total, tokens in zip(sums, self.token_logprobs, strict=True)
+        ]

@@ -76,7 +76,9 @@ class LLMEngine(ABC):
         self.counters["states"] += len(requests)
         self.counters["states_computed"] += len(unique)
         return [
-            ActionScores(check_scores(t, by_tokens[t]) if t.action_ids else (), version, thought)
+            ActionScores(
+                check_scores(t, by_tokens[t]) if t.action_ids else (), version, reasoning=thought
+            )
             for t, thought in zip(tokens, thoughts, strict=True)
         ]
 

@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from priorzero.types import PriorZeroError
+from priorzero.types import PriorZeroError, TokenisedRequest
 
 _SENTINEL = "PRIORZEROUSERTEXT"
 
@@ -41,23 +41,6 @@ class ScoreRequest:
     def with_reasoning(self, text: str) -> ScoreRequest:
         """The same state after the chain of thought ``text`` (which includes the action marker)."""
         return replace(self, body=self.body + text, reasoning=False)
-
-
-@dataclass(frozen=True)
-class TokenisedRequest:
-    """Token ids of a request. ``action_ids[a]`` ends with the terminator."""
-
-    head_ids: tuple[int, ...]
-    body_ids: tuple[int, ...]
-    action_ids: tuple[tuple[int, ...], ...]
-
-    @property
-    def prompt_ids(self) -> tuple[int, ...]:
-        return self.head_ids + self.body_ids
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        return len(self.head_ids) + len(self.body_ids)
 
 
 @dataclass(frozen=True)
