@@ -50,6 +50,19 @@ class WorldModelBatch:
         return len(self.actions)
 
 
+@dataclass(frozen=True, eq=False)
+class LearnOutput:
+    """What one update of the world model gives back.
+
+    Attributes:
+        metrics: scalars to log.
+        priorities: `[B]` |value error| of each row's first step, for prioritised replay.
+    """
+
+    metrics: dict[str, float]
+    priorities: np.ndarray
+
+
 @dataclass(frozen=True)
 class LLMSample:
     """One decision at text level, for the LLM's SFT (target_policy) and RFT (advantage).

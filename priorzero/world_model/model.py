@@ -14,6 +14,8 @@ Used by `priorzero_policy.py`; `inference.py` and `loss.py` beside this file tak
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from easydict import EasyDict
 from torch import Tensor, nn
@@ -24,6 +26,19 @@ with quiet_base():
     from ding.utils import MODEL_REGISTRY
     from lzero.model.common import RepresentationNetworkMLP
     from lzero.model.unizero_model import UniZeroModel
+
+
+class Unrolled(NamedTuple):
+    """What the network says along a window of `T` steps; `S` is the size of the support.
+
+    latent `[B, T, D]`: the next state's predicted latent, SimNorm-ed. reward `[B, T, S]`, policy
+    `[B, T, V]`, value `[B, T, S]`: logits.
+    """
+
+    latent: Tensor
+    reward: Tensor
+    policy: Tensor
+    value: Tensor
 
 
 class TextActionEmbedding(nn.Module):
@@ -116,19 +131,23 @@ class PriorZeroModel(UniZeroModel):
             *observations.shape[:-1], -1
         )
 
-    def unroll(self, latents: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def unroll(self, latents: Tensor, actions: Tensor) -> Unrolled:
         """The full causal forward of LightZero's world model over o_0 a_0 o_1 a_1 … (no cache).
 
         Args:
-            latents: `[B, T, D]`. actions: `[B, T]` ids.
-        Returns:
-            logits of next latent `[B, T, D]` (SimNorm-ed), reward `[B, T, S]`, policy `[B, T, V]`,
-            value `[B, T, S]`.
+            latents: `[B, T, D]`.
+            actions: `[B, T]` ids.
         """
+        assert latents.shape[:2] == actions.shape
         out = self.world_model.forward(
             {"obs_embeddings_and_act_tokens": (latents.unsqueeze(2), actions.unsqueeze(-1))},
             # Only rotary embeddings would use it; UniZero's positions count from the window's
             # start.
             start_pos=torch.zeros(len(actions), 1, dtype=torch.long),
         )
-        return out.logits_observations, out.logits_rewards, out.logits_policy, out.logits_value
+        return Unrolled(
+            latent=out.logits_observations,
+            reward=out.logits_rewards,
+            policy=out.logits_policy,
+            value=out.logits_value,
+        )

@@ -1,0 +1,93 @@
+"""What planning takes and gives: a root before the search, and the decision that comes out of it.
+
+Made by whoever plays (the slot of an episode knows its context), read by `priorzero_policy.py`.
+
+Letters: `B` roots, `A` valid actions, `E` dimension of an observation vector, `c` <= `C` steps of
+context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from priorzero.search.root_prior import RootPrior
+
+
+@dataclass(frozen=True, eq=False)
+class Root:
+    """One state to plan from.
+
+    Attributes:
+        observations: `[c, E]` float32, the newest real observations of the episode, oldest first;
+            the last one is the root's own.
+        actions: `[c - 1]` ids of the actions taken between them.
+        valid_ids: `[A]` ids the search may choose from.
+        llm_logprobs: `[A]` log-probabilities of these actions from the LLM, already reduced over
+            tokens; None where no LLM answered.
+    """
+
+    observations: np.ndarray
+    actions: np.ndarray
+    valid_ids: np.ndarray
+    llm_logprobs: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        assert self.observations.ndim == 2 and len(self.observations) >= 1
+        assert len(self.actions) == len(self.observations) - 1
+        assert len(self.valid_ids) >= 1
+        assert self.llm_logprobs is None or len(self.llm_logprobs) == len(self.valid_ids)
+
+
+@dataclass(frozen=True, eq=False)
+class SearchOutput:
+    """What planning at one root gave. Arrays `[A]` follow the root's `valid_ids`.
+
+    Attributes:
+        action_index: position of the chosen action.
+        visit_counts: `[A]` of the search.
+        target_policy: `[A]` what policies are trained on, sums to one.
+        behaviour: `[A]` probabilities the action was drawn from.
+        root_value: of the search.
+        predicted_value: of the network alone.
+        prior: the mixture that entered at the root, without noise.
+    """
+
+    action_index: int
+    visit_counts: np.ndarray
+    target_policy: np.ndarray
+    behaviour: np.ndarray
+    root_value: float
+    predicted_value: float
+    prior: RootPrior
+
+
+class Contexts(NamedTuple):
+    """The contexts of `B` roots, right-padded to the longest: what the network reads.
+
+    observations `[B, C, E]` float32, actions `[B, C]` int64, lengths `[B]` int64. Beyond
+    `lengths[b]` observations, and `lengths[b] - 1` actions, row b is padding.
+    """
+
+    observations: Tensor
+    actions: Tensor
+    lengths: Tensor
+
+
+def batch_contexts(roots: Sequence[Root], device: str | torch.device) -> Contexts:
+    """The contexts of these roots as tensors, row b for `roots[b]`."""
+    longest, width = max(len(r.observations) for r in roots), roots[0].observations.shape[1]
+    observations = np.zeros((len(roots), longest, width), dtype=np.float32)
+    actions = np.zeros((len(roots), longest), dtype=np.int64)
+
+    for row, root in enumerate(roots):
+        observations[row, : len(root.observations)] = root.observations
+        actions[row, : len(root.actions)] = root.actions
+
+    lengths = np.array([len(r.observations) for r in roots], dtype=np.int64)
+    return Contexts(*(torch.from_numpy(x).to(device) for x in (observations, actions, lengths)))
