@@ -22,7 +22,7 @@ from typing import Any
 
 from easydict import EasyDict
 
-from priorzero.settings.record import overlay, require
+from priorzero.settings.record_old import overlay, require
 from priorzero.types import PriorZeroError
 
 logger = logging.getLogger(__name__)

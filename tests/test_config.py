@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import priorzero_config as config
-from priorzero.settings.record import merge, overlay, parse_assignment, require
+from priorzero.settings.record import merge, parse_assignment, require
+from priorzero.settings.record_old import overlay
 from priorzero.types import PriorZeroError
 from priorzero_config import (
     DEFAULTS,

@@ -1,0 +1,47 @@
+"""All settings of one experiment: the groups, and the rules between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from priorzero.settings.env import EnvSettings
+from priorzero.settings.evaluation import LLM_MODES, EvalSettings
+from priorzero.settings.llm import LLMSettings
+from priorzero.settings.policy import PolicySettings
+from priorzero.settings.record import Rule, Settings
+from priorzero.settings.text import TextSettings
+
+
+@dataclass(kw_only=True)
+class ExperimentSettings(Settings):
+    """Everything but the schedule, which is `priorzero_config.HybridTrainingConfig`."""
+
+    exp_name: str = ""
+    """The run's folder; empty names it after game, method and seed."""
+    seed: int = 0
+    """Seed of networks, games, search and sampling."""
+    env: EnvSettings = field(default_factory=EnvSettings)
+    """The game."""
+    policy: PolicySettings = field(default_factory=PolicySettings)
+    """World model, search, replay data and learning."""
+    text: TextSettings = field(default_factory=TextSettings)
+    """The sentence encoder."""
+    llm: LLMSettings = field(default_factory=LLMSettings)
+    """The LLM."""
+    eval: EvalSettings = field(default_factory=EvalSettings)
+    """The evaluation."""
+
+    def rules(self) -> Iterator[Rule]:
+        """See `Settings.rules`."""
+        yield Rule("seed", 0 <= self.seed < 2**31, "it must lie in 0..2**31-1")
+        yield Rule(
+            "llm.enable",
+            self.llm.enable or not set(self.eval.modes) & set(LLM_MODES),
+            f"eval.modes {self.eval.modes} ask for an LLM; leave those out or enable it",
+        )
+        yield Rule(
+            "policy.root_prior.mode",
+            self.llm.enable or self.policy.root_prior.mode == "wm_logits",
+            "without an LLM it must be wm_logits",
+        )

@@ -1,0 +1,274 @@
+"""Settings of the LLM: model, engine, prompt and training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from priorzero.settings.record import (
+    Rule,
+    Settings,
+    a_file_of,
+    not_negative,
+    one_of,
+    positive,
+)
+
+
+@dataclass(kw_only=True)
+class VLLMSettings(Settings):
+    """The vLLM engine."""
+
+    dtype: str = "auto"
+    """Number format: auto, bfloat16, float16, float32."""
+    max_model_len: int | None = None
+    """Longest prompt plus action, in tokens; None: the model's own, at most 8192."""
+    tensor_parallel_size: int = 1
+    """GPUs one copy of the model is split over."""
+    gpu_memory_utilization: float = 0.35
+    """Share of the GPU; the trainer and the world model need the rest."""
+    kv_cache_gb: float = 1.0
+    """CPU only: GiB for keys and values."""
+    block_size: int | None = None
+    """Tokens of one block of keys and values; None: 32 on the CPU (its smallest), vLLM's own choice
+    on CUDA."""
+    enforce_eager: bool | None = None
+    """No CUDA graphs; None: eager on the CPU, graphs on CUDA."""
+    sleep_mode: bool = False
+    """CUDA: give the engine's memory to the trainer while the LLM trains."""
+    lora: str = "auto"
+    """How adapters reach the engine. merge: merged, with all weights; hot_load: by themselves;
+    auto: hot_load on CUDA (in 16 bits, its kernels know no other), merge on the CPU, where adapters
+    slow scoring down."""
+    request_timeout_s: float = 120.0
+    """Seconds one request may take before it is retried."""
+    control_timeout_s: float = 300.0
+    """Seconds a weight transfer, a sleep or a wake may take."""
+    start_timeout_s: float = 600.0
+    """Seconds the start may take."""
+
+    def rules(self) -> Iterator[Rule]:
+        """See `Settings.rules`."""
+        yield from one_of(self, "dtype", "auto", "bfloat16", "float16", "float32")
+        yield from one_of(self, "lora", "auto", "merge", "hot_load")
+        yield from positive(
+            self,
+            "tensor_parallel_size",
+            "kv_cache_gb",
+            "request_timeout_s",
+            "control_timeout_s",
+            "start_timeout_s",
+        )
+        for name in ("max_model_len", "block_size"):
+            value = getattr(self, name)
+            yield Rule(name, value is None or value > 0, "it must be positive or None")
+        yield Rule(
+            "gpu_memory_utilization", 0 < self.gpu_memory_utilization <= 1, "it must lie in (0, 1]"
+        )
+
+
+@dataclass(kw_only=True)
+class PromptSettings(Settings):
+    """What the LLM reads."""
+
+    history_length: int = 5
+    """Past steps shown at most; 0 shows none."""
+    max_observation_chars: int = 400
+    """Characters kept of each past observation (its beginning). The current observation has no such
+    limit."""
+    include_valid_actions: bool = True
+    """List the valid actions in the prompt."""
+    use_cot: bool = False
+    """Ask for a chain of thought before the action; the prompt then ends with the reasoning
+    marker."""
+    max_prompt_tokens: int = 1024
+    """Tokens of the whole prompt; what goes first when there are more is told in
+    `priorzero_prompts.build_prompt`."""
+
+    def rules(self) -> Iterator[Rule]:
+        """See `Settings.rules`."""
+        yield from not_negative(self, "history_length")
+        yield from positive(self, "max_observation_chars")
+        yield Rule("max_prompt_tokens", self.max_prompt_tokens >= 32, "it must be at least 32")
+
+
+@dataclass(kw_only=True)
+class ReasoningSettings(Settings):
+    """The chain of thought, where prompt.use_cot asks for one."""
+
+    max_new_tokens: int = 96
+    """Its tokens at most; it ends earlier at the action marker, which is added where the LLM writes
+    none."""
+    temperature: float = 1.0
+    """Its sampling temperature; 0 is greedy, and lets the score cache keep such states."""
+
+    def rules(self) -> Iterator[Rule]:
+        """See `Settings.rules`."""
+        yield from positive(self, "max_new_tokens")
+        yield from not_negative(self, "temperature")
+
+
+@dataclass(kw_only=True)
+class LLMTrainSettings(Settings):
+    """The optimiser both kinds of LLM training share."""
+
+    learning_rate: float = 1e-5
+    """AdamW's learning rate."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay."""
+    warmup_steps: int = 0
+    """Optimiser steps over which the learning rate grows linearly to its full value."""
+    max_grad_norm: float = 1.0
+    """Largest norm of a gradient."""
+    batch_size: int = 16
+    """Decisions per optimiser step; 0: all of a training phase in one step."""
+    max_batch_tokens: int = 2048
+    """Padded tokens per forward pass; gradients accumulate over the passes of a step."""
+    objective: str = "actions"
+    """SFT loss. actions: cross-entropy over the valid actions; tokens: over the tokens of their
+    texts."""
+    clip_epsilon: float = 0.2
+    """RFT: PPO's clip range."""
+    kl_coef: float = 0.05
+    """RFT: weight of the KL divergence to the policy that collected the data."""
+    entropy_coef: float = 0.0
+    """RFT: weight of the entropy bonus."""
+
+    def rules(self) -> Iterator[Rule]:
+        """See `Settings.rules`."""
+        yield from positive(self, "learning_rate", "max_grad_norm", "max_batch_tokens")
+        yield from not_negative(
+            self, "weight_decay", "warmup_steps", "batch_size", "kl_coef", "entropy_coef"
+        )
+        yield from one_of(self, "objective", "actions", "tokens")
+        yield Rule("clip_epsilon", 0 < self.clip_epsilon < 1, "it must lie between 0 and 1")
+
+
+@dataclass(kw_only=True)
+class SFTSettings(Settings):
+    """Supervised learning of the policy the search arrived at."""
+
+    enable: bool = True
+    """Whether the LLM learns from the search."""
+    samples: int = 64
+    """Decisions per training phase."""
+    recent_transitions: int = 2000
+    """The newest transitions they are drawn from."""
+
+    def rules(self) -> Iterator[Rule]:
+        """See `Settings.rules`."""
+        yield from positive(self, "samples", "recent_transitions")
+
+
+@dataclass(kw_only=True)
+class RFTSettings(Settings):
+    """PPO-style reinforcement; advantage = n-step return - the world model's predicted value."""
+
+    enable: bool = False
+    """Whether the LLM learns from advantages of the world model."""
+    samples: int = 64
+    """Decisions per training phase."""
+    recent_transitions: int = 500
+    """The newest transitions they are drawn from."""
+    max_importance: float = 2.0
+    """Truncates the weight pi_LLM / mu of an action the search drew from mu; 0 switches the
+    correction off."""
+
+    def rules(self) -> Iterator[Rule]:
+        """See `Settings.rules`."""
+        yield from positive(self, "samples", "recent_transitions")
+        yield from not_negative(self, "max_importance")
+
+
+@dataclass(kw_only=True)
+class LoraSettings(Settings):
+    """Low-rank adapters (arXiv:2106.09685) instead of all weights."""
+
+    enable: bool = False
+    """Train adapters only."""
+    rank: int = 16
+    """Rank of an adapter's two matrices."""
+    alpha: float = 32.0
+    """Scale: an adapter's product counts alpha / rank."""
+    target_modules: str = "all-linear"
+    """all-linear, or names of linear layers joined by commas."""
+    last_layers: int = 0
+    """Only the last so many layers learn, which spares most of the backward pass; 0: all."""
+
+    def rules(self) -> Iterator[Rule]:
+        """See `Settings.rules`."""
+        yield from positive(self, "rank", "alpha")
+        yield from not_negative(self, "last_layers")
+        yield Rule("target_modules", bool(self.target_modules), "it must name at least one layer")
+
+
+@dataclass(kw_only=True)
+class LLMSettings(Settings):
+    """Which LLM, which engine answers for it, and how it learns."""
+
+    enable: bool = True
+    """False: no LLM at all, pure UniZero."""
+    model: str = "auto"
+    """auto: Qwen/Qwen2.5-0.5B-Instruct where it is cached or reachable, else the embedded
+    SmolLM2-135M-Instruct; or a hub name, or a folder."""
+    engine: str = "auto"
+    """auto, vllm, transformers. auto starts both, times them on the same states and keeps the
+    faster one."""
+    required: bool = False
+    """True: an engine that cannot start or answer stops the run; False: it is replaced, said and
+    counted."""
+    device: str = "auto"
+    """Where the LLM lives: auto (as policy.device), cpu, cuda."""
+    dtype: str = "auto"
+    """Number format of scoring: auto, float32, bfloat16."""
+    share_weights: bool = False
+    """The transformers engine scores with the trainer's own weights, without a second copy in
+    memory. Otherwise it keeps a copy with its layers in `dtype`: faster in bfloat16."""
+    residual_dtype: str = "auto"
+    """Norms and residual stream of that copy, where `dtype` is bfloat16: float32; bfloat16, as vLLM
+    computes (faster, with about twice the rounding); auto: float32 on a CPU, bfloat16 on CUDA."""
+    max_batch_tokens: int = 0
+    """Tokens the transformers engine computes together in one forward: bounds memory. 0: 4,096 on a
+    CPU, 32,768 on CUDA."""
+    attempts: int = 3
+    """Tries of one call before its engine counts as dead."""
+    max_restarts: int = 2
+    """Restarts before transformers takes over."""
+    vllm: VLLMSettings = field(default_factory=VLLMSettings)
+    """The vLLM engine."""
+    score_cache_size: int = 20_000
+    """Scored states remembered for the present weights; 0: none."""
+    trunk_cache_mib: int = 1024
+    """On a CPU, with adapters on the last layers only: MiB for what the layers below them gave,
+    which no update changes. A state met again, or trained on, is computed from there. 0: none."""
+    prompt: PromptSettings = field(default_factory=PromptSettings)
+    """What the LLM reads."""
+    reasoning: ReasoningSettings = field(default_factory=ReasoningSettings)
+    """The chain of thought, with prompt.use_cot."""
+    trainer: str = "builtin"
+    """Who trains the LLM: a file of priorzero/llm/update/trainers."""
+    train: LLMTrainSettings = field(default_factory=LLMTrainSettings)
+    """The optimiser both kinds of training share."""
+    sft: SFTSettings = field(default_factory=SFTSettings)
+    """Supervised learning from the search."""
+    rft: RFTSettings = field(default_factory=RFTSettings)
+    """Reinforcement with the world model's values."""
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    """Low-rank adapters."""
+
+    def rules(self) -> Iterator[Rule]:
+        """See `Settings.rules`."""
+        yield from one_of(self, "engine", "auto", "vllm", "transformers")
+        yield from one_of(self, "device", "auto", "cpu", "cuda")
+        yield from one_of(self, "dtype", "auto", "float32", "bfloat16")
+        yield from one_of(self, "residual_dtype", "auto", "float32", "bfloat16")
+        yield from a_file_of(self, "trainer", "priorzero.llm.update.trainers")
+        yield from positive(self, "attempts")
+        yield from not_negative(
+            self, "max_batch_tokens", "max_restarts", "score_cache_size", "trunk_cache_mib"
+        )
+        yield Rule(
+            "required",
+            not (self.required and self.engine == "transformers"),
+            "it demands vLLM where llm.engine is fixed to transformers; change one",
+        )

@@ -1,0 +1,235 @@
+"""Settings of the world model, its search, its replay data and its training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from priorzero.settings.record import (
+    Rule,
+    Settings,
+    a_file_of,
+    in_unit_interval,
+    not_negative,
+    one_of,
+    positive,
+)
+
+
+@dataclass(kw_only=True)
+class VocabularySettings(Settings):
+    """How commands become action ids."""
+
+    kind: str = "stable"
+    """stable: an id per command; positional: id = position among the valid actions, LightZero's
+    usual."""
+    capacity: int = 512
+    """V, most ids."""
+    overflow: int = 16
+    """Ids among them reserved for commands seen once the rest is used up."""
+
+    def rules(self) -> Iterator[Rule]:
+        """See `Settings.rules`."""
+        yield from one_of(self, "kind", "stable", "positional")
+        yield Rule(
+            "overflow",
+            0 < self.overflow < self.capacity,
+            f"it must lie in 1..capacity-1 ({self.capacity - 1})",
+        )
+
+
+@dataclass(kw_only=True)
+class RootPriorSettings(Settings):
+    """How the LLM enters at the root; the equations stand in priorzero/search/root_prior.py."""
+
+    mode: str = "llm_plus_wm_logits"
+    """wm_logits: the world model alone; llm_logits: the LLM alone; llm_plus_wm_logits: both."""
+    weighting: str = "fixed"
+    """fixed: the LLM's weight is `weight`; adaptive: it falls with training, and counts more where
+    the world model is unsure."""
+    mixing: str = "logits"
+    """logits: a product of experts; probabilities: a weighted mean."""
+    weight: float = 0.5
+    """The LLM's weight with fixed weighting."""
+    weight_max: float = 0.8
+    """The LLM's largest weight at the start, with adaptive weighting."""
+    weight_min: float = 0.1
+    """The LLM's weight after annealing, with adaptive weighting."""
+    anneal_env_steps: int = 20_000
+    """Environment steps over which weight_max falls to weight_min."""
+    temperature: float = 1.0
+    """Softens (above 1) or sharpens the LLM's log-probabilities before they are mixed."""
+    reduction: str = "sum"
+    """How the log-probabilities of an action's tokens become one number: sum or mean."""
+
+    def rules(self) -> Iterator[Rule]:
+        """See `Settings.rules`."""
+        yield from one_of(self, "mode", "llm_logits", "wm_logits", "llm_plus_wm_logits")
+        yield from one_of(self, "weighting", "fixed", "adaptive")
+        yield from one_of(self, "mixing", "logits", "probabilities")
+        yield from one_of(self, "reduction", "sum", "mean")
+        yield from in_unit_interval(self, "weight")
+        yield Rule(
+            "weight_min",
+            0.0 <= self.weight_min <= self.weight_max <= 1.0,
+            f"0 <= weight_min <= weight_max ({self.weight_max}) <= 1 is needed",
+        )
+        yield from positive(self, "temperature", "anneal_env_steps")
+
+
+@dataclass(kw_only=True)
+class LossWeights(Settings):
+    """Weights of the world model's loss terms."""
+
+    latent: float = 10.0
+    """Prediction of the next latent state."""
+    reward: float = 1.0
+    """Reward, as a categorical distribution."""
+    policy: float = 1.0
+    """Cross-entropy to the search's policy."""
+    value: float = 0.5
+    """Value, as a categorical distribution."""
+    entropy: float = 1e-4
+    """Bonus for the policy's entropy."""
+
+    def rules(self) -> Iterator[Rule]:
+        """See `Settings.rules`."""
+        yield from not_negative(self, "latent", "reward", "policy", "value", "entropy")
+
+
+@dataclass(kw_only=True)
+class PolicySettings(Settings):
+    """World model (UniZero), search, replay data and learning."""
+
+    device: str = "auto"
+    """cpu or cuda; auto takes cuda where torch sees one."""
+
+    # ---- network ----
+    embed_dim: int = 512
+    """Width of the world model's transformer."""
+    num_layers: int = 2
+    """Its layers."""
+    num_heads: int = 8
+    """Its attention heads."""
+    group_size: int = 8
+    """SimNorm group size of latent states."""
+    support_scale: int = 50
+    """Categorical support of transformed rewards and values: -support_scale..support_scale."""
+    context_steps: int = 4
+    """Real observations a root looks back on, itself included."""
+    action_vocabulary: VocabularySettings = field(default_factory=VocabularySettings)
+    """How commands become action ids."""
+
+    # ---- search ----
+    num_simulations: int = 50
+    """Expansions per decision."""
+    root_policy: str = "puct"
+    """A file of priorzero/search/root_policies. puct: our tree, reproducible, priors count from the
+    first visit; lightzero: its C++ tree."""
+    search_threads: int = 1
+    """CPU threads of a search: 1 is fastest up to a width of about 512; 0 leaves torch's own
+    number."""
+    root_dirichlet_alpha: float = 0.3
+    """Concentration of the Dirichlet noise at the root, in collect only."""
+    root_noise_weight: float = 0.25
+    """Share of that noise in the root's prior."""
+    root_prior: RootPriorSettings = field(default_factory=RootPriorSettings)
+    """How the LLM enters at the root."""
+    fixed_temperature_value: float = 1.0
+    """Temperature of visit counts when an action is drawn in collect; lower ones repeat what earns
+    a little."""
+
+    # ---- data ----
+    game_segment_length: int = 20
+    """Steps of a segment."""
+    num_segments: int = 8
+    """Segments collected per iteration."""
+    replay_buffer_size: int = 100_000
+    """Transitions kept for replay."""
+    use_priority: bool = False
+    """Prioritised replay."""
+    priority_prob_alpha: float = 0.6
+    """Exponent of a transition's priority when it is drawn."""
+    priority_prob_beta: float = 0.4
+    """Exponent of the importance weights that correct for it."""
+
+    # ---- learning ----
+    num_unroll_steps: int = 10
+    """Steps the model is unrolled."""
+    td_steps: int = 5
+    """Steps of the value target before it bootstraps."""
+    value_bootstrap: str = "target_network"
+    """target_network: the target network's value now; search: the root value found when the step
+    was played."""
+    discount_factor: float = 0.99
+    """Discount of rewards, per game step."""
+    batch_size: int = 64
+    """Windows per update."""
+    replay_ratio: float = 0.25
+    """Updates per collected transition."""
+    train_start_after_envsteps: int = 0
+    """Environment steps before the first update."""
+    learning_rate: float = 1e-4
+    """AdamW's learning rate."""
+    weight_decay: float = 1e-4
+    """AdamW's weight decay."""
+    grad_clip_value: float = 5.0
+    """Largest norm of a gradient."""
+    target_update_theta: float = 0.05
+    """Share of the online network that enters the target network at each update."""
+    loss_weights: LossWeights = field(default_factory=LossWeights)
+    """Weights of the loss terms."""
+
+    def rules(self) -> Iterator[Rule]:
+        """See `Settings.rules`."""
+        yield from one_of(self, "device", "auto", "cpu", "cuda")
+        yield from one_of(self, "value_bootstrap", "target_network", "search")
+        yield from a_file_of(self, "root_policy", "priorzero.search.root_policies")
+        yield from positive(
+            self,
+            "embed_dim",
+            "num_layers",
+            "num_heads",
+            "group_size",
+            "support_scale",
+            "num_simulations",
+            "root_dirichlet_alpha",
+            "fixed_temperature_value",
+            "game_segment_length",
+            "num_segments",
+            "num_unroll_steps",
+            "td_steps",
+            "batch_size",
+            "replay_ratio",
+            "learning_rate",
+            "grad_clip_value",
+        )
+        yield from not_negative(
+            self,
+            "search_threads",
+            "priority_prob_alpha",
+            "priority_prob_beta",
+            "train_start_after_envsteps",
+            "weight_decay",
+        )
+        yield from in_unit_interval(self, "root_noise_weight", "target_update_theta")
+
+        # Several settings that have to fit together.
+        parts = max(1, self.num_heads), max(1, self.group_size)
+        yield Rule(
+            "embed_dim",
+            all(self.embed_dim % part == 0 for part in parts),
+            f"num_heads {self.num_heads} and group_size {self.group_size} must divide it",
+        )
+        yield Rule(
+            "context_steps",
+            1 <= self.context_steps <= self.num_unroll_steps,
+            f"it must lie in 1..num_unroll_steps ({self.num_unroll_steps}), the positions that are "
+            "trained",
+        )
+        yield Rule("discount_factor", 0 < self.discount_factor <= 1, "it must lie in (0, 1]")
+        yield Rule(
+            "replay_buffer_size",
+            self.replay_buffer_size >= self.game_segment_length,
+            f"it must hold one segment ({self.game_segment_length} transitions)",
+        )
