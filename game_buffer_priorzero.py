@@ -1,39 +1,38 @@
 """The replay buffer: whole segments in, world-model batches and LLM batches out.
 
-Replaces LightZero 0.2.0's buffers, whose windows break at segment ends, whose bootstrap values are
-one step off and whose priorities and importance weights have no effect (tests/test_stock_defects.py
-shows each on the stock classes).
+Windows of steps run across segment ends, and priorities and importance weights act, unlike in
+LightZero's own buffers (docs/LIGHTZERO.md).
 """
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
 from easydict import EasyDict
 
-from priorzero.data.batch import LLMSample, WorldModelBatch, fill_row
-from priorzero.data.segment import PriorZeroSegment, window
+from priorzero.data.batch import WorldModelBatch, fill_row
+from priorzero.data.segment import Segment, window
+from priorzero.llm.update.samples import LLMSample, build_sample
 from priorzero.quiet import quiet_base
-from priorzero.types import PriorZeroError
+from priorzero.settings.policy import PolicySettings
 
 with quiet_base():
     from ding.utils import BUFFER_REGISTRY
-
-logger = logging.getLogger(__name__)
 
 
 @BUFFER_REGISTRY.register("game_buffer_priorzero")
 class PriorZeroGameBuffer:
     """Segments in order of arrival, sampled by transition.
 
+    Transitions are known by a running number, from the first ever pushed; it is what a batch's
+    `indices` hold.
+
     Args:
-        cfg: the policy's settings: replay_buffer_size (transitions), num_unroll_steps, td_steps,
-            discount_factor, use_priority, priority_prob_alpha, priority_prob_beta,
-            model.action_space_size, model.observation_shape.
-        seed: of the sampling.
+        settings: Replay size, unroll and bootstrap steps, discount, priorities, vocabulary.
+        observation_dim: `E`.
+        seed: Of the sampling.
     """
 
     config = dict(type="game_buffer_priorzero")
@@ -43,10 +42,11 @@ class PriorZeroGameBuffer:
         """For DI-engine's config compile; the settings that matter are the policy's."""
         return EasyDict(cls.config, cfg_type=cls.__name__ + "Dict")
 
-    def __init__(self, cfg, seed: int = 0) -> None:
-        self._cfg = cfg
-        self._segments: deque[PriorZeroSegment] = deque()
-        self._last_of_episode: dict[int, PriorZeroSegment] = {}
+    def __init__(self, settings: PolicySettings, observation_dim: int, seed: int) -> None:
+        self._settings = settings
+        self._dim = observation_dim
+        self._segments: deque[Segment] = deque()
+        self._last_of_episode: dict[int, Segment] = {}
         self._rng = np.random.default_rng(seed)
         self._transitions = 0
         self._dropped = 0  # transitions removed so far; indices count from the first ever pushed
@@ -55,20 +55,18 @@ class PriorZeroGameBuffer:
         self._offset = 0  # global index of _priorities[0]
         self._max_priority = 1.0
 
-    def push_game_segments(self, segments: Sequence[PriorZeroSegment]) -> None:
+    def push_game_segments(self, segments: Sequence[Segment]) -> None:
         """Add finished segments, oldest first, and link each to the part of its episode that came
         before.
         """
         for segment in segments:
-            if len(segment) == 0:
-                raise PriorZeroError(
-                    "an empty segment was pushed: a collector must push what it played or nothing"
-                )
+            assert len(segment) > 0, "a collector pushes what it played or nothing"
             previous = self._last_of_episode.pop(segment.episode_id, None)
             if previous is not None:
                 previous.successor = segment
             if segment.done_kind == "running":
                 self._last_of_episode[segment.episode_id] = segment
+
             start = self._dropped + self._transitions
             self._segments.append(segment)
             self._starts.append(start)
@@ -89,7 +87,7 @@ class PriorZeroGameBuffer:
         many were dropped.
         """
         before = self._transitions
-        while self._transitions > self._cfg.replay_buffer_size and len(self._segments) > 1:
+        while self._transitions > self._settings.replay_buffer_size and len(self._segments) > 1:
             gone = self._segments.popleft()
             self._starts.popleft()
             self._transitions -= len(gone)
@@ -107,7 +105,7 @@ class PriorZeroGameBuffer:
     def get_num_of_transitions(self) -> int:
         return self._transitions
 
-    def _locate(self, indices: np.ndarray) -> list[tuple[PriorZeroSegment, int]]:
+    def _locate(self, indices: np.ndarray) -> list[tuple[Segment, int]]:
         """Global transition indices -> (segment, position)."""
         starts = np.fromiter(self._starts, dtype=np.int64, count=len(self._starts))
         which = np.searchsorted(starts, indices, side="right") - 1
@@ -121,71 +119,61 @@ class PriorZeroGameBuffer:
 
         P(i) = p_i^alpha / sum_j p_j^alpha; w_i = (N P(i))^-beta / max_j w_j over the batch.
         """
-        if self._transitions == 0:
-            raise PriorZeroError("the replay buffer is empty: collect before training")
-        if not self._cfg.use_priority:
+        assert self._transitions > 0, "nothing was pushed yet"
+        if not self._settings.use_priority:
             return self._dropped + self._rng.integers(self._transitions, size=count), np.ones(
                 count, dtype=np.float32
             )
+
         low = self._dropped - self._offset
-        scaled = self._priorities[low : low + self._transitions] ** self._cfg.priority_prob_alpha
+        scaled = (
+            self._priorities[low : low + self._transitions] ** self._settings.priority_prob_alpha
+        )
         probability = scaled / scaled.sum()
         chosen = self._rng.choice(self._transitions, size=count, p=probability)
-        weights = (self._transitions * probability[chosen]) ** -self._cfg.priority_prob_beta
+        weights = (self._transitions * probability[chosen]) ** -self._settings.priority_prob_beta
         return self._dropped + chosen, (weights / weights.max()).astype(np.float32)
 
     def sample(self, batch_size: int) -> WorldModelBatch:
         """Draw a world-model batch; see `WorldModelBatch` for what it holds and `fill_row` for the
         targets.
         """
-        cfg, unroll = self._cfg, self._cfg.num_unroll_steps
+        s = self._settings
         indices, weights = self._draw(batch_size)
-        shape, dim = (batch_size, unroll), cfg.model.observation_shape
-        zeros = lambda *s: np.zeros(s, dtype=np.float32)  # noqa: E731
-        batch = WorldModelBatch(
-            observations=zeros(batch_size, unroll + 1, dim),
-            actions=np.zeros(shape, dtype=np.int64),
-            rewards=zeros(*shape),
-            policies=zeros(*shape, cfg.model.action_space_size),
-            mask_step=zeros(*shape),
-            mask_value=zeros(*shape),
-            mask_reward=zeros(*shape),
-            returns=zeros(*shape),
-            discounts=zeros(*shape),
-            bootstrap_observations=zeros(*shape, dim),
-            bootstrap_actions=np.zeros(shape, dtype=np.int64),
-            bootstrap_index=np.zeros(shape, dtype=np.int64),
-            search_values=np.full(shape, np.nan, dtype=np.float32),
-            weights=weights,
-            indices=indices,
+        batch = WorldModelBatch.zeros(
+            s.num_unroll_steps, self._dim, s.action_vocabulary.capacity, weights, indices
         )
+
         for row, (segment, position) in enumerate(self._locate(indices)):
-            view = window(segment, position, unroll + cfg.td_steps)
+            view = window(segment, position, s.num_unroll_steps + s.td_steps)
             filler = int(self._rng.choice(view.steps[-1].valid_ids))
-            fill_row(batch, row, view, unroll, cfg.td_steps, cfg.discount_factor, filler)
+            fill_row(batch, row, view, s.num_unroll_steps, s.td_steps, s.discount_factor, filler)
         return batch
 
-    def update_priority(self, batch: WorldModelBatch) -> None:
-        """Take over the priorities the update left in `batch.new_priorities`; rows dropped
-        meanwhile are skipped.
+    def update_priority(self, indices: np.ndarray, priorities: np.ndarray) -> None:
+        """Take over new priorities; transitions dropped meanwhile are skipped.
+
+        Args:
+            indices: `[B]` of the batch that was trained on.
+            priorities: `[B]`, their absolute values count.
         """
-        if batch.new_priorities is None:
-            raise PriorZeroError(
-                "the batch carries no new priorities: run the policy's learn step on it first"
-            )
-        alive = batch.indices >= self._dropped
+        assert indices.shape == priorities.shape == (len(indices),)
+        alive = indices >= self._dropped
         # The small constant keeps a perfectly predicted transition reachable.
-        values = np.abs(batch.new_priorities[alive]) + 1e-6
-        self._priorities[batch.indices[alive] - self._offset] = values
+        values = np.abs(priorities[alive]) + 1e-6
+        self._priorities[indices[alive] - self._offset] = values
         if len(values):
             self._max_priority = max(self._max_priority, float(values.max()))
 
     def sample_llm(self, count: int, recent: int | None = None) -> list[LLMSample]:
-        """Draw decisions at text level, without repetition, from the newest `recent` transitions
-        (None: from all).
+        """Draw decisions for the LLM, without repetition.
 
-        Decisions with fewer than two valid actions teach a policy nothing and are left out, so
-        fewer than `count` may come back.
+        Decisions with fewer than two valid actions, or without an LLM's request, teach it nothing
+        and are left out, so fewer than `count` may come back.
+
+        Args:
+            count: How many.
+            recent: Draw from the newest so many transitions; None: from all.
         """
         low = max(self._transitions - recent, 0) if recent else 0
         order = self._dropped + low + self._rng.permutation(self._transitions - low)
@@ -193,30 +181,24 @@ class PriorZeroGameBuffer:
         for segment, position in self._locate(order):
             if len(samples) == count:
                 break
-            if len(segment.steps[position].valid_actions) >= 2:
-                samples.append(self._llm_sample(segment, position))
+            if len(segment.steps[position].valid_actions) < 2:
+                continue
+            target = self._value_target(segment, position)
+            sample = build_sample(segment.steps[position], target)
+            if sample is not None:
+                samples.append(sample)
         return samples
 
-    def _llm_sample(self, segment: PriorZeroSegment, position: int) -> LLMSample:
-        cfg = self._cfg
-        view = window(segment, position, cfg.td_steps + 1)
-        step, span = view.steps[0], min(cfg.td_steps, len(view.steps))
-        value = sum(cfg.discount_factor**i * view.steps[i].reward for i in range(span))
+    def _value_target(self, segment: Segment, position: int) -> float:
+        """n-step return of a step, bootstrapped with the search's own values."""
+        s = self._settings
+        view = window(segment, position, s.td_steps + 1)
+        span = min(s.td_steps, len(view.steps))
+        value = sum(s.discount_factor**i * view.steps[i].reward for i in range(span))
         if span < len(view.steps):
-            value += cfg.discount_factor**span * view.steps[span].root_value
+            value += s.discount_factor**span * view.steps[span].root_value
         elif view.end != "terminated":
             # The state after a cut was never searched; the last searched value one step earlier
             # stands in for it.
-            value += cfg.discount_factor**span * view.steps[-1].root_value
-        return LLMSample(
-            step.state,
-            step.valid_actions,
-            step.visit_distribution,
-            step.behaviour,
-            step.action_index,
-            value,
-            value - step.predicted_value,
-            step.prior_logprobs,
-            step.prior_version,
-            step.reasoning,
-        )
+            value += s.discount_factor**span * view.steps[-1].root_value
+        return value

@@ -18,15 +18,17 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from priorzero.data.segment import PriorZeroSegment, StepRecord
+from priorzero.data.segment import Segment, StepRecord
 from priorzero.games.group import GameEnvGroup
 from priorzero.llm.prior import LLMPrior, reduced
-from priorzero.play.slot import Decision, HistoryWindow, Seat, decisions
+from priorzero.play.slot import Decision, HistoryWindow, Seat, decisions, roots_of
 from priorzero.quiet import quiet_base
 from priorzero.run.metrics import Stopwatch
+from priorzero.search.roots import SearchOutput
+from priorzero.search.targets import visit_shares
 from priorzero.text.encoder import SentenceEncoder
 from priorzero.types import ActionScores
-from priorzero_policy import PriorZeroPolicy, SearchOutput
+from priorzero_policy import PriorZeroPolicy
 
 with quiet_base():
     from ding.utils import SERIAL_COLLECTOR_REGISTRY
@@ -41,7 +43,7 @@ class CollectResult:
     on the search.
     """
 
-    segments: list[PriorZeroSegment]
+    segments: list[Segment]
     collect: dict[str, float]
     prior: dict[str, float]
     transitions: int = field(init=False)
@@ -87,7 +89,7 @@ class PriorZeroCollector(ISerialCollector):
         self._envstep = 0
         self._episodes = 0
         self._seats: dict[int, Seat] = {}
-        self._segments: dict[int, PriorZeroSegment] = {}
+        self._segments: dict[int, Segment] = {}
         self._episode_ids: dict[int, int] = {}
         self._reduction = cfg.root_prior.get("reduction", "sum")
         self.counters: Counter[str] = Counter()
@@ -102,7 +104,6 @@ class PriorZeroCollector(ISerialCollector):
     def reset_policy(self, _policy: PriorZeroPolicy | None = None) -> None:
         """Plan with `_policy` from now on if one is given; contexts start anew."""
         self._policy = _policy or self._policy
-        self._policy.collect_mode.reset()
 
     def reset(
         self, _policy: PriorZeroPolicy | None = None, _env: GameEnvGroup | None = None
@@ -128,7 +129,7 @@ class PriorZeroCollector(ISerialCollector):
         """
         if not self._seats:
             await self._start(list(range(len(self._envs))))
-        finished: list[PriorZeroSegment] = []
+        finished: list[Segment] = []
         episodes: list[dict] = []
         effects: list[dict[str, float]] = []
         while len(finished) < num_segments:
@@ -144,13 +145,15 @@ class PriorZeroCollector(ISerialCollector):
             with self.watch("search"):
                 output = await asyncio.to_thread(
                     self._policy.collect_mode.forward,
-                    np.stack([d.observation for d in due]),
-                    [d.valid_ids for d in due],
-                    [reduced(s, self._reduction) for s in scores],
-                    env_ids,
-                    self._policy.collect_temperature(),
+                    roots_of(
+                        [self._seats[e] for e in env_ids],
+                        due,
+                        [reduced(s, self._reduction) for s in scores],
+                    ),
+                    self._cfg.settings.fixed_temperature_value,
                     self._envstep,
                 )
+                output = dict(zip(env_ids, output, strict=True))
             chosen = {
                 e: d.valid_actions[output[e].action_index]
                 for e, d in zip(env_ids, due, strict=True)
@@ -173,17 +176,20 @@ class PriorZeroCollector(ISerialCollector):
         """New episodes in these environments."""
         with self.watch("env"):
             first = await asyncio.to_thread(self._envs.reset, env_ids)
-        vectors = await asyncio.to_thread(self._encoder.encode, [first[e]["text"] for e in env_ids])
-        self._policy.collect_mode.reset(env_ids)
-        for env_id, vector in zip(env_ids, vectors, strict=True):
+        for env_id in env_ids:
             seat = self._seats.setdefault(
-                env_id, Seat(self._envs.envs[env_id].game.goal, self._history)
+                env_id,
+                Seat(
+                    self._envs.envs[env_id].game.goal,
+                    self._history,
+                    self._cfg.settings.context_steps,
+                ),
             )
             seat.start(first[env_id])
             self._episode_ids[env_id] = self._episodes
             self._episodes += 1
-            self._segments[env_id] = PriorZeroSegment(
-                self._cfg, env_id, self._episode_ids[env_id], vector
+            self._segments[env_id] = Segment(
+                env_id, self._episode_ids[env_id], self._cfg.settings.game_segment_length
             )
 
     async def _record(
@@ -193,7 +199,7 @@ class PriorZeroCollector(ISerialCollector):
         scores: list[ActionScores | None],
         output: dict[int, SearchOutput],
         timesteps,
-        finished: list[PriorZeroSegment],
+        finished: list[Segment],
         episodes: list[dict],
     ) -> list[int]:
         """Write the step into each environment's segment; returns the environments whose episode
@@ -220,6 +226,7 @@ class PriorZeroCollector(ISerialCollector):
                 due[row], scores[row], plan, float(outcome.reward), kind, seat.timestep
             )
             self._segments[env_id].record(step, nexts[row])
+            seat.context.act(step.action_id)
             seat.advance(step.action, step.reward, outcome.obs)
             if outcome.done:
                 ended.append(env_id)
@@ -227,19 +234,17 @@ class PriorZeroCollector(ISerialCollector):
                 finished.append(self._segments[env_id])
             elif self._segments[env_id].is_full():
                 finished.append(self._segments[env_id])
-                self._segments[env_id] = PriorZeroSegment(
-                    self._cfg, env_id, self._episode_ids[env_id], nexts[row]
+                self._segments[env_id] = Segment(
+                    env_id, self._episode_ids[env_id], self._cfg.settings.game_segment_length
                 )
         return ended
 
-    def _close_cut(self, env_id: int, finished: list[PriorZeroSegment]) -> None:
+    def _close_cut(self, env_id: int, finished: list[Segment]) -> None:
         """Finish the segment of an episode that a hang cut off before its present step."""
         if len(self._segments[env_id]):
             finished.append(self._segments[env_id])
 
-    def _episode_metrics(
-        self, episodes: list[dict], finished: list[PriorZeroSegment]
-    ) -> dict[str, float]:
+    def _episode_metrics(self, episodes: list[dict], finished: list[Segment]) -> dict[str, float]:
         steps = [s for segment in finished for s in segment.steps]
         metrics = {
             "segments": float(len(finished)),
@@ -248,7 +253,9 @@ class PriorZeroCollector(ISerialCollector):
             "reward_per_step": float(np.mean([s.reward for s in steps])),
             "valid_actions": float(np.mean([len(s.valid_actions) for s in steps])),
             "root_value": float(np.mean([s.root_value for s in steps])),
-            "visit_entropy": float(np.mean([_entropy(s.visit_distribution) for s in steps])),
+            "visit_entropy": float(
+                np.mean([_entropy(visit_shares(s.visit_counts)) for s in steps])
+            ),
         }
         if episodes:
             metrics["episode_return_mean"] = float(
@@ -279,15 +286,14 @@ def _step_record(
         action_index=plan.action_index,
         visit_counts=plan.visit_counts,
         behaviour=plan.behaviour,
+        target_policy=plan.target_policy,
         root_value=plan.root_value,
         predicted_value=plan.predicted_value,
         reward=reward,
         done_kind=kind,
         timestep=timestep,
-        prior_logprobs=scores.token_logprobs if scores else None,
-        prior_version=scores.weights_version if scores else 0,
+        scores=scores,
         prior_weight=plan.prior.weight,
-        reasoning=scores.reasoning if scores else "",
     )
 
 

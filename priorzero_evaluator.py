@@ -17,7 +17,7 @@ import numpy as np
 
 from priorzero.games.group import GameEnvGroup
 from priorzero.llm.prior import LLMPrior, reduced
-from priorzero.play.slot import Decision, HistoryWindow, Seat, decisions
+from priorzero.play.slot import Decision, HistoryWindow, Seat, decisions, roots_of
 from priorzero.run.metrics import Stopwatch
 from priorzero.search.root_prior import log_softmax
 from priorzero.text.encoder import SentenceEncoder
@@ -84,7 +84,9 @@ class PriorZeroEvaluator:
         seed: int = 0,
         watch: Stopwatch | None = None,
         temperature: float = 0.0,
+        context_steps: int = 1,
     ) -> None:
+        self._context_steps = context_steps
         self._policy, self._envs, self._encoder, self._prior = policy, envs, encoder, prior
         self._history, self._reduction, self._transcripts = (
             history or HistoryWindow(),
@@ -146,10 +148,9 @@ class PriorZeroEvaluator:
         self, idle: list[int], seats: dict[int, Seat], scripts: dict[int, list[str]]
     ) -> None:
         first = await asyncio.to_thread(self._envs.reset, idle)
-        self._policy.eval_mode.reset(idle)
         for env_id in idle:
             game = self._envs.envs[env_id].game
-            seats[env_id] = Seat(game.goal, self._history)
+            seats[env_id] = Seat(game.goal, self._history, self._context_steps)
             seats[env_id].start(first[env_id])
             scripts[env_id] = [
                 f"[{game.env_id}, episode seed {self._envs.envs[env_id].episode_seed}]",
@@ -182,18 +183,15 @@ class PriorZeroEvaluator:
         with self.watch("eval_search"):
             output = await asyncio.to_thread(
                 self._policy.eval_mode.forward,
-                np.stack([d.observation for d in due]),
-                [d.valid_ids for d in due],
-                logprobs,
-                env_ids,
+                roots_of([seats[e] for e in env_ids], due, logprobs),
                 env_steps,
                 prior_mode,
                 self._temperature,
                 self._rng,
             )
         picks, remarks = {}, {}
-        for env_id, d in zip(env_ids, due, strict=True):
-            plan = output[env_id]
+        for env_id, d, plan in zip(env_ids, due, output, strict=True):
+            seats[env_id].context.act(int(d.valid_ids[plan.action_index]))
             picks[env_id] = d.valid_actions[plan.action_index]
             top = np.argsort(-plan.visit_counts)[:4]
             prior = np.exp(plan.prior.log_mixed)

@@ -118,7 +118,7 @@ class Run:
         await asyncio.to_thread(self._build_world_model)
         await self._build_llm()
         await asyncio.to_thread(self._build_players)
-        parameters = sum(p.numel() for p in self.policy._model.parameters())
+        parameters = sum(p.numel() for p in self.policy.network.parameters())
         device = self.compiled.policy.device
         logger.info(
             banner(
@@ -143,7 +143,6 @@ class Run:
     def _build_world_model(self) -> None:
         from game_buffer_priorzero import PriorZeroGameBuffer
         from priorzero.lightzero import compile_priorzero, resolve_device
-        from priorzero.loop.learner import make_learner
         from priorzero.quiet import quiet_base
         from priorzero.run.checkpoint import CheckpointStore
         from priorzero.text.encoder import SentenceEncoder
@@ -161,10 +160,9 @@ class Run:
         )
         self.policy = PriorZeroPolicy(self.compiled.policy)
         self.policy.attach_encoder(self.encoder.encode)
-        self.learner = make_learner(
-            self.compiled, self.policy, self.metrics.tensorboard, str(self.folder)
+        self.buffer = PriorZeroGameBuffer(
+            self.compiled.policy.settings, self.encoder.dim, self.cfg.seed
         )
-        self.buffer = PriorZeroGameBuffer(self.compiled.policy, seed=self.cfg.seed)
         self.checkpoints = CheckpointStore(self.folder / "ckpt")
 
     async def _build_llm(self) -> None:
@@ -243,6 +241,7 @@ class Run:
             self.cfg.seed,
             self.watch,
             self.cfg.eval.temperature,
+            self.cfg.policy.context_steps,
         )
 
     # ---- the loop --------------------------------------------------------------------------------
@@ -319,15 +318,19 @@ class Run:
             return {}
         updates = math.ceil(p.replay_ratio * transitions * self.config.wm_train_freq)
         with self.watch("train_wm"):
-            await asyncio.to_thread(self._updates, updates)
-        return self.learner.metrics.drain()
+            rows = await asyncio.to_thread(self._updates, updates)
+        means = {name: sum(r[name] for r in rows) / len(rows) for name in rows[0]}
+        return means | {"updates": float(len(rows))}
 
-    def _updates(self, count: int) -> None:
+    def _updates(self, count: int) -> list[dict[str, float]]:
+        rows = []
         for _ in range(count):
             batch = self.buffer.sample(self.compiled.policy.batch_size)
-            self.learner.train(batch, self.collector.envstep)
+            output = self.policy.learn_mode.forward(batch)
             if self.compiled.policy.use_priority:
-                self.buffer.update_priority(batch)
+                self.buffer.update_priority(batch.indices, output.priorities)
+            rows.append(output.metrics)
+        return rows
 
     async def _train_llm(self) -> dict[str, float]:
         if self.llm_learner is None or (self.iteration + 1) % self.config.llm_train_freq:
@@ -392,7 +395,7 @@ class Run:
                 s
                 for segment in segments
                 for s in segment.steps
-                if s.prior_logprobs and len(s.valid_actions) > 1
+                if s.scores and len(s.valid_actions) > 1
             ),
             None,
         )

@@ -11,6 +11,12 @@ import torch
 from easydict import EasyDict
 
 from priorzero.quiet import quiet_base
+from priorzero.settings.policy import (
+    LossWeights,
+    PolicySettings,
+    RootPriorSettings,
+    VocabularySettings,
+)
 from priorzero.types import PriorZeroError
 
 with quiet_base():
@@ -102,6 +108,21 @@ def compile_priorzero(cfg: EasyDict, create_cfg: EasyDict, text_dim: int) -> Eas
         policy=policy,
     )
     with quiet_base():
-        return compile_config(
+        compiled = compile_config(
             main, seed=cfg.seed, auto=True, create_cfg=EasyDict(create_cfg), save_cfg=False
         )
+    compiled.policy.settings = _settings(p)
+    return compiled
+
+
+def _settings(p: EasyDict) -> PolicySettings:
+    plain = {k: v for k, v in p.items() if k != "search_tree"}
+    return PolicySettings(
+        **plain
+        | dict(
+            root_policy=p.search_tree,
+            root_prior=RootPriorSettings(**p.root_prior),
+            action_vocabulary=VocabularySettings(**p.action_vocabulary),
+            loss_weights=LossWeights(**p.loss_weights),
+        )
+    )

@@ -3,8 +3,7 @@ about each step.
 
 Written by `priorzero_collector.py`, held by `game_buffer_priorzero.py`. Segments of one episode are
 linked by `successor`, so a window of steps runs on across a segment's end as long as the episode
-does. LightZero pads each segment with a copy of the next one's head instead, forgets to pad action
-masks, and crashes on games whose valid actions vary (tests/test_stock_defects.py).
+does.
 """
 
 from __future__ import annotations
@@ -13,11 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from priorzero.quiet import quiet_base
-from priorzero.types import TextState
-
-with quiet_base():
-    from lzero.mcts.buffer.game_segment import GameSegment
+from priorzero.types import ActionScores, TextState, TokenisedRequest
 
 # How a step left the episode. "hang" counts as truncation: the interpreter was killed, the game did
 # not end.
@@ -28,14 +23,24 @@ DONE_KINDS = ("running", "terminated", "truncated", "hang")
 class StepRecord:
     """One decision and what came of it.
 
-    state: what the LLM was shown. observation: `[E]` float32, the same text's embedding. valid_ids:
-    `[A]` action ids in the order of `valid_actions`, the state's commands less any the full
-    vocabulary dropped. action_index: position of the chosen one. visit_counts: `[A]` of the search.
-    prior_logprobs: `[A]` tuples of token log-probabilities from the LLM or None where it was not
-    asked; prior_version: weights that gave them; prior_weight: its share in the root mixture;
-    behaviour: `[A]` probabilities the action was drawn from. root_value: of the search;
-    predicted_value: of the network before the search. reward: what the action earned. done_kind:
-    one of DONE_KINDS. timestep: from 0.
+    Attributes:
+        state: what the LLM was shown.
+        observation: `[E]` float32, the same text's embedding.
+        valid_actions: `A` commands the search could choose from: the state's, less any the full
+            vocabulary dropped.
+        valid_ids: `[A]` their ids, in the same order.
+        action_index: position of the chosen one.
+        visit_counts: `[A]` of the search.
+        behaviour: `[A]` probabilities the action was drawn from.
+        target_policy: `[A]` what policies are trained on, from the search, sums to one.
+        root_value: of the search.
+        predicted_value: of the network before the search.
+        reward: what the action earned.
+        done_kind: one of DONE_KINDS.
+        timestep: from 0.
+        request: the prompt and the actions as token ids, None where no LLM is used.
+        scores: what the LLM answered, None where it was not asked or failed.
+        prior_weight: the LLM's share in the root's mixture.
     """
 
     state: TextState
@@ -45,15 +50,22 @@ class StepRecord:
     action_index: int
     visit_counts: np.ndarray
     behaviour: np.ndarray
+    target_policy: np.ndarray
     root_value: float
     predicted_value: float
     reward: float
     done_kind: str
     timestep: int
-    prior_logprobs: tuple[tuple[float, ...], ...] | None = None
-    prior_version: int = 0
+    request: TokenisedRequest | None = None
+    scores: ActionScores | None = None
     prior_weight: float = 0.0
-    reasoning: str = ""
+
+    def __post_init__(self) -> None:
+        actions = len(self.valid_actions)
+        assert actions >= 1 and 0 <= self.action_index < actions
+        for array in (self.valid_ids, self.visit_counts, self.behaviour, self.target_policy):
+            assert array.shape == (actions,)
+        assert self.done_kind in DONE_KINDS
 
     @property
     def action_id(self) -> int:
@@ -63,62 +75,58 @@ class StepRecord:
     def action(self) -> str:
         return self.valid_actions[self.action_index]
 
-    @property
-    def visit_distribution(self) -> np.ndarray:
-        """`[A]`, sums to one."""
-        return self.visit_counts / self.visit_counts.sum()
 
+class Segment:
+    """Consecutive steps of one episode.
 
-class PriorZeroSegment(GameSegment):
-    """LightZero's `GameSegment` with text, prior and search record of every step.
+    Args:
+        env_id: where it was played.
+        episode_id: the same for all segments of an episode, and for no other.
+        length: steps it holds when it is full.
 
-    The stock lists (observations, actions, rewards, root values, timesteps) are filled as LightZero
-    fills them; `steps` holds the full records and `final_observation` the embedding of the state
-    after the last one.
+    Attributes:
+        steps: the full records.
+        final_observation: `[E]` embedding of the state after the last step; None without steps.
+        successor: the next segment of the episode, once the buffer holds it.
     """
 
-    def __init__(self, cfg, env_id: int, episode_id: int, first_observation: np.ndarray) -> None:
-        super().__init__(
-            cfg.model.action_space_size, game_segment_length=cfg.game_segment_length, config=cfg
-        )
+    def __init__(self, env_id: int, episode_id: int, length: int) -> None:
         self.env_id = env_id
         self.episode_id = episode_id
         self.steps: list[StepRecord] = []
-        self.final_observation = first_observation
-        self.successor: PriorZeroSegment | None = None
-        self.reset([first_observation])
+        self.final_observation: np.ndarray | None = None
+        self.successor: Segment | None = None
+        self._length = length
 
     def record(self, step: StepRecord, next_observation: np.ndarray) -> None:
         """Append a step; `next_observation` `[E]` is the embedding of the state it led to."""
-        self.append(
-            step.action_id, next_observation, step.reward, step.valid_ids, -1, step.timestep
-        )
-        self.child_visit_segment.append(step.visit_distribution)
-        self.root_value_segment.append(step.root_value)
+        assert not self.is_full()
+        assert self.done_kind == "running", "the episode has ended"
+        assert next_observation.shape == step.observation.shape
         self.steps.append(step)
         self.final_observation = next_observation
 
     @property
     def done_kind(self) -> str:
-        """How the last step left the episode; "running" for an episode that goes on in another
-        segment.
-        """
+        """How the last step left the episode; "running" where it goes on in another segment."""
         return self.steps[-1].done_kind if self.steps else "running"
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def is_full(self) -> bool:
-        return len(self.steps) >= self.game_segment_length
+        return len(self.steps) >= self._length
 
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """Consecutive steps r_0..r_{m-1} of one episode, the state after them, and how the episode
-    stands there.
+    """Consecutive steps r_0..r_{m-1} of one episode, m >= 1, and how the episode goes on.
 
-    end: "more" (the episode goes on in the data), "terminated", or "cut" (truncated, or not
-    collected any further).
+    Attributes:
+        steps: `m` records.
+        final_observation: `[E]` embedding of s_m, the state after them.
+        end: "more" (s_m was played in the data too), "terminated", or "cut" (truncated, or not
+            collected any further).
     """
 
     steps: list[StepRecord]
@@ -126,14 +134,15 @@ class Window:
     end: str
 
     def observation(self, index: int) -> np.ndarray:
-        """Embedding of state s_index; beyond the end, of the last state."""
+        """Embedding `[E]` of state s_index; beyond the end, of the last state."""
         return self.steps[index].observation if index < len(self.steps) else self.final_observation
 
 
-def window(segment: PriorZeroSegment, position: int, length: int) -> Window:
+def window(segment: Segment, position: int, length: int) -> Window:
     """Up to `length` steps from `position` on, across successors."""
+    assert 0 <= position < len(segment) and length >= 1
     steps: list[StepRecord] = []
-    end = position
+
     while True:
         taken = segment.steps[position : position + length - len(steps)]
         steps += taken
@@ -141,10 +150,10 @@ def window(segment: PriorZeroSegment, position: int, length: int) -> Window:
         if len(steps) == length or segment.successor is None:
             break
         segment, position = segment.successor, 0
+
     if end < len(segment.steps):
         return Window(steps, segment.steps[end].observation, "more")
     if segment.done_kind == "terminated":
         return Window(steps, segment.final_observation, "terminated")
-    return Window(
-        steps, segment.final_observation, "more" if segment.successor is not None else "cut"
-    )
+    goes_on = segment.successor is not None
+    return Window(steps, segment.final_observation, "more" if goes_on else "cut")

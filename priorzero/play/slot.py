@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from priorzero.search.context import EpisodeContext
+from priorzero.search.roots import Root
 from priorzero.types import HistoryItem, TextState
 
 
@@ -47,8 +49,9 @@ class Seat:
         history: past steps kept in `TextState.history`.
     """
 
-    def __init__(self, goal: str, history: HistoryWindow) -> None:
+    def __init__(self, goal: str, history: HistoryWindow, context_steps: int) -> None:
         self._goal = goal
+        self._context_steps = context_steps
         self._window = history
         self.start({"text": "", "valid_actions": (), "score": 0.0})
 
@@ -56,6 +59,7 @@ class Seat:
         """A new episode begins with this observation of the environment."""
         self._history: list[HistoryItem] = []
         self.observation = observation
+        self.context = EpisodeContext(self._context_steps)
         self.timestep = 0
         self.episode_return = 0.0
 
@@ -98,3 +102,15 @@ def decisions(
             Decision(state, vector, tuple(a for a, _ in known), np.asarray([i for _, i in known]))
         )
     return result
+
+
+def roots_of(
+    seats: Sequence[Seat], due: Sequence[Decision], llm_logprobs: Sequence[np.ndarray | None]
+) -> list[Root]:
+    """What the search plans from; each decision's vector enters its episode's context."""
+    roots = []
+    for seat, decision, logprobs in zip(seats, due, llm_logprobs, strict=True):
+        seat.context.observe(decision.observation)
+        context = seat.context
+        roots.append(Root(context.observations, context.actions, decision.valid_ids, logprobs))
+    return roots

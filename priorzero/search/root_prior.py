@@ -3,15 +3,16 @@ policy at the root.
 
 For a state with valid actions a_1..a_A:
 
-    p_LLM = softmax( l_i / temperature ),      l_i = sum or mean over tokens of log P_LLM(tokens of
-    a_i | prompt) p_WM  = softmax( z_i ),                    z_i = world model's policy logits of
-    the valid actions only log p = w log p_LLM + (1 - w) log p_WM - log Z
-    (mixing "logits", a product of experts) p     = w p_LLM + (1 - w) p_WM
-    (mixing "probabilities")
+    p_LLM = softmax(l_i / temperature),  l_i = sum or mean over tokens of
+                                               log P_LLM(tokens of a_i | prompt)
+    p_WM  = softmax(z_i),                z_i = the world model's policy logits of the valid actions
 
-    mode "wm_logits":  w = 0       mode "llm_logits":  w = 1       mode "llm_plus_wm_logits":  w as
-    scheduled weighting "fixed":     w = weight weighting "adaptive":  w = weight_min + (s -
-    weight_min) * H(p_WM) / log A,
+    mixing "logits" (a product of experts):  log p = w log p_LLM + (1 - w) log p_WM - log Z
+    mixing "probabilities":                      p = w p_LLM + (1 - w) p_WM
+
+    mode "wm_logits": w = 0      "llm_logits": w = 1      "llm_plus_wm_logits": w as scheduled
+    weighting "fixed":     w = weight
+    weighting "adaptive":  w = weight_min + (s - weight_min) * H(p_WM) / log A,
                            s annealed linearly from weight_max to weight_min over anneal_env_steps
 
 so with "adaptive" the LLM counts more where the world model is unsure, and less as training goes
@@ -25,69 +26,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from priorzero.types import PriorZeroError
+from priorzero.settings.policy import RootPriorSettings
 
-MODES = ("llm_logits", "wm_logits", "llm_plus_wm_logits")
 # exp(-30) is 1e-13: no action is ruled out by one very long text, and the C++ tree's float softmax
 # stays finite.
 LOG_FLOOR = -30.0
 
 
 @dataclass(frozen=True)
-class RootPriorSettings:
-    """Settings of the mixture; see the module's equations.
-
-    Raises:
-        PriorZeroError: on construction, for a value outside its range.
-    """
-
-    mode: str = "llm_plus_wm_logits"
-    weighting: str = "fixed"
-    mixing: str = "logits"
-    weight: float = 0.5
-    weight_max: float = 0.8
-    weight_min: float = 0.1
-    anneal_env_steps: int = 20_000
-    temperature: float = 1.0
-    reduction: str = "sum"
-
-    def __post_init__(self) -> None:
-        rules = [
-            (
-                self.mode in MODES,
-                f"prior mode {self.mode!r} is unknown; use one of {', '.join(MODES)}",
-            ),
-            (
-                self.weighting in ("fixed", "adaptive"),
-                f"prior weighting {self.weighting!r}: use 'fixed' or 'adaptive'",
-            ),
-            (
-                self.mixing in ("logits", "probabilities"),
-                f"prior mixing {self.mixing!r}: use 'logits' or 'probabilities'",
-            ),
-            (
-                self.reduction in ("sum", "mean"),
-                f"prior reduction {self.reduction!r}: use 'sum' or 'mean'",
-            ),
-            (0.0 <= self.weight <= 1.0, f"prior weight {self.weight} must lie in [0, 1]"),
-            (
-                0.0 <= self.weight_min <= self.weight_max <= 1.0,
-                f"prior weight_min {self.weight_min} and weight_max {self.weight_max}: need 0 <= min <= max <= 1",
-            ),
-            (self.temperature > 0.0, f"prior temperature {self.temperature} must be positive"),
-            (
-                self.anneal_env_steps > 0,
-                f"prior anneal_env_steps {self.anneal_env_steps} must be positive",
-            ),
-        ]
-        for ok, message in rules:
-            if not ok:
-                raise PriorZeroError(message)
-
-
-@dataclass(frozen=True)
 class RootPrior:
-    """The mixture at one root. All arrays `[A]`, natural logs, in the order of the valid actions."""
+    """The mixture at one root.
+
+    log_mixed, log_wm, log_llm: `[A]` natural logs in the order of the valid actions; log_llm is
+    None where no LLM answered. weight: the LLM's share w.
+    """
 
     log_mixed: np.ndarray
     log_wm: np.ndarray
@@ -131,7 +83,7 @@ def mix_root_prior(
     wm_logits: np.ndarray,
     llm_logprobs: np.ndarray | None,
     settings: RootPriorSettings,
-    env_steps: int = 0,
+    env_steps: int,
 ) -> RootPrior:
     """Mix the two opinions on the valid actions of one root; see the module's equations.
 
@@ -140,18 +92,15 @@ def mix_root_prior(
         llm_logprobs: `[A]` log-probabilities from the LLM (already reduced over tokens), or None
             where no LLM answered; then the world model stands alone, whatever the mode.
         env_steps: environment steps collected so far (for the annealing).
-    Raises:
-        PriorZeroError: if a log-probability is not a number, or the lengths differ.
     """
     log_wm = log_softmax(np.asarray(wm_logits, dtype=np.float64))
     if llm_logprobs is None:
         return RootPrior(log_wm, log_wm, None, 0.0)
     llm = np.asarray(llm_logprobs, dtype=np.float64)
-    if llm.shape != log_wm.shape or np.isnan(llm).any():
-        raise PriorZeroError(
-            f"LLM prior of shape {llm.shape} with {int(np.isnan(llm).sum())} NaN for {len(log_wm)} valid "
-            "actions: the engine must give one number per valid action"
-        )
+    assert llm.shape == log_wm.shape and not np.isnan(llm).any(), (
+        f"the engine must give one number per valid action, got {llm} for {len(log_wm)}"
+    )
+
     log_llm = log_softmax(llm / settings.temperature)
     weight = prior_weight(settings, log_wm, env_steps)
     if settings.mixing == "logits":

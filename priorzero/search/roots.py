@@ -45,6 +45,21 @@ class Root:
 
 
 @dataclass(frozen=True, eq=False)
+class SearchResult:
+    """Outcome of the search at one root; arrays follow the root's valid ids.
+
+    Attributes:
+        visit_counts: `[A]`.
+        value: Mean return seen from the root.
+        target_policy: `[A]` what policies are trained on, sums to one.
+    """
+
+    visit_counts: np.ndarray
+    value: float
+    target_policy: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
 class SearchOutput:
     """What planning at one root gave. Arrays `[A]` follow the root's `valid_ids`.
 

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from priorzero.settings.policy import VocabularySettings
 from priorzero.types import PriorZeroError
 
 logger = logging.getLogger(__name__)
@@ -48,15 +49,12 @@ class Vocabulary(Protocol):
     def stats(self) -> dict[str, int]: ...
 
 
-def make_vocabulary(kind: str, capacity: int, overflow: int) -> Vocabulary:
-    """``kind``: ``stable`` (an id per action text) or ``positional`` (rank in the state; ignores
-    ``overflow``).
-    """
-    if kind == "stable":
-        return ActionVocabulary(capacity, overflow)
-    if kind == "positional":
-        return PositionalVocabulary(capacity)
-    raise PriorZeroError(f"action vocabulary {kind!r} is unknown; use 'stable' or 'positional'")
+def make_vocabulary(settings: VocabularySettings) -> Vocabulary:
+    """The empty vocabulary these settings name; ``positional`` has no overflow ids."""
+    if settings.kind == "stable":
+        return ActionVocabulary(settings.capacity, settings.overflow)
+    assert settings.kind == "positional"
+    return PositionalVocabulary(settings.capacity)
 
 
 class ActionVocabulary:
@@ -76,11 +74,7 @@ class ActionVocabulary:
     """
 
     def __init__(self, capacity: int, overflow: int) -> None:
-        if overflow < 1 or capacity <= overflow:
-            raise PriorZeroError(
-                f"action vocabulary with capacity={capacity} and overflow={overflow} is impossible: it needs "
-                "1 <= overflow < capacity. 500 and 50 suit most games."
-            )
+        assert 1 <= overflow < capacity  # rules of `VocabularySettings`
         self.capacity = capacity
         self.overflow = overflow
         self._ordinary = capacity - overflow
@@ -255,12 +249,8 @@ class PositionalVocabulary:
     logged.
     """
 
-    def __init__(self, capacity: int, overflow: int = 0) -> None:
-        if capacity < 1 or overflow != 0:
-            raise PriorZeroError(
-                f"positional indexing takes capacity >= 1 and no overflow ids, got capacity={capacity}, "
-                f"overflow={overflow}"
-            )
+    def __init__(self, capacity: int) -> None:
+        assert capacity >= 1
         self.capacity = capacity
         self.overflow = 0
         self._size = 0

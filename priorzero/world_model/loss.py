@@ -1,9 +1,8 @@
 """The world model's loss: UniZero's four terms per sample and step, so that importance weights can
 act on them.
 
-LightZero 0.2.0 reduces each term to one number for the whole batch before it sees the importance
-weights, which therefore cannot have an effect, and it returns no priorities. With weights of one,
-the total here equals LightZero's `WorldModel.compute_loss` (tests/world_model/test_loss.py).
+With weights of one, the total equals LightZero's `WorldModel.compute_loss`
+(tests/world_model/test_loss.py), on which importance weights have no effect (docs/LIGHTZERO.md).
 
 Letters: `B` samples, `T` unroll steps, `D` width, `S` support size, `V` vocabulary size.
 """
@@ -15,16 +14,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class LossWeights:
-    """Weights of the terms; the defaults are LightZero's for discrete actions."""
-
-    latent: float = 10.0
-    reward: float = 1.0
-    policy: float = 1.0
-    value: float = 0.5
-    entropy: float = 0.0
+from priorzero.settings.policy import LossWeights
+from priorzero.world_model.model import Unrolled
 
 
 @dataclass
@@ -62,11 +53,11 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def world_model_loss(
-    outputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    outputs: Unrolled,
     targets: WorldModelTargets,
     sample_weights: Tensor,
     group_size: int,
-    weights: LossWeights | None = None,
+    weights: LossWeights,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Weighted loss of one unrolled batch.
 
@@ -75,23 +66,27 @@ def world_model_loss(
     action yet gets no gradient, so its logit is still the neutral one when the action appears.
 
     Args:
-        outputs: `PriorZeroModel.unroll`'s next latent, reward, policy and value.
+        outputs: What `PriorZeroModel.unroll` gave.
+        group_size: Of SimNorm.
         sample_weights: `[B]` importance weights (ones without prioritised replay).
     Returns:
         total (scalar) and the unweighted-by-term means under `latent_loss`, `reward_loss`,
         `policy_loss`, `value_loss`, `policy_entropy`.
     """
-    weights = weights or LossWeights()
-    latent, reward, policy, value = outputs
-    policy = policy.masked_fill(~targets.used_actions, -1e9)
-    log_policy = F.log_softmax(policy, dim=-1)
+    assert outputs.latent.shape == targets.latent.shape
+    assert outputs.policy.shape == targets.policy.shape
+    assert outputs.value.shape == outputs.reward.shape == targets.value.shape
+    assert sample_weights.shape == outputs.latent.shape[:1]
+
+    log_policy = F.log_softmax(outputs.policy.masked_fill(~targets.used_actions, -1e9), dim=-1)
     terms = {
-        "latent_loss": (group_kl(latent, targets.latent, group_size), targets.mask_latent),
-        "reward_loss": (cross_entropy(reward, targets.reward), targets.mask_reward),
+        "latent_loss": (group_kl(outputs.latent, targets.latent, group_size), targets.mask_latent),
+        "reward_loss": (cross_entropy(outputs.reward, targets.reward), targets.mask_reward),
         "policy_loss": (-(targets.policy * log_policy).sum(-1), targets.mask_policy),
-        "value_loss": (cross_entropy(value, targets.value), targets.mask_value),
+        "value_loss": (cross_entropy(outputs.value, targets.value), targets.mask_value),
         "policy_entropy": (-(log_policy.exp() * log_policy).sum(-1), targets.mask_policy),
     }
+
     means = {
         name: (sample_weights[:, None] * mask * loss).sum() / mask.sum().clamp(min=1.0)
         for name, (loss, mask) in terms.items()

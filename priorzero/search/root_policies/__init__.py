@@ -1,0 +1,19 @@
+"""Root policies: how a search starts at its roots, whom it tries, and what it teaches.
+
+Each file here is one, found by its name, which is what the setting `policy.root_policy` names. It
+offers one function:
+
+    def begin(
+        roots: Sequence[Root],
+        priors: Sequence[RootPrior],
+        values: np.ndarray,
+        inner_actions: int,
+        settings: PolicySettings,
+        noise: np.random.Generator | None,
+    ) -> SearchTree
+
+with `priors[b]` the mixture of `roots[b]` (without noise), `values` `[B]` the network's values of
+the roots, `inner_actions` K: nodes below a root branch over the ids 0..K-1, and `noise` the source
+of exploration noise, None outside collection. What it returns is asked `select` and `expand` by
+turns, once per simulation, and `results` at the end (`priorzero/search/planner.py`).
+"""

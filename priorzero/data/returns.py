@@ -1,0 +1,53 @@
+"""The n-step return: one function for the world model's value targets and for the LLM's.
+
+Used by `batch.fill_row` (which bootstraps with the target network, or with stored root values) and
+by the buffer's decisions for the LLM (which bootstrap with stored root values).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from priorzero.data.segment import Window
+
+
+class NStepReturn(NamedTuple):
+    """What a value target is made of: target = reward_sum + discount * v(s_state).
+
+    `discount` is 0 where nothing is to be expected from that state, because the game has ended.
+    """
+
+    reward_sum: float
+    discount: float
+    state: int
+
+
+def n_step_return(
+    view: Window, start: int, td_steps: int, discount: float, *, last_valued: int
+) -> NStepReturn:
+    """The n-step return of state s_start of a window with rewards r_0..r_{m-1}.
+
+        n = min(td_steps, last - start)
+        G = sum_{i<n} discount^i r_{start+i} + discount^n v(s_{start+n})
+
+    where `last` is the last state whose value is known: s_m after a true end (its value is 0), else
+    `last_valued`. A value holds what its state earns from then on, so a return ends with the reward
+    before the state it bootstraps from, and no reward counts twice.
+
+    Args:
+        view: Steps of one episode, `m` of them.
+        start: 0 <= start < m.
+        td_steps: Most rewards in a return.
+        discount: Per step.
+        last_valued: Last state s_0..s_m that the caller has a value of, where the episode does not
+            end in s_m: m for a network, which can look at any state; m - 1 for values of the
+            search, which s_m may never have seen.
+    """
+    steps = len(view.steps)
+    assert 0 <= start < steps and td_steps >= 1 and last_valued in (steps - 1, steps)
+
+    over = view.end == "terminated"
+    span = min(td_steps, (steps if over else last_valued) - start)
+    reward_sum = sum(discount**i * view.steps[start + i].reward for i in range(span))
+    state = start + span
+    return NStepReturn(reward_sum, 0.0 if over and state == steps else discount**span, state)

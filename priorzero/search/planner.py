@@ -1,0 +1,139 @@
+"""Planning, from roots to what the search found: network, mixture, tree search.
+
+The one way into the search for collection and evaluation. The tree behind it is a root policy
+(`root_policies/`); `tests/search/test_planner.py` checks that with LightZero's tree this loop
+visits the same nodes as LightZero's own does.
+
+Letters: `B` roots, `A` valid actions of a root, `K` action ids nodes branch over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from priorzero.compute import torch_threads
+from priorzero.plugins import load
+from priorzero.search.root_prior import RootPrior, mix_root_prior
+from priorzero.search.roots import Root, SearchResult, batch_contexts
+from priorzero.settings.policy import PolicySettings, RootPriorSettings
+from priorzero.world_model.inference import SearchMemory
+from priorzero.world_model.model import PriorZeroModel
+
+# Categorical logits `[n, S]` -> scalars `[n, 1]`.
+ScalarOf = Callable[[Tensor], Tensor]
+
+
+class SearchTree(Protocol):
+    """What the simulations need of a root policy's tree."""
+
+    def select(self) -> tuple[np.ndarray, np.ndarray]:
+        """Parent nodes `[B]` and action ids `[B]` to expand next."""
+
+    def expand(self, rewards: np.ndarray, values: np.ndarray, logits: np.ndarray) -> None:
+        """What the network says there: `[B]`, `[B]`, and policy logits `[B, K]`."""
+
+    def results(self) -> list[SearchResult]:
+        """One per root."""
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A root after planning: the search's result, the network's own value, the mixture."""
+
+    result: SearchResult
+    predicted_value: float
+    prior: RootPrior
+
+
+class Planner:
+    """Plans batches of roots with one network.
+
+    Args:
+        model: The network; its weights may change between calls.
+        settings: Search and threads.
+        scalar_of: The network's transform of values and rewards.
+        device: Where the network lives.
+    """
+
+    def __init__(
+        self, model: PriorZeroModel, settings: PolicySettings, scalar_of: ScalarOf, device: str
+    ) -> None:
+        self._model, self._settings, self._scalar_of = model, settings, scalar_of
+        self._device = device
+        self._begin = load("priorzero.search.root_policies", settings.root_policy).begin
+        self.positions_clamped = 0
+
+    def plan(
+        self,
+        roots: Sequence[Root],
+        inner_actions: int,
+        root_prior: RootPriorSettings,
+        env_steps: int,
+        noise: np.random.Generator | None,
+    ) -> list[Plan]:
+        """Plan from `B` roots.
+
+        Args:
+            inner_actions: `K`; ids below it are tried in nodes below the roots.
+            root_prior: How the LLM enters.
+            env_steps: Of the training so far, for the mixture's schedule.
+            noise: Source of exploration noise; None for none.
+        """
+        self._model.eval()
+        with torch_threads(self._settings.search_threads):
+            # 1. The network looks at the roots.
+            memory = SearchMemory(self._model, self._settings.num_simulations)
+            root = memory.root(*batch_contexts(roots, self._device))
+            values = self._scalar_of(root.value_logits).view(-1).double().cpu().numpy()
+            logits = root.policy_logits.cpu().numpy()
+
+            # 2. Its policy and the LLM's are mixed.
+            priors = [
+                mix_root_prior(logits[row, r.valid_ids], r.llm_logprobs, root_prior, env_steps)
+                for row, r in enumerate(roots)
+            ]
+
+            # 3. The tree grows by one node per root and simulation.
+            tree = self._begin(roots, priors, values, inner_actions, self._settings, noise)
+            results = simulate(
+                tree,
+                memory,
+                self._settings.num_simulations,
+                inner_actions,
+                self._scalar_of,
+                self._device,
+            )
+        self.positions_clamped += memory.positions_clamped
+        return [
+            Plan(result, float(value), prior)
+            for result, value, prior in zip(results, values, priors, strict=True)
+        ]
+
+
+def simulate(
+    tree: SearchTree,
+    memory: SearchMemory,
+    simulations: int,
+    inner_actions: int,
+    scalar_of: ScalarOf,
+    device: str | torch.device,
+) -> list[SearchResult]:
+    """Grow a begun tree; `memory.root` has been called for its roots."""
+    for simulation in range(simulations):
+        parents, actions = tree.select()
+        node = memory.expand(
+            simulation,
+            torch.as_tensor(parents, device=device),
+            torch.as_tensor(actions, device=device),
+        )
+        # Both heads in one transform, and in one transfer from the device.
+        both = scalar_of(torch.cat([node.reward_logits, node.value_logits]))
+        rewards, values = both.view(2, -1).double().cpu().numpy()
+        tree.expand(rewards, values, node.policy_logits[:, :inner_actions].cpu().numpy())
+    return tree.results()

@@ -1,0 +1,68 @@
+"""PUCT at the root and below it (MuZero, arXiv:1911.08265), Dirichlet noise in the root's prior.
+
+Letters: `B` roots, `A` valid actions of a root, `K` action ids nodes branch over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from priorzero.search.root_prior import RootPrior
+from priorzero.search.roots import Root, SearchResult
+from priorzero.search.rules import puct
+from priorzero.search.targets import visit_shares
+from priorzero.search.tree import Tree
+from priorzero.settings.policy import PolicySettings
+
+
+def begin(
+    roots: Sequence[Root],
+    priors: Sequence[RootPrior],
+    values: np.ndarray,
+    inner_actions: int,
+    settings: PolicySettings,
+    noise: np.random.Generator | None,
+) -> PuctSearch:
+    """See the package; the noise is mixed into the prior as in AlphaZero (arXiv:1712.01815)."""
+    valid_ids = [root.valid_ids for root in roots]
+    probabilities = np.zeros((len(roots), inner_actions))
+    valid = np.zeros(probabilities.shape, dtype=bool)
+
+    for row, (ids, prior) in enumerate(zip(valid_ids, priors, strict=True)):
+        p = np.exp(prior.log_mixed)
+        if noise is not None:
+            draw = noise.dirichlet([settings.root_dirichlet_alpha] * len(ids))
+            p = (1.0 - settings.root_noise_weight) * p + settings.root_noise_weight * draw
+        probabilities[row, ids] = p
+        valid[row, ids] = True
+
+    nodes = settings.num_simulations + 1
+    tree = Tree(probabilities, valid, values, nodes, settings.discount_factor)
+    return PuctSearch(tree, valid_ids)
+
+
+class PuctSearch:
+    """The tree under the PUCT rule."""
+
+    def __init__(self, tree: Tree, valid_ids: list[np.ndarray]) -> None:
+        self._tree, self._valid_ids = tree, valid_ids
+
+    def select(self) -> tuple[np.ndarray, np.ndarray]:
+        return self._tree.select(puct, puct)
+
+    def expand(self, rewards: np.ndarray, values: np.ndarray, logits: np.ndarray) -> None:
+        p = np.exp(logits - logits.max(axis=1, keepdims=True))
+        self._tree.expand(rewards, values, p / p.sum(axis=1, keepdims=True))
+
+    def results(self) -> list[SearchResult]:
+        root = self._tree.root_statistics()
+        return [
+            SearchResult(
+                visit_counts=root.visits[row, ids],
+                value=float(root.value[row]),
+                target_policy=visit_shares(root.visits[row, ids]),
+            )
+            for row, ids in enumerate(self._valid_ids)
+        ]
