@@ -113,9 +113,10 @@ class PriorZeroGameBuffer:
             (self._segments[w], int(i - starts[w])) for w, i in zip(which, indices, strict=True)
         ]
 
-    def _draw(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Global indices `[count]` and importance weights `[count]` (prioritised replay,
-        arXiv:1511.05952).
+    def draw(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Transitions to train on: running numbers `[count]` and importance weights `[count]`.
+
+        With priorities (prioritised replay, arXiv:1511.05952):
 
         P(i) = p_i^alpha / sum_j p_j^alpha; w_i = (N P(i))^-beta / max_j w_j over the batch.
         """
@@ -135,11 +136,17 @@ class PriorZeroGameBuffer:
         return self._dropped + chosen, (weights / weights.max()).astype(np.float32)
 
     def sample(self, batch_size: int) -> WorldModelBatch:
-        """Draw a world-model batch; see `WorldModelBatch` for what it holds and `fill_row` for the
-        targets.
+        """A batch of `draw`n transitions."""
+        return self.batch_of(*self.draw(batch_size))
+
+    def batch_of(self, indices: np.ndarray, weights: np.ndarray) -> WorldModelBatch:
+        """The batch whose rows begin at these transitions; see `fill_row` for the targets.
+
+        Args:
+            indices: `[B]` running numbers of transitions that are still held.
+            weights: `[B]` float32 importance weights.
         """
         s = self._settings
-        indices, weights = self._draw(batch_size)
         batch = WorldModelBatch.zeros(
             s.num_unroll_steps, self._dim, s.action_vocabulary.capacity, weights, indices
         )

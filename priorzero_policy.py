@@ -69,6 +69,11 @@ class PriorZeroPolicy(UniZeroPolicy):
         """So does evaluation."""
 
     @property
+    def settings(self) -> PolicySettings:
+        """Of network, search and learning."""
+        return self._settings
+
+    @property
     def network(self) -> PriorZeroModel:
         """The online network."""
         return self._model

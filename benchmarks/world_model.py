@@ -121,38 +121,39 @@ def build_ours(args: argparse.Namespace, played: list[PlayedStep], folder: str):
     compiled = compile_priorzero(cfg, create, encoder.dim).policy
     policy = PriorZeroPolicy(compiled)
     policy.attach_encoder(encoder.encode)
-    buffer = PriorZeroGameBuffer(compiled, seed=args.seed)
-    buffer.push_game_segments(make_segments(played, compiled, policy, encoder))
+    buffer = PriorZeroGameBuffer(compiled.settings, encoder.dim, seed=args.seed)
+    buffer.push_game_segments(make_segments(played, policy, encoder))
     return policy, buffer, compiled, encoder
 
 
-def make_segments(played: list[PlayedStep], cfg, policy, encoder) -> list:
-    """Segments as the collector writes them, with one visit per valid action in place of a search."""
-    from priorzero.data.segment import PriorZeroSegment, StepRecord
+def make_segments(played: list[PlayedStep], policy, encoder) -> list:
+    """Segments as the collector writes them, with one visit per action in place of a search."""
+    from priorzero.data.segment import Segment, StepRecord
 
     vectors = encoder.encode([s.state.observation for s in played])
     after = encoder.encode([s.next_text for s in played])
     segments, current = [], None
     for number, step in enumerate(played):
         if current is None or current.episode_id != step.episode or current.is_full():
-            current = PriorZeroSegment(cfg, 0, step.episode, vectors[number])
+            current = Segment(0, step.episode, policy.settings.game_segment_length)
             segments.append(current)
         valid = step.state.valid_actions
         ids = np.asarray(policy.register_actions(valid))
         uniform = np.full(len(valid), 1 / len(valid))
         record = StepRecord(
-            step.state,
-            vectors[number],
-            valid,
-            ids,
-            valid.index(step.action),
-            np.ones(len(valid)),
-            uniform,
-            0.0,
-            0.0,
-            step.reward,
-            step.done_kind,
-            step.timestep,
+            state=step.state,
+            observation=vectors[number],
+            valid_actions=valid,
+            valid_ids=ids,
+            action_index=valid.index(step.action),
+            visit_counts=np.ones(len(valid)),
+            behaviour=uniform,
+            target_policy=uniform,
+            root_value=0.0,
+            predicted_value=0.0,
+            reward=step.reward,
+            done_kind=step.done_kind,
+            timestep=step.timestep,
         )
         current.record(record, after[number])
     return segments
@@ -244,7 +245,11 @@ def stock_data(
             )
         rows.append(np.concatenate(texts))
     size = len(batch)
-    pad = lambda x: np.concatenate([x, np.zeros_like(x[:, :1])], axis=1)  # noqa: E731 - one more step, masked out
+
+    def pad(x: np.ndarray) -> np.ndarray:
+        """One more step, masked out."""
+        return np.concatenate([x, np.zeros_like(x[:, :1])], axis=1)
+
     timesteps = np.tile(np.arange(unroll), (size, 1))
     policies = np.concatenate([batch.policies, batch.policies[:, -1:]], axis=1)
     current = [
@@ -349,7 +354,9 @@ def main(arguments: list[str] | None = None) -> int:
         )
         data = stock_data(buffer.sample(args.batch_size), played, tokens, cfg, 0)
         stock[name] = lambda policy=policies[name], data=data: policy._forward_learn(data)
-    seconds = measure(args, lambda: policy._forward_learn(buffer.sample(args.batch_size)), stock)
+    seconds = measure(
+        args, lambda: policy.learn_mode.forward(buffer.sample(args.batch_size)), stock
+    )
     language_models = [s._model.representation_network.model for s in policies.values()]
     gradients = any(p.grad is not None for model in language_models for p in model.parameters())
     finish(

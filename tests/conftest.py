@@ -80,6 +80,14 @@ def compiled_cfg():
 
 
 @pytest.fixture(scope="session")
+def scalar_of():
+    """The tiny policy's transform of categorical logits `[n, S]` to scalars `[n, 1]`."""
+    from lzero.policy import InverseScalarTransform
+
+    return InverseScalarTransform(10, "cpu", True)
+
+
+@pytest.fixture(scope="session")
 def randomise():
     """LightZero starts the heads' last layers at zero, where any two computations agree; draw all
     weights anew.
@@ -129,6 +137,17 @@ def make_policy(compiled_cfg, encoder, one_thread):
         policy.attach_encoder(encoder.encode)
         policy.register_actions([f"action {i}" for i in range(actions)])
         return policy
+
+    return make
+
+
+@pytest.fixture
+def make_buffer():
+    """An empty buffer with a policy's settings."""
+    from game_buffer_priorzero import PriorZeroGameBuffer
+
+    def make(policy, seed: int = 0):
+        return PriorZeroGameBuffer(policy.settings, DIM, seed)
 
     return make
 

@@ -7,38 +7,35 @@ from.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
-from easydict import EasyDict
 
 from game_buffer_priorzero import PriorZeroGameBuffer
-from priorzero.data.segment import PriorZeroSegment, StepRecord, window
-from priorzero.types import PriorZeroError, TextState
+from priorzero.data.segment import Segment, StepRecord, window
+from priorzero.settings.policy import PolicySettings, VocabularySettings
+from priorzero.types import ActionScores, TextState, TokenisedRequest
 
 V, DIM = 9, 3
 GAMMA = 0.9
 
 
-def settings(**changes) -> EasyDict:
+def settings(**changes) -> PolicySettings:
     base = dict(
         replay_buffer_size=10_000,
         num_unroll_steps=3,
         td_steps=2,
+        context_steps=1,
         discount_factor=GAMMA,
-        use_priority=False,
-        priority_prob_alpha=0.6,
-        priority_prob_beta=0.4,
-        game_segment_length=4,
-        gray_scale=False,
-        transform2string=False,
-        sampled_algo=False,
-        gumbel_algo=False,
-        use_ture_chance_label_in_chance_encoder=False,
-        model=dict(action_space_size=V, observation_shape=DIM, frame_stack_num=1, image_channel=1),
+        game_segment_length=1,
+        action_vocabulary=VocabularySettings(capacity=V, overflow=1),
     )
-    return EasyDict(base | changes)
+    return PolicySettings(**base | changes)
+
+
+def empty(settings: PolicySettings) -> PriorZeroGameBuffer:
+    return PriorZeroGameBuffer(settings, DIM, seed=0)
 
 
 def state_vector(episode: int, index: int) -> np.ndarray:
@@ -74,20 +71,21 @@ class Episode:
                     action_index=int(rng.integers(count)),
                     visit_counts=visits,
                     behaviour=np.full(count, 1 / count),
+                    target_policy=rng.dirichlet(np.ones(count)),
                     root_value=float(rng.normal()),
                     predicted_value=float(rng.normal()),
                     reward=reward,
                     done_kind=self.end if last else "running",
                     timestep=t,
-                    prior_logprobs=((-1.0, -0.5),) * count,
-                    prior_version=7,
+                    request=TokenisedRequest((1,), (self.number, t), ((2, 3),) * count),
+                    scores=ActionScores(((-1.0, -0.5),) * count, weights_version=7),
                 )
             )
 
-    def segments(self, cfg) -> list[PriorZeroSegment]:
+    def segments(self) -> list[Segment]:
         cuts, result, at = list(self.cuts) or [len(self.steps)], [], 0
         for length in cuts:
-            segment = PriorZeroSegment(cfg, 0, self.number, self.steps[at].observation)
+            segment = Segment(0, self.number, length)
             for t in range(at, at + length):
                 segment.record(self.steps[t], state_vector(self.number, t + 1))
             result.append(segment)
@@ -97,7 +95,7 @@ class Episode:
 
 
 def expected_row(episode: Episode, start: int, unroll: int, td: int) -> dict[str, np.ndarray]:
-    """The targets of a window that starts at `start`, from the whole episode, one state at a time."""
+    """The targets of a window from `start` on, from the whole episode, one state at a time."""
     n, over = len(episode.steps), episode.end == "terminated"
     row = {
         name: []
@@ -122,8 +120,8 @@ def expected_row(episode: Episode, start: int, unroll: int, td: int) -> dict[str
             row["bootstrap_state"].append(t + span)
             row["search"].append(episode.steps[t + span].root_value if t + span < n else np.nan)
             step = episode.steps[t]
-            for action_id, visits in zip(step.valid_ids, step.visit_counts, strict=True):
-                policy[action_id] = visits / sum(step.visit_counts)
+            for action_id, p in zip(step.valid_ids, step.target_policy, strict=True):
+                policy[action_id] = p
         else:
             row["reward"].append(0.0)
             row["returns"].append(0.0)
@@ -180,31 +178,26 @@ def check_row(batch, row: int, episode: Episode, start: int, unroll: int, td: in
 
 def filled(episodes: list[Episode], **changes) -> PriorZeroGameBuffer:
     cfg = settings(**changes)
-    buffer = PriorZeroGameBuffer(cfg)
+    buffer = empty(cfg)
     for episode in episodes:
-        buffer.push_game_segments(episode.segments(cfg))
+        buffer.push_game_segments(episode.segments())
     return buffer
 
 
-def sample_at(buffer: PriorZeroGameBuffer, indices, monkeypatch):
-    """The batch of these global transition indices."""
-    indices = np.asarray(indices)
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            buffer, "_draw", lambda count: (indices, np.ones(len(indices), dtype=np.float32))
-        )
-        return buffer.sample(len(indices))
+def sample_at(buffer: PriorZeroGameBuffer, indices):
+    """The batch of these transitions."""
+    return buffer.batch_of(np.asarray(indices), np.ones(len(indices), dtype=np.float32))
 
 
 # ---- by hand -------------------------------------------------------------------------------------
 
 
-def test_inside_an_episode_across_a_segments_end_and_at_a_true_end(monkeypatch):
+def test_inside_an_episode_across_a_segments_end_and_at_a_true_end():
     """Five steps, rewards 1 2 3 4 5, two segments of 3 and 2, terminated; 3 unrolled steps, 2-step
     returns.
     """
     buffer = filled([Episode(0, [1.0, 2.0, 3.0, 4.0, 5.0], "terminated", cuts=[3, 2])])
-    batch = sample_at(buffer, [0, 2, 4], monkeypatch)
+    batch = sample_at(buffer, [0, 2, 4])
     # From step 0: 1 + 0.9 * 2, then v(s2); 2 + 0.9 * 3, v(s3); 3 + 0.9 * 4, v(s4), which lie in the
     # next segment.
     assert batch.returns[0] == pytest.approx([2.8, 4.7, 6.6])
@@ -228,9 +221,9 @@ def test_inside_an_episode_across_a_segments_end_and_at_a_true_end(monkeypatch):
 
 
 @pytest.mark.parametrize("end", ["truncated", "hang", "running"])
-def test_at_a_cut_the_last_state_bootstraps_and_nothing_is_absorbing(end, monkeypatch):
+def test_at_a_cut_the_last_state_bootstraps_and_nothing_is_absorbing(end):
     buffer = filled([Episode(0, [1.0, 2.0, 3.0], end)])
-    batch = sample_at(buffer, [1], monkeypatch)
+    batch = sample_at(buffer, [1])
     assert batch.returns[0] == pytest.approx([2 + 0.9 * 3, 3.0, 0.0])
     assert batch.discounts[0] == pytest.approx([0.81, 0.9, 0.0])
     at = batch.bootstrap_index[0]
@@ -245,54 +238,48 @@ def test_at_a_cut_the_last_state_bootstraps_and_nothing_is_absorbing(end, monkey
     )
 
 
-def test_an_unfinished_episodes_targets_grow_when_it_goes_on(monkeypatch):
+def test_an_unfinished_episodes_targets_grow_when_it_goes_on():
     cfg = settings()
     buffer, episode = (
-        PriorZeroGameBuffer(cfg),
+        empty(cfg),
         Episode(0, [1.0, 2.0, 4.0, 8.0], "truncated", cuts=[2, 2]),
     )
-    first, second = episode.segments(cfg)
+    first, second = episode.segments()
     buffer.push_game_segments([first])
-    before = sample_at(buffer, [1], monkeypatch)
+    before = sample_at(buffer, [1])
     assert before.returns[0, 0] == pytest.approx(2.0) and before.discounts[0, 0] == pytest.approx(
         0.9
     )
     assert before.mask_step[0].tolist() == [1, 0, 0]
     buffer.push_game_segments([second])
-    after = sample_at(buffer, [1], monkeypatch)
+    after = sample_at(buffer, [1])
     assert after.returns[0, 0] == pytest.approx(2 + 0.9 * 4) and after.discounts[
         0, 0
     ] == pytest.approx(0.81)
     assert after.mask_step[0].tolist() == [1, 1, 1]
 
 
-def test_policies_stand_at_the_ids_and_are_visit_shares(monkeypatch):
+def test_policies_are_the_steps_targets_and_stand_at_the_ids():
     episode = Episode(3, [0.0, 0.0], "truncated")
-    batch = sample_at(filled([episode]), [0], monkeypatch)
+    batch = sample_at(filled([episode]), [0])
     for k, step in enumerate(episode.steps):
-        by_id = dict(
-            zip(
-                step.valid_ids.tolist(),
-                (step.visit_counts / step.visit_counts.sum()).tolist(),
-                strict=True,
-            )
-        )
+        by_id = dict(zip(step.valid_ids.tolist(), step.target_policy.tolist(), strict=True))
         assert {i: p for i, p in enumerate(batch.policies[0, k]) if p} == pytest.approx(by_id)
     assert batch.policies[0, 2].sum() == 0
 
 
-def test_segments_of_other_episodes_in_between_do_not_mix(monkeypatch):
+def test_segments_of_other_episodes_in_between_do_not_mix():
     cfg = settings()
     a, b = (
         Episode(0, [1.0] * 6, "terminated", cuts=[3, 3]),
         Episode(1, [10.0] * 6, "truncated", cuts=[2, 4]),
     )
-    (a1, a2), (b1, b2) = a.segments(cfg), b.segments(cfg)
-    buffer = PriorZeroGameBuffer(cfg)
+    (a1, a2), (b1, b2) = a.segments(), b.segments()
+    buffer = empty(cfg)
     buffer.push_game_segments([a1, b1])
     buffer.push_game_segments([b2, a2])
     order = [(a, t) for t in range(3)] + [(b, t) for t in range(6)] + [(a, t) for t in range(3, 6)]
-    batch = sample_at(buffer, range(12), monkeypatch)
+    batch = sample_at(buffer, range(12))
     for row, (episode, start) in enumerate(order):
         check_row(batch, row, episode, start, 3, 2)
         real = batch.mask_step[row] > 0  # past the end of a terminated episode rewards are zero
@@ -301,8 +288,8 @@ def test_segments_of_other_episodes_in_between_do_not_mix(monkeypatch):
 
 def test_a_window_is_exactly_as_long_as_asked():
     episode = Episode(0, [1.0] * 5, "terminated", cuts=[2, 1, 2])
-    buffer = filled([episode])
-    first = buffer._segments[0]
+    first, *others = episode.segments()
+    empty(settings()).push_game_segments([first, *others])
     for start in range(2):
         for length in range(1, 8):
             view = window(first, start, length)
@@ -329,13 +316,13 @@ def random_episode(number: int, rng) -> Episode:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_random_episodes_equal_the_reference(seed, monkeypatch):
+def test_random_episodes_equal_the_reference(seed):
     rng = np.random.default_rng(seed)
     unroll, td = int(rng.integers(1, 7)), int(rng.integers(1, 7))
     cfg = settings(num_unroll_steps=unroll, td_steps=td, replay_buffer_size=60)
-    buffer = PriorZeroGameBuffer(cfg)
+    buffer = empty(cfg)
     episodes = [random_episode(i, rng) for i in range(25)]
-    queues = [[(e, s) for s in e.segments(cfg)] for e in episodes]
+    queues = [[(e, s) for s in e.segments()] for e in episodes]
     place, held = (
         {},
         [],
@@ -358,7 +345,7 @@ def test_random_episodes_equal_the_reference(seed, monkeypatch):
     assert buffer.get_num_of_game_segments() == len(held)
     alive = sum(len(s) for s in held)
     assert buffer.get_num_of_transitions() == alive
-    batch = sample_at(buffer, range(pushed - alive, pushed), monkeypatch)
+    batch = sample_at(buffer, range(pushed - alive, pushed))
     for row in range(alive):
         episode, start = place[pushed - alive + row]
         check_row(batch, row, episode, start, unroll, td)
@@ -381,60 +368,58 @@ def test_removal_keeps_at_most_the_size_and_never_the_last_segment():
     assert small.remove_oldest_data_to_fit() == 0 and small.get_num_of_transitions() == 4
 
 
-def test_an_episode_goes_on_although_its_beginning_was_dropped(monkeypatch):
+def test_an_episode_goes_on_although_its_beginning_was_dropped():
     cfg = settings(replay_buffer_size=5)
     buffer, episode = (
-        PriorZeroGameBuffer(cfg),
+        empty(cfg),
         Episode(0, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0], "terminated", cuts=[3, 2, 2]),
     )
-    first, second, third = episode.segments(cfg)
+    first, second, third = episode.segments()
     buffer.push_game_segments([first])
-    buffer.push_game_segments([second, Episode(1, [0.0], "truncated").segments(cfg)[0]])
+    buffer.push_game_segments([second, Episode(1, [0.0], "truncated").segments()[0]])
     buffer.remove_oldest_data_to_fit()
     buffer.push_game_segments([third])
-    batch = sample_at(buffer, [3, 4], monkeypatch)
+    batch = sample_at(buffer, [3, 4])
     check_row(batch, 0, episode, 3, 3, 2)
     check_row(batch, 1, episode, 4, 3, 2)
     assert batch.returns[1, 0] == pytest.approx(5 + 0.9 * 6)
 
 
-def test_an_episode_whose_only_segment_was_dropped_starts_anew(monkeypatch):
+def test_an_episode_whose_only_segment_was_dropped_starts_anew():
     cfg = settings(replay_buffer_size=3)
     buffer, episode = (
-        PriorZeroGameBuffer(cfg),
+        empty(cfg),
         Episode(0, [1.0, 2.0, 3.0, 4.0], "terminated", cuts=[2, 2]),
     )
-    first, second = episode.segments(cfg)
-    buffer.push_game_segments([first, *Episode(1, [0.0] * 3, "truncated").segments(cfg)])
+    first, second = episode.segments()
+    buffer.push_game_segments([first, *Episode(1, [0.0] * 3, "truncated").segments()])
     assert buffer.remove_oldest_data_to_fit() == 2
     buffer.push_game_segments([second])
     assert first.successor is None
-    check_row(sample_at(buffer, [5], monkeypatch), 0, episode, 2, 3, 2)
+    check_row(sample_at(buffer, [5]), 0, episode, 2, 3, 2)
 
 
 def test_priorities_stay_with_their_transitions_through_removal_and_compaction():
     cfg = settings(use_priority=True, replay_buffer_size=400, priority_prob_alpha=1.0)
-    buffer, rng, truth, pushed = PriorZeroGameBuffer(cfg), np.random.default_rng(0), {}, 0
+    buffer, rng, truth, pushed = empty(cfg), np.random.default_rng(0), {}, 0
     largest = 1.0
     for number in range(
         300
     ):  # 3,000 transitions through an array of 1,024: it is moved several times
-        buffer.push_game_segments(Episode(number, [0.0] * 10, "truncated").segments(cfg))
+        buffer.push_game_segments(Episode(number, [0.0] * 10, "truncated").segments())
         truth |= {pushed + i: largest for i in range(10)}
         pushed += 10
         buffer.remove_oldest_data_to_fit()
         if number % 7 == 0:
             batch = buffer.sample(16)
-            batch.new_priorities = rng.random(16).astype(np.float32) * 3
-            buffer.update_priority(batch)
-            for index, priority in zip(
-                batch.indices.tolist(), batch.new_priorities.tolist(), strict=True
-            ):
+            given = rng.random(16).astype(np.float32) * 3
+            buffer.update_priority(batch.indices, given)
+            for index, priority in zip(batch.indices.tolist(), given.tolist(), strict=True):
                 truth[index] = priority + 1e-6
             largest = max(largest, max(truth[i] for i in batch.indices.tolist()))
     alive = range(pushed - 400, pushed)
     p = np.array([truth[i] for i in alive])
-    drawn = buffer._draw(400_000)[0] - alive[0]
+    drawn = buffer.draw(400_000)[0] - alive[0]
     assert drawn.min() >= 0 and drawn.max() < 400
     seen = np.bincount(drawn, minlength=400) / 400_000
     want = p / p.sum()
@@ -455,14 +440,9 @@ def test_frequencies_and_weights_follow_the_formula(alpha, beta):
         priority_prob_beta=beta,
     )
     priorities = np.array([0.1, 0.5, 1.0, 2.0, 4.0, 8.0])
-    batch = buffer.sample(6)
-    batch.indices, batch.new_priorities = (
-        np.arange(6),
-        -priorities.astype(np.float32),
-    )  # the sign does not matter
-    buffer.update_priority(batch)
+    buffer.update_priority(np.arange(6), -priorities.astype(np.float32))  # the sign is dropped
     probability = priorities**alpha / (priorities**alpha).sum()
-    indices, weights = buffer._draw(60_000)
+    indices, weights = buffer.draw(60_000)
     seen = np.bincount(indices, minlength=6) / 60_000
     np.testing.assert_allclose(seen, probability, atol=0.01)
     by_hand = (6 * probability) ** -beta
@@ -474,39 +454,29 @@ def test_frequencies_and_weights_follow_the_formula(alpha, beta):
 
 def test_an_update_takes_effect_in_later_draws_and_new_data_gets_the_largest_priority():
     cfg = settings(use_priority=True, priority_prob_alpha=1.0)
-    buffer = PriorZeroGameBuffer(cfg)
-    buffer.push_game_segments(Episode(0, [0.0] * 4, "truncated").segments(cfg))
+    buffer = empty(cfg)
+    buffer.push_game_segments(Episode(0, [0.0] * 4, "truncated").segments())
     np.testing.assert_allclose(
-        np.bincount(buffer._draw(20_000)[0], minlength=4) / 20_000, 0.25, atol=0.02
+        np.bincount(buffer.draw(20_000)[0], minlength=4) / 20_000, 0.25, atol=0.02
     )
-    batch = buffer.sample(4)
-    batch.indices, batch.new_priorities = (
-        np.arange(4),
-        np.array([0.0, 0.0, 0.0, 3.0], dtype=np.float32),
-    )
-    buffer.update_priority(batch)
-    drawn = np.bincount(buffer._draw(20_000)[0], minlength=4)
+    buffer.update_priority(np.arange(4), np.array([0.0, 0.0, 0.0, 3.0], dtype=np.float32))
+    drawn = np.bincount(buffer.draw(20_000)[0], minlength=4)
     assert drawn[3] > 19_900
-    assert buffer._priorities[:4].min() > 0  # still reachable
-    buffer.push_game_segments(Episode(1, [0.0], "truncated").segments(cfg))
+    buffer.push_game_segments(Episode(1, [0.0], "truncated").segments())
     np.testing.assert_allclose(
-        np.bincount(buffer._draw(20_000)[0], minlength=5)[3:] / 20_000, 0.5, atol=0.02
+        np.bincount(buffer.draw(20_000)[0], minlength=5)[3:] / 20_000, 0.5, atol=0.02
     )
 
 
 def test_priorities_of_dropped_transitions_are_skipped():
     cfg = settings(use_priority=True, replay_buffer_size=4, priority_prob_alpha=1.0)
-    buffer = PriorZeroGameBuffer(cfg)
-    buffer.push_game_segments(Episode(0, [0.0] * 3, "truncated").segments(cfg))
-    batch = buffer.sample(3)
-    batch.indices = np.arange(3)
-    buffer.push_game_segments(Episode(1, [0.0] * 3, "truncated").segments(cfg))
+    buffer = empty(cfg)
+    buffer.push_game_segments(Episode(0, [0.0] * 3, "truncated").segments())
+    buffer.push_game_segments(Episode(1, [0.0] * 3, "truncated").segments())
     assert buffer.remove_oldest_data_to_fit() == 3
-    batch.new_priorities = np.full(3, 100.0, dtype=np.float32)
-    buffer.update_priority(batch)
-    np.testing.assert_allclose(buffer._priorities[3:6], 1.0)
-    buffer.push_game_segments(Episode(2, [0.0], "truncated").segments(cfg))
-    drawn = np.bincount(buffer._draw(8000)[0] - 3, minlength=4) / 8000
+    buffer.update_priority(np.arange(3), np.full(3, 100.0, dtype=np.float32))
+    buffer.push_game_segments(Episode(2, [0.0], "truncated").segments())
+    drawn = np.bincount(buffer.draw(8000)[0] - 3, minlength=4) / 8000
     np.testing.assert_allclose(
         drawn, 0.25, atol=0.03
     )  # new data does not start from a dropped row's priority either
@@ -519,58 +489,63 @@ def test_uniform_sampling_without_priorities():
     np.testing.assert_allclose(np.bincount(batch.indices, minlength=10) / 4000, 0.1, atol=0.03)
 
 
-def test_misuse_is_told():
+def test_a_perfectly_predicted_transition_stays_reachable():
+    buffer = filled([Episode(0, [0.0] * 2, "truncated")], use_priority=True)
+    buffer.update_priority(np.arange(2), np.zeros(2, dtype=np.float32))
+    assert set(buffer.draw(100)[0]) == {0, 1}
+
+
+def test_misuse_fails():
     cfg = settings()
-    buffer = PriorZeroGameBuffer(cfg)
-    with pytest.raises(PriorZeroError, match="empty: collect"):
+    buffer = empty(cfg)
+    with pytest.raises(AssertionError, match="nothing was pushed"):
         buffer.sample(2)
-    with pytest.raises(PriorZeroError, match="empty segment"):
-        buffer.push_game_segments([PriorZeroSegment(cfg, 0, 0, state_vector(0, 0))])
-    buffer.push_game_segments(Episode(0, [1.0], "truncated").segments(cfg))
-    with pytest.raises(PriorZeroError, match="no new priorities"):
-        buffer.update_priority(buffer.sample(2))
+    with pytest.raises(AssertionError, match="what it played"):
+        buffer.push_game_segments([Segment(0, 0, 4)])
 
 
 # ---- decisions for the LLM -----------------------------------------------------------------------
 
 
+def decisions(buffer: PriorZeroGameBuffer) -> dict[int, object]:
+    """All samples by time step."""
+    return {s.request.body_ids[1]: s for s in buffer.sample_llm(1000)}
+
+
+def with_choice(rewards: list[float], end: str, single: int = 0, **kwargs) -> Episode:
+    """The first made-up episode in which exactly `single` decisions have one action."""
+    candidates = (Episode(i, rewards, end, **kwargs) for i in range(999))
+    return next(e for e in candidates if sum(len(s.valid_actions) == 1 for s in e.steps) == single)
+
+
 def test_llm_samples_by_hand():
-    # The first made-up episode with one decision that has a single action, and is left out.
-    episode = next(
-        e
-        for e in (Episode(i, [1.0, 2.0, 4.0], "terminated") for i in range(99))
-        if sum(len(s.valid_actions) == 1 for s in e.steps) == 1
-    )
-    buffer = filled([episode])
+    episode = with_choice([1.0, 2.0, 4.0], "terminated", single=1)  # that one is left out
     v = [s.root_value for s in episode.steps]
     values = {0: 1 + 0.9 * 2 + 0.81 * v[2], 1: 2 + 0.9 * 4, 2: 4.0}
     expected = {t for t, s in enumerate(episode.steps) if len(s.valid_actions) > 1}
-    samples = buffer.sample_llm(10)
-    assert {int(s.state.observation.split()[1]) for s in samples} == expected
-    assert len(expected) == 2
-    for sample in samples:
-        t = int(sample.state.observation.split()[1])
+
+    samples = decisions(filled([episode]))
+    assert samples.keys() == expected and len(expected) == 2
+    for t, sample in samples.items():
         step = episode.steps[t]
-        assert sample.target_value == pytest.approx(values[t])
+        assert sample.value_target == pytest.approx(values[t])
         assert sample.advantage == pytest.approx(values[t] - step.predicted_value)
-        assert sample.valid_actions[sample.action_index] == step.action
-        np.testing.assert_allclose(
-            sample.target_policy, step.visit_counts / step.visit_counts.sum()
-        )
-        np.testing.assert_array_equal(sample.behaviour, step.behaviour)
-        assert (sample.prior_logprobs, sample.prior_version) == (step.prior_logprobs, 7)
+        assert sample.action_index == step.action_index
+        assert sample.target_policy == pytest.approx(step.target_policy.tolist())
+        assert sample.behaviour == pytest.approx(step.behaviour.tolist())
+        assert (sample.collected_logprobs, sample.policy_version) == (step.scores.token_logprobs, 7)
 
 
-def test_llm_sample_at_a_cut_bootstraps_and_across_segments_looks_on():
-    cut = Episode(4, [1.0, 2.0], "truncated")
-    buffer = filled([cut])
-    step = buffer._llm_sample(buffer._segments[0], 1)
-    assert step.target_value == pytest.approx(2 + 0.9 * cut.steps[1].root_value)
-    crossing = Episode(5, [1.0, 2.0, 4.0, 8.0], "terminated", cuts=[2, 2])
-    buffer = filled([crossing])
-    assert buffer._llm_sample(buffer._segments[0], 1).target_value == pytest.approx(
-        2 + 0.9 * 4 + 0.81 * crossing.steps[3].root_value
-    )
+def test_an_llm_sample_looks_on_across_segments():
+    episode = with_choice([1.0, 2.0, 4.0, 8.0], "terminated", cuts=[2, 2])
+    target = decisions(filled([episode]))[1].value_target
+    assert target == pytest.approx(2 + 0.9 * 4 + 0.81 * episode.steps[3].root_value)
+
+
+def test_steps_without_a_request_teach_the_llm_nothing():
+    episode = with_choice([1.0, 2.0], "terminated")
+    episode.steps[0] = replace(episode.steps[0], request=None, scores=None)
+    assert decisions(filled([episode])).keys() == {1}
 
 
 def test_llm_sampling_draws_without_repetition_and_from_the_newest():
@@ -581,13 +556,7 @@ def test_llm_sampling_draws_without_repetition_and_from_the_newest():
     }
 
     def keys(samples):
-        return [
-            (
-                next(e.number for e in episodes for st in e.steps if st.state is s.state),
-                int(s.state.observation[5:]),
-            )
-            for s in samples
-        ]
+        return [s.request.body_ids for s in samples]
 
     everything = keys(buffer.sample_llm(1000))
     assert len(everything) == len(set(everything)) and set(everything) == usable

@@ -8,6 +8,7 @@ longer be needed.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,8 +18,9 @@ from ding.envs import BaseEnvTimestep
 from easydict import EasyDict
 
 from game_buffer_priorzero import PriorZeroGameBuffer
-from priorzero.data.segment import PriorZeroSegment, StepRecord
+from priorzero.data.segment import Segment, StepRecord
 from priorzero.quiet import quiet_base
+from priorzero.search.roots import Root
 from priorzero.types import TextState
 
 with quiet_base():
@@ -88,26 +90,27 @@ def stock_segments(cfg, masks: list[list[int]]) -> list[GameSegment]:
 
 def our_buffer(cfg, masks: list[list[int]], end: str) -> PriorZeroGameBuffer:
     """The same episode in our buffer."""
-    buffer = PriorZeroGameBuffer(cfg)
+    buffer = PriorZeroGameBuffer(cfg.settings, 6, seed=0)
     for start in range(0, len(masks), LENGTH):
-        segment = PriorZeroSegment(cfg, 0, 0, vector(start))
+        segment = Segment(0, 0, LENGTH)
         for t in range(start, min(start + LENGTH, len(masks))):
             ids = np.asarray(masks[t])
             actions = tuple(f"a{i}" for i in ids)
             segment.record(
                 StepRecord(
-                    TextState("", actions),
-                    vector(t),
-                    actions,
-                    ids,
-                    0,
-                    np.ones(len(ids)),
-                    np.full(len(ids), 1 / len(ids)),
-                    0.0,
-                    0.0,
-                    float(t + 1),
-                    end if t == len(masks) - 1 else "running",
-                    t,
+                    state=TextState("", actions),
+                    observation=vector(t),
+                    valid_actions=actions,
+                    valid_ids=ids,
+                    action_index=0,
+                    visit_counts=np.ones(len(ids)),
+                    behaviour=np.full(len(ids), 1 / len(ids)),
+                    target_policy=np.full(len(ids), 1 / len(ids)),
+                    root_value=0.0,
+                    predicted_value=0.0,
+                    reward=float(t + 1),
+                    done_kind=end if t == len(masks) - 1 else "running",
+                    timestep=t,
                 ),
                 vector(t + 1),
             )
@@ -115,13 +118,8 @@ def our_buffer(cfg, masks: list[list[int]], end: str) -> PriorZeroGameBuffer:
     return buffer
 
 
-def at(buffer, indices, monkeypatch):
-    monkeypatch.setattr(
-        buffer,
-        "_draw",
-        lambda count: (np.asarray(indices), np.ones(len(indices), dtype=np.float32)),
-    )
-    return buffer.sample(len(indices))
+def at(buffer, indices):
+    return buffer.batch_of(np.asarray(indices), np.ones(len(indices), dtype=np.float32))
 
 
 # ---- (a) windows over a segment's end ------------------------------------------------------------
@@ -129,7 +127,7 @@ def at(buffer, indices, monkeypatch):
 VARIED = [[0, 1], [2], [0, 3, 4], [5, 6], [7], [1, 2, 3, 8], [9], [4, 5]]
 
 
-def test_window_over_a_segments_end(cfg, monkeypatch):
+def test_window_over_a_segments_end(cfg):
     """Stock: child visits are padded with the next segment's, action masks are not; the missing
     ones count as all ones.
     """
@@ -144,7 +142,7 @@ def test_window_over_a_segments_end(cfg, monkeypatch):
     with pytest.raises(IndexError):
         stock._compute_target_policy_non_reanalyzed(crossing, V)
 
-    batch = at(our_buffer(cfg, VARIED, "terminated"), [2, 3], monkeypatch)
+    batch = at(our_buffer(cfg, VARIED, "terminated"), [2, 3])
     for row, start in enumerate((2, 3)):
         for k in range(UNROLL):
             ids = VARIED[start + k]
@@ -165,7 +163,7 @@ def test_steps_of_a_window_beyond_its_segment_do_not_train_in_the_stock_buffer(c
     monkeypatch.setattr(stock, "get_num_of_transitions", lambda: 8)
     *_, current = stock._make_batch(1, 0.0)
     assert current[3][0].tolist() == [1, 0, 0, 0, 0, 0]
-    batch = at(our_buffer(cfg, same, "terminated"), [3, 7], monkeypatch)
+    batch = at(our_buffer(cfg, same, "terminated"), [3, 7])
     assert batch.mask_step[0].tolist() == [1, 1, 1, 1, 1]
     assert batch.mask_value[1].tolist() == [1, 1, 1, 1, 1] and batch.mask_step[1].tolist() == [
         1,
@@ -222,7 +220,7 @@ def n_step(t: int) -> float:
     return (t + 1) + 0.5 * (t + 2) + 0.25 * (t + 2)
 
 
-def test_the_stock_bootstrap_is_aligned_except_for_a_last_value_that_is_a_copy(cfg, monkeypatch):
+def test_the_stock_bootstrap_is_aligned_except_for_a_last_value_that_is_a_copy(cfg):
     """Upstream later mended a bootstrap that is off by one. In 0.2.0 the T values the learner uses
     are aligned.
 
@@ -235,14 +233,14 @@ def test_the_stock_bootstrap_is_aligned_except_for_a_last_value_that_is_a_copy(c
     off_by_one = n_step(UNROLL) - 0.25
     assert values[UNROLL] == pytest.approx(off_by_one, abs=0.02)
 
-    batch = at(our_buffer(cfg, [[0, 1]] * 12, "terminated"), [0], monkeypatch)
+    batch = at(our_buffer(cfg, [[0, 1]] * 12, "terminated"), [0])
     bootstrap = batch.bootstrap_observations[0, batch.bootstrap_index[0], 0]
     assert (batch.returns + batch.discounts * bootstrap)[0] == pytest.approx(
         [n_step(t) for t in range(UNROLL)]
     )
 
 
-def test_the_stock_buffer_takes_a_truncation_for_the_end_of_the_game(cfg, monkeypatch):
+def test_the_stock_buffer_takes_a_truncation_for_the_end_of_the_game(cfg):
     """Last segment of an episode cut at step 8: the state after it exists, but its value counts as
     zero.
     """
@@ -252,7 +250,7 @@ def test_the_stock_buffer_takes_a_truncation_for_the_end_of_the_game(cfg, monkey
     )  # steps 6 and 7; step 6 should bootstrap from state 8
     assert values[0] == pytest.approx(7 + 0.5 * 8, abs=0.02)
     for end, expected in (("truncated", 7 + 0.5 * 8 + 0.25 * 8), ("terminated", 7 + 0.5 * 8)):
-        batch = at(our_buffer(cfg, [[0, 1]] * 8, end), [6], monkeypatch)
+        batch = at(our_buffer(cfg, [[0, 1]] * 8, end), [6])
         bootstrap = batch.bootstrap_observations[0, batch.bootstrap_index[0], 0]
         assert (batch.returns + batch.discounts * bootstrap)[0, 0] == pytest.approx(expected)
 
@@ -326,7 +324,7 @@ def test_stock_importance_weights_have_no_effect(stock_policy):
     assert "value_priority_orig" not in log
 
 
-def test_stock_priorities_are_never_updated(cfg, monkeypatch):
+def test_stock_priorities_are_never_updated(cfg):
     """The stock buffer looks for indices where UniZero's batch has weights, and for times where it
     has time steps.
     """
@@ -340,13 +338,11 @@ def test_stock_priorities_are_never_updated(cfg, monkeypatch):
         stock.update_priority(batch, np.array([9.0, 9.0, 9.0, 9.0]))
     assert stock.game_pos_priorities.tolist() == [1.0] * 6
 
-    ours = our_buffer(
-        EasyDict(cfg, use_priority=True, priority_prob_alpha=1.0), [[0, 1]] * 8, "terminated"
-    )
-    drawn = ours.sample(2)
-    drawn.indices, drawn.new_priorities = np.array([1, 6]), np.array([9.0, 5.0], dtype=np.float32)
-    ours.update_priority(drawn)
-    np.testing.assert_allclose(ours._priorities[:8], [1, 9, 1, 1, 1, 1, 5, 1], rtol=1e-5)
+    cfg.settings = dataclasses.replace(cfg.settings, use_priority=True, priority_prob_alpha=1.0)
+    ours = our_buffer(cfg, [[0, 1]] * 8, "terminated")
+    ours.update_priority(np.array([1, 6]), np.array([900.0, 500.0], dtype=np.float32))
+    seen = np.bincount(ours.draw(20_000)[0], minlength=8) / 20_000
+    assert seen[[1, 6]] == pytest.approx([900 / 1406, 500 / 1406], abs=0.02)
 
 
 # ---- (d) caches per environment, and apart for evaluation ----------------------------------------
@@ -379,14 +375,16 @@ def fresh(policy) -> None:
         policy._collect_model.world_model.clear_caches()
 
 
-def our_step(policy, mode, seen: dict[int, float]) -> dict[int, float]:
-    out = mode.forward(
-        np.stack([observation(i) for i in seen.values()]),
-        [[2]] * len(seen),
-        [None] * len(seen),
-        list(seen),
-    )
-    return {env: out[env].predicted_value for env in seen}
+def our_values(mode: str, policy, roots: list[Root]) -> list[float]:
+    if mode == "eval":
+        return [out.predicted_value for out in policy.eval_mode.forward(roots, 0)]
+    return [out.predicted_value for out in policy.collect_mode.forward(roots, 1.0, 0)]
+
+
+def our_root(*past: float) -> Root:
+    """The last of these states, action 2 taken between them."""
+    vectors = np.stack([observation(i) for i in past])
+    return Root(vectors, np.full(len(past) - 1, 2), np.array([2]))
 
 
 def test_stock_caches_go_by_row_not_by_environment(stock_policy, make_policy, randomise):
@@ -401,16 +399,13 @@ def test_stock_caches_go_by_row_not_by_environment(stock_policy, make_policy, ra
     assert abs(answers[0] - answers[1]) > 1e-4
 
     policy = make_policy(root_prior=dict(mode="wm_logits"))
-    randomise(policy._model, seed=1)
+    randomise(policy.network, seed=1)
     ours = []
     for others_past in (10, 20):
-        policy.collect_mode.reset()
-        our_step(policy, policy.collect_mode, {0: others_past, 1: 30})
-        ours.append(our_step(policy, policy.collect_mode, {1: 31})[1])
-    policy.collect_mode.reset()
-    our_step(policy, policy.collect_mode, {1: 30})
-    assert ours[0] == pytest.approx(our_step(policy, policy.collect_mode, {1: 31})[1], abs=1e-6)
-    assert ours[0] == pytest.approx(ours[1], abs=1e-6)
+        our_values("collect", policy, [our_root(others_past), our_root(30)])
+        ours += our_values("collect", policy, [our_root(30, 31)])
+    beside = our_values("collect", policy, [our_root(10, 11), our_root(30, 31)])[1]
+    assert ours == pytest.approx([beside, beside], abs=1e-6)
 
 
 def test_stock_evaluation_disturbs_collection(stock_policy, make_policy, randomise):
@@ -425,14 +420,12 @@ def test_stock_evaluation_disturbs_collection(stock_policy, make_policy, randomi
     assert max(abs(answers[0][e] - answers[1][e]) for e in (0, 1)) > 1e-4
 
     policy = make_policy(root_prior=dict(mode="wm_logits"))
-    randomise(policy._model, seed=1)
-    ours = []
+    randomise(policy.network, seed=1)
+    roots, ours = [our_root(10, 11), our_root(30, 31)], []
     for evaluate in (False, True):
-        policy.collect_mode.reset()
-        our_step(policy, policy.collect_mode, {0: 10, 1: 30})
         if evaluate:
-            our_step(policy, policy.eval_mode, {0: 40, 1: 50})
-        ours.append(our_step(policy, policy.collect_mode, {0: 11, 1: 31}))
+            our_values("eval", policy, [our_root(40), our_root(50)])
+        ours.append(our_values("collect", policy, roots))
     assert ours[0] == pytest.approx(ours[1], abs=1e-6)
 
 
@@ -440,7 +433,9 @@ def test_stock_evaluation_disturbs_collection(stock_policy, make_policy, randomi
 
 
 @torch.no_grad()
-def test_stock_cached_inference_drifts_once_the_window_slides(compiled_cfg, randomise, make_policy):
+def test_stock_cached_inference_drifts_once_the_window_slides(
+    compiled_cfg, randomise, make_policy, scalar_of
+):
     """One environment, eight steps, a context of 3 steps: against a full forward over the steps
     still in the window.
 
@@ -449,8 +444,8 @@ def test_stock_cached_inference_drifts_once_the_window_slides(compiled_cfg, rand
     Ours recomputes the window.
     """
     policy = make_policy(root_prior=dict(mode="wm_logits"))
-    ours = randomise(policy._model, seed=1)
-    cfg = copy.deepcopy(policy._cfg.model.world_model_cfg)
+    ours = randomise(policy.network, seed=1)
+    cfg = copy.deepcopy(compiled_cfg().policy.model.world_model_cfg)
     cfg.env_num = 1
     with quiet_base():
         stock = UniZeroModel(6, V, world_model_cfg=cfg, norm_type="LN")
@@ -481,13 +476,13 @@ def test_stock_cached_inference_drifts_once_the_window_slides(compiled_cfg, rand
             errors.append((out.value[0] - full.logits_value[0, -1]).abs().max().item())
         drift.append(min(errors))
 
-        mine = policy.collect_mode.forward(seen[t].numpy()[None], [[taken[t]]], [None], [0])[
-            0
-        ].predicted_value
         window = range(max(t - 2, 0), t + 1)
-        latents = ours.encode(torch.stack([seen[i] for i in window])[None])
-        value = ours.unroll(latents, torch.tensor([[taken[i] for i in window]]))[3][:, -1]
-        own_drift.append(abs(mine - policy._scalar_of(value).item()))
+        path = torch.stack([seen[i] for i in window])
+        acted = np.array([taken[i] for i in window])
+        root = Root(path.numpy(), acted[:-1], acted[-1:])
+        mine = policy.collect_mode.forward([root], 1.0, 0)[0].predicted_value
+        full = ours.unroll(ours.encode(path[None]), torch.from_numpy(acted)[None])
+        own_drift.append(abs(mine - scalar_of(full.value[:, -1]).item()))
     assert max(drift[:2]) < 1e-4  # while nothing has been dropped the cache is exact
     assert max(drift[4:]) > 1e-3  # afterwards it equals no window at all
     assert max(own_drift) < 1e-4
@@ -593,7 +588,8 @@ def test_stock_tree_ignores_the_prior_at_first_and_no_seed_reproduces_it():
     """One simulation from one root whose prior gives 97 % to action 5: LightZero's tree takes any
     of the 12.
     """
-    from priorzero.search.puct import PuctTree
+    from priorzero.search.rules import puct
+    from priorzero.search.tree import Tree
 
     with quiet_base():
         from lzero.mcts.ctree.ctree_muzero import mz_tree
@@ -611,10 +607,9 @@ def test_stock_tree_ignores_the_prior_at_first_and_no_seed_reproduces_it():
             )[2][0]
         )
     assert len(taken) > 3
+    valid = np.ones((1, 12), dtype=bool)
     ours = {
-        int(
-            PuctTree(prior[None], np.ones((1, 12), dtype=bool), np.zeros(1), 2, 0.99).select()[1][0]
-        )
+        int(Tree(prior[None], valid, np.zeros(1), 2, 0.99).select(puct, puct)[1][0])
         for _ in range(60)
     }
     assert ours == {5}

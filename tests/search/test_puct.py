@@ -1,5 +1,5 @@
-"""`PuctTree` against a slow recursive reference written from the formula, and by hand; and that it
-is reproducible.
+"""The tree under the PUCT rule against a slow recursive reference written from the formula, and by
+hand; and that it is reproducible.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import math
 import numpy as np
 import pytest
 
-from priorzero.search.puct import PuctTree
+from priorzero.search.rules import puct
+from priorzero.search.tree import Tree
 
 DISCOUNT, C_INIT, C_BASE, DELTA = 0.9, 1.25, 19652.0, 0.01
 
@@ -83,13 +84,13 @@ def slow_search(network: Network, row: int, prior, allowed, simulations: int):
 
 
 def fast_search(network: Network, priors, valid, simulations: int):
-    """The same with `PuctTree`, all roots at once; also the paths that were expanded."""
+    """The same with `Tree`, all roots at once; also the paths that were expanded."""
     batch = len(priors)
     values = np.array([network(row, ())[1] for row in range(batch)])
-    tree = PuctTree(priors, valid, values, simulations + 1, DISCOUNT, C_INIT, C_BASE, DELTA)
+    tree = Tree(priors, valid, values, simulations + 1, DISCOUNT)
     paths = [[()] for _ in range(batch)]
     for _ in range(simulations):
-        parents, actions = tree.select()
+        parents, actions = tree.select(puct, puct)
         for row in range(batch):
             paths[row].append((*paths[row][parents[row]], int(actions[row])))
         outputs = [network(row, paths[row][-1]) for row in range(batch)]
@@ -98,7 +99,7 @@ def fast_search(network: Network, priors, valid, simulations: int):
             np.array([o[1] for o in outputs]),
             np.array([o[2] for o in outputs]),
         )
-    return tree.root_visits, tree.root_values, paths
+    return tree.root_statistics().visits, tree.root_statistics().value, paths
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -127,27 +128,27 @@ def test_two_simulations_by_hand():
     is known, so the range is delta = 0.01. Second: scaled Q of action 1 is 0, of action 0 (1.4 -
     2.8) / 0.01 = -140: action 1 again.
     """
-    tree = PuctTree(np.array([[0.2, 0.8]]), np.ones((1, 2), dtype=bool), np.array([0.0]), 3, 0.9)
-    parents, actions = tree.select()
+    tree = Tree(np.array([[0.2, 0.8]]), np.ones((1, 2), dtype=bool), np.array([0.0]), 3, 0.9)
+    parents, actions = tree.select(puct, puct)
     assert (parents[0], actions[0]) == (0, 1)
     tree.expand(np.array([1.0]), np.array([2.0]), np.array([[0.3, 0.7]]))
-    assert tree.root_values[0] == pytest.approx(1.4)
-    parents, actions = tree.select()
+    assert tree.root_statistics().value[0] == pytest.approx(1.4)
+    parents, actions = tree.select(puct, puct)
     assert (parents[0], actions[0]) == (
         1,
         1,
     )  # below action 1, the network's policy prefers action 1
     tree.expand(np.array([0.0]), np.array([-1.0]), np.array([[0.5, 0.5]]))
     # return of the path: 1 + 0.9 * (0 + 0.9 * -1) = 0.19
-    assert tree.root_values[0] == pytest.approx((0.0 + 2.8 + 0.19) / 3)
-    np.testing.assert_array_equal(tree.root_visits, [[0, 2]])
+    assert tree.root_statistics().value[0] == pytest.approx((0.0 + 2.8 + 0.19) / 3)
+    np.testing.assert_array_equal(tree.root_statistics().visits, [[0, 2]])
 
 
 def test_the_first_simulation_follows_the_prior():
     rng = np.random.default_rng(0)
     priors = rng.dirichlet(np.ones(12), size=8)
-    tree = PuctTree(priors, np.ones((8, 12), dtype=bool), np.zeros(8), 2, 0.99)
-    np.testing.assert_array_equal(tree.select()[1], priors.argmax(axis=1))
+    tree = Tree(priors, np.ones((8, 12), dtype=bool), np.zeros(8), 2, 0.99)
+    np.testing.assert_array_equal(tree.select(puct, puct)[1], priors.argmax(axis=1))
 
 
 def test_reproducible():
@@ -161,10 +162,34 @@ def test_reproducible():
 
 def test_visits_move_to_the_better_action():
     """Same priors, action 2 earns 1 at once: most visits are its."""
-    tree = PuctTree(np.full((1, 3), 1 / 3), np.ones((1, 3), dtype=bool), np.zeros(1), 41, 0.9)
+    tree = Tree(np.full((1, 3), 1 / 3), np.ones((1, 3), dtype=bool), np.zeros(1), 41, 0.9)
     reward_of = {}
     for node in range(1, 41):
-        parents, actions = tree.select()
+        parents, actions = tree.select(puct, puct)
         reward_of[node] = 1.0 if parents[0] == 0 and actions[0] == 2 else 0.0
         tree.expand(np.array([reward_of[node]]), np.zeros(1), np.full((1, 3), 1 / 3))
-    assert tree.root_visits[0, 2] > 25
+    assert tree.root_statistics().visits[0, 2] > 25
+
+
+def test_root_and_inner_nodes_have_rules_of_their_own():
+    """The root's rule wants action 0, the other one action 2."""
+
+    def wants(action):
+        return lambda node: np.eye(3)[[action] * len(node.total)]
+
+    tree = Tree(np.full((2, 3), 1 / 3), np.ones((2, 3), dtype=bool), np.zeros(2), 4, 0.9)
+    walks = []
+    for _ in range(3):
+        parents, actions = tree.select(wants(0), wants(2))
+        walks.append((parents.tolist(), actions.tolist()))
+        tree.expand(np.zeros(2), np.zeros(2), np.full((2, 3), 1 / 3))
+    assert walks == [([0, 0], [0, 0]), ([1, 1], [2, 2]), ([2, 2], [2, 2])]
+
+
+def test_a_rule_cannot_choose_what_is_not_valid_at_the_root():
+    valid = np.array([[False, True, False]])
+    tree = Tree(np.array([[0.9, 0.1, 0.0]]), valid, np.zeros(1), 3, 0.9)
+    for expected in ((0, 1), (1, 0)):  # below the root anything may be taken
+        parents, actions = tree.select(lambda n: np.array([[3.0, 2.0, 1.0]]), puct)
+        assert (parents[0], actions[0]) == expected
+        tree.expand(np.zeros(1), np.zeros(1), np.array([[0.9, 0.1, 0.0]]))

@@ -13,7 +13,7 @@ SIMULATIONS, ACTIONS = 14, 8
 
 @pytest.fixture
 def model(make_policy, randomise):
-    return randomise(make_policy()._model, seed=1)
+    return randomise(make_policy().network, seed=1)
 
 
 def contexts(lengths, seed=0):

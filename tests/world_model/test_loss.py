@@ -7,13 +7,14 @@ import math
 import pytest
 import torch
 
+from priorzero.settings.policy import LossWeights
 from priorzero.world_model.loss import (
-    LossWeights,
     WorldModelTargets,
     cross_entropy,
     group_kl,
     world_model_loss,
 )
+from priorzero.world_model.model import Unrolled
 
 B, T, V, S = 4, 5, 12, 21
 
@@ -24,7 +25,7 @@ def setting(make_policy, randomise):
     loss).
     """
     policy = make_policy()
-    model, target = randomise(policy._model, seed=1), randomise(policy._target_model, seed=2)
+    model, target = randomise(policy.network, seed=1), randomise(policy.target_network, seed=2)
     generator = torch.Generator().manual_seed(0)
     known = torch.tensor([5, 4, 2, 5])
     mask = torch.arange(T) < known[:, None]
@@ -69,7 +70,11 @@ def ours(
         used,
     )
     return world_model_loss(
-        outputs, targets, torch.ones(B) if sample_weights is None else sample_weights, 8, weights
+        outputs,
+        targets,
+        torch.ones(B) if sample_weights is None else sample_weights,
+        8,
+        weights or LossWeights(),
     )
 
 
@@ -109,7 +114,7 @@ def test_the_last_latent_counts_where_its_step_was_played(setting):
     _, without = ours(model, target, observations, batch, mask_latent=shifted)
     _, full = ours(model, target, observations, batch)
     per_step = group_kl(
-        model.unroll(model.encode(observations[:, :-1]), batch["actions"])[0],
+        model.unroll(model.encode(observations[:, :-1]), batch["actions"]).latent,
         target.encode(observations[:, 1:]),
         8,
     )
@@ -180,9 +185,13 @@ def test_terms_by_hand():
         mask_policy=one,
         used_actions=torch.tensor([True, True, False]),
     )
-    outputs = (zeros + 0.5, zeros, torch.zeros(1, 2, 3), zeros)
+    outputs = Unrolled(latent=zeros + 0.5, reward=zeros, policy=torch.zeros(1, 2, 3), value=zeros)
     total, terms = world_model_loss(
-        outputs, targets, torch.tensor([0.5]), 2, LossWeights(2.0, 3.0, 5.0, 7.0, 11.0)
+        outputs,
+        targets,
+        torch.tensor([0.5]),
+        2,
+        LossWeights(latent=2.0, reward=3.0, policy=5.0, value=7.0, entropy=11.0),
     )
     # Every term is log 2 (the policy over two used ids), halved by the sample's weight; entropy is
     # subtracted.
@@ -197,5 +206,7 @@ def test_a_batch_without_any_known_step_gives_zero_not_nan():
     targets = WorldModelTargets(
         two, two, two, two, zero, zero, zero, zero, torch.tensor([True, True])
     )
-    total, _ = world_model_loss((two, two, two, two), targets, torch.ones(1), 2)
+    total, _ = world_model_loss(
+        Unrolled(two, two, two, two), targets, torch.ones(1), 2, LossWeights()
+    )
     assert total.item() == 0.0

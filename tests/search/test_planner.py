@@ -1,5 +1,5 @@
-"""Our search loop against LightZero's `UniZeroMCTSCtree.search`, both driven by the same table of
-network outputs.
+"""The simulations of a search against LightZero's `UniZeroMCTSCtree.search`, both driven by the
+same table of network outputs.
 
 LightZero's C++ selection is not reproducible: it weighs priors with sqrt(visits - 1), so in a node
 visited once every child scores alike, and it breaks the tie with `rand()` seeded from the clock at
@@ -15,9 +15,12 @@ import pytest
 import torch
 from easydict import EasyDict
 
+from priorzero.plugins import load
 from priorzero.quiet import quiet_base
-from priorzero.search.root_prior import RootPrior, RootPriorSettings, mix_root_prior
-from priorzero.search.tree import SearchSettings, search
+from priorzero.search.planner import simulate
+from priorzero.search.root_prior import RootPrior, mix_root_prior
+from priorzero.search.roots import Root
+from priorzero.settings.policy import PolicySettings, RootPriorSettings
 from priorzero.world_model.inference import NodeOutput
 
 with quiet_base():
@@ -139,20 +142,32 @@ def transform():
 
 def prior_of(logits) -> RootPrior:
     return mix_root_prior(
-        np.asarray(logits, dtype=np.float64), None, RootPriorSettings(mode="wm_logits")
+        np.asarray(logits, dtype=np.float64), None, RootPriorSettings(mode="wm_logits"), 0
+    )
+
+
+def search_settings(simulations=40, discount=0.97, policy="puct", noise=0.25) -> PolicySettings:
+    return PolicySettings(
+        num_simulations=simulations,
+        discount_factor=discount,
+        root_policy=policy,
+        root_noise_weight=noise,
     )
 
 
 def run_ours(table, priors, valid, settings, noise=None, vocabulary=V):
-    memory = OurMemory(table, len(valid))
-    vocabulary = min(vocabulary, table.action_space_size)
-    return search(table, memory, priors, valid, vocabulary, transform(), settings, noise), memory
+    memory, actions = OurMemory(table, len(valid)), min(vocabulary, table.action_space_size)
+    roots = [Root(np.zeros((1, 2), np.float32), np.array([]), np.array(ids)) for ids in valid]
+    policy = load("priorzero.search.root_policies", settings.root_policy)
+    tree = policy.begin(roots, priors, np.zeros(len(roots)), actions, settings, noise)
+    results = simulate(tree, memory, settings.num_simulations, actions, transform(), "cpu")
+    return results, memory
 
 
 def run_lightzero(table, priors, valid, settings, draws=None):
     cfg = EasyDict(
         num_simulations=settings.num_simulations,
-        discount_factor=settings.discount,
+        discount_factor=settings.discount_factor,
         device="cpu",
         env_type="not_board_games",
         model=dict(support_scale=SCALE, categorical_distribution=True),
@@ -182,7 +197,7 @@ SMALL = 4  # ids of the tables below: few, so that redrawing ties for a whole ba
 def test_same_visits_and_values_as_lightzero(seed, noisy, ties):
     table, rng = Table(seed, ids=SMALL), np.random.default_rng(seed)
     priors = [prior_of(rng.normal(size=len(ids))) for ids in VALID]
-    settings = SearchSettings(num_simulations=40, discount=0.97, tree="lightzero")
+    settings = search_settings(policy="lightzero")
     draws = None
     if noisy:
         generator = np.random.default_rng(100 + seed)
@@ -205,7 +220,7 @@ def test_the_comparison_notices_a_difference(change, ties):
     """The same search with one thing changed cannot follow, or ends with other values."""
     table, settings = (
         Table(0, ids=SMALL),
-        SearchSettings(num_simulations=40, discount=0.97, tree="lightzero"),
+        search_settings(policy="lightzero"),
     )
     priors = [prior_of([1.0, -1.0, 0.0])]
     visits, values = run_lightzero(table, priors, VALID[2:], settings)
@@ -213,7 +228,7 @@ def test_the_comparison_notices_a_difference(change, ties):
     if change == "values":
         table = Table(1, ids=SMALL)
     elif change == "discount":
-        settings = SearchSettings(num_simulations=40, discount=0.9, tree="lightzero")
+        settings = search_settings(discount=0.9, policy="lightzero")
     else:
         priors = [prior_of([-6.0, 6.0, 0.0])]
     try:
@@ -226,7 +241,7 @@ def test_the_comparison_notices_a_difference(change, ties):
 def test_noise_enters_at_the_root_from_the_given_generator():
     """With all weight on the noise and flat values, visits follow the draw."""
     table = Table(0, policy=[0.0] * V, flat_value=True)
-    settings = SearchSettings(num_simulations=60, root_noise_weight=1.0)
+    settings = search_settings(60, noise=1.0)
     for seed in range(5):
         draw = np.random.default_rng(seed).dirichlet([0.3] * 10)
         result = run_ours(
@@ -246,7 +261,7 @@ def test_the_prior_decides_at_the_root_and_only_there():
     wm_policy[4] = 9.0
     table, settings = (
         Table(0, policy=wm_policy, flat_value=True),
-        SearchSettings(num_simulations=40),
+        search_settings(),
     )
     ids = [1, 4, 6]
     for favourite in (0, 2):
@@ -266,17 +281,17 @@ def test_the_prior_decides_at_the_root_and_only_there():
 def test_the_roots_logits_come_from_the_mixture():
     """Same world-model opinion, two LLMs: only the mixture differs, and visits follow it."""
     table = Table(0, policy=[0.0] * V, flat_value=True)
-    settings, mixing = SearchSettings(num_simulations=20), RootPriorSettings(weight=0.9)
+    settings, mixing = search_settings(20), RootPriorSettings(weight=0.9)
     for favourite in range(3):
         llm = np.full(3, -8.0)
         llm[favourite] = -0.5
-        prior = mix_root_prior(np.zeros(3), llm, mixing)
+        prior = mix_root_prior(np.zeros(3), llm, mixing, 0)
         visits = run_ours(table, [prior], [[0, 5, 9]], settings)[0][0].visit_counts
         assert visits.argmax() == favourite
 
 
 def test_inner_nodes_branch_over_ids_in_use_only():
-    table, settings = Table(3), SearchSettings(num_simulations=40)
+    table, settings = Table(3), search_settings()
     _, memory = run_ours(table, [prior_of([0.0, 1.0])], [[0, 2]], settings, vocabulary=3)
     inner = {action for _, parent, action in memory.calls if parent != 0}
     assert inner == {0, 1, 2}
@@ -287,7 +302,7 @@ def test_inner_nodes_branch_over_ids_in_use_only():
 @pytest.mark.parametrize("tree", ["puct", "lightzero"])
 def test_prior_arrays_follow_the_order_of_the_valid_ids(ties, tree):
     """Ids need not be sorted: position i of prior, visits and ids is the same command."""
-    table, settings = Table(5, ids=SMALL), SearchSettings(num_simulations=25, tree=tree)
+    table, settings = Table(5, ids=SMALL), search_settings(25, policy=tree)
     logits, order = np.array([2.0, -1.0, 0.5]), [1, 2, 0]
     a = run_ours(table, [prior_of(logits)], [[3, 0, 1]], settings)[0][0]
     ties.replay()
@@ -297,33 +312,23 @@ def test_prior_arrays_follow_the_order_of_the_valid_ids(ties, tree):
     assert a.value == pytest.approx(b.value)
 
 
-def test_a_real_network_gives_the_tree_what_its_unrolled_forward_says(make_policy, randomise):
-    """One root, one simulation: the root's value is the mean LightZero backs up, from the model's
+def test_a_real_network_gives_the_tree_what_its_unrolled_forward_says(
+    make_policy, randomise, scalar_of
+):
+    """One root, one simulation: the root's value is the mean that is backed up, from the model's
     full forward.
     """
-    from priorzero.world_model.inference import SearchMemory
-
-    policy = make_policy()
-    model = randomise(policy._model, seed=4)
+    policy = make_policy(num_simulations=1, discount_factor=0.9, root_prior=dict(mode="wm_logits"))
+    model = randomise(policy.network, seed=4)
     observation = torch.randn(1, 1, 6, generator=torch.Generator().manual_seed(0))
-    memory = SearchMemory(model, 1)
-    memory.root(observation, torch.zeros(1, 1, dtype=torch.long), torch.tensor([1]))
-    result = search(
-        model,
-        memory,
-        [prior_of([0.0])],
-        [[3]],
-        8,
-        policy._scalar_of,
-        SearchSettings(1, 0.9, tree="lightzero"),
-    )[0]
+    root = Root(observation[0].numpy(), np.array([]), np.array([3]))
+    output = policy.eval_mode.forward([root], 0)[0]
     with torch.no_grad():
         first = model.unroll(model.encode(observation), torch.tensor([[3]]))
-        latents = torch.cat([model.encode(observation), first[0]], 1)
+        latents = torch.cat([model.encode(observation), first.latent], 1)
         both = model.unroll(latents, torch.tensor([[3, 0]]))
-    reward = policy._scalar_of(both[1][:, 0]).item()
-    value = policy._scalar_of(both[3][:, 1]).item()
-    # LightZero's root enters with one visit of value 0, and the simulation adds reward + discount *
-    # value.
+    reward = scalar_of(both.reward[:, 0]).item()
+    root_value, value = (scalar_of(both.value[:, k]).item() for k in (0, 1))
     assert abs(reward + 0.9 * value) > 1e-3
-    assert result.value == pytest.approx((0.0 + reward + 0.9 * value) / 2, abs=1e-4)
+    assert output.predicted_value == pytest.approx(root_value, abs=1e-4)
+    assert output.root_value == pytest.approx((root_value + reward + 0.9 * value) / 2, abs=1e-4)
