@@ -1,10 +1,4 @@
-"""How many CPU threads torch uses for one piece of work.
-
-A tree search runs thousands of matrix products of a few rows. Splitting each over threads costs
-more than it saves, and where other processes want the same cores the threads wait for each other at
-every product: on two busy cores one decision (2 roots, 16 simulations, width 128) took 39 ms with
-one thread and 2.6 s with two.
-"""
+"""The machine's part of a computation: which device, and how many CPU threads of torch."""
 
 from __future__ import annotations
 
@@ -13,10 +7,34 @@ from contextlib import contextmanager
 
 import torch
 
+from priorzero.types import PriorZeroError
+
+
+def resolve_device(setting: str, name: str = "policy.device") -> str:
+    """`auto` -> cuda where torch sees a GPU, else cpu.
+
+    Args:
+        setting: auto, cpu or cuda. name: the setting's name, for the message.
+
+    Raises:
+        PriorZeroError: cuda was asked for and there is none.
+    """
+    if setting == "cuda" and not torch.cuda.is_available():
+        raise PriorZeroError(
+            f"{name} is cuda, but torch sees no GPU: install the CUDA lock "
+            "(PRIORZERO_DEVICE=cuda ./run_priorzero_orz.sh check) or use --device cpu"
+        )
+    return ("cuda" if torch.cuda.is_available() else "cpu") if setting == "auto" else setting
+
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """Inside, torch's CPU operators called from this thread use `count` threads; 0 changes nothing."""
+    """Inside, torch's CPU operators called from this thread use `count` threads; 0 changes nothing.
+
+    A tree search runs thousands of matrix products of a few rows. Splitting each over threads costs
+    more than it saves, and where other processes want the same cores the threads wait for each
+    other at every product.
+    """
     before = torch.get_num_threads()
     if count:
         torch.set_num_threads(count)

@@ -10,17 +10,18 @@ from pathlib import Path
 
 import pytest
 
-import priorzero_config as config
-from priorzero.settings.record import merge, parse_assignment, require
-from priorzero.settings.record_old import overlay
+from priorzero.run.orz import orz_status
+from priorzero.settings.experiment import ExperimentSettings
 from priorzero.types import PriorZeroError
 from priorzero_config import (
-    DEFAULTS,
+    DEBUG,
     PRESETS,
     HybridTrainingConfig,
     get_priorzero_config,
     get_priorzero_config_for_quick_test,
 )
+
+DEFAULTS = ExperimentSettings().as_dict()
 
 
 def leaves(tree, path=()):
@@ -43,53 +44,86 @@ def look(tree, path):
     return tree
 
 
+# ---- presets -------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("preset", list(PRESETS))
 @pytest.mark.parametrize("debug", [False, True])
 def test_every_preset_parses_and_takes_effect(preset, debug):
-    main, create = get_priorzero_config(debug_mode=debug, presets=(preset,))
-    for path, value in leaves(PRESETS[preset]):
-        assert look(main, path) == value, path
-    assert create.policy.type == "priorzero"
+    plan = HybridTrainingConfig(debug_mode=debug, presets=(preset,))
+    for path, value in leaves(PRESETS[preset].settings):
+        assert look(plan.priorzero_cfg.as_dict(), path) == value, path
+    for name, value in PRESETS[preset].schedule.items():
+        assert getattr(plan, name) == value
+    assert plan.priorzero_create_cfg["policy"]["type"] == "priorzero"
 
 
 def test_debug_is_an_overlay_that_presets_and_overrides_lie_over():
-    full, debug = get_priorzero_config()[0], get_priorzero_config(debug_mode=True)[0]
-    touched = dict(leaves(config.DEBUG))
+    debug = get_priorzero_config(debug_mode=True)[0].as_dict()
+    touched = dict(leaves(DEBUG.settings))
     for path, value in leaves(DEFAULTS):
-        if path in touched:
-            assert look(debug, path) == touched[path]
-        elif path != ("exp_name",):
-            assert look(debug, path) == look(full, path) == value
+        if path != ("exp_name",):
+            assert look(debug, path) == touched.get(path, value), path
     main, _ = get_priorzero_config(
         debug_mode=True, presets=("pure_unizero",), overrides=dict(policy=dict(num_simulations=7))
     )
-    small = config.DEBUG["policy"]
+    small = DEBUG.settings["policy"]
     assert (main.policy.num_simulations, main.policy.embed_dim, main.llm.enable) == (
         7,
         small["embed_dim"],
         False,
     )
+    quick, _ = get_priorzero_config_for_quick_test("zork1.z5", 3)
+    assert quick.policy.num_simulations == small["num_simulations"]
+    # Nothing leaked into the defaults.
+    full, _ = get_priorzero_config()
+    assert full.policy.num_simulations == DEFAULTS["policy"]["num_simulations"]
+
+
+def test_the_debug_preset_is_debug_mode():
+    preset, mode = HybridTrainingConfig(presets=("debug",)), HybridTrainingConfig(debug_mode=True)
+    assert preset.as_dict() == mode.as_dict()
+    assert preset.debug_mode and preset.iterations == DEBUG.schedule["iterations"] == 100
+    # It comes first, wherever it is named: what is smaller still stands.
+    small = HybridTrainingConfig(presets=("lora", "debug")).priorzero_cfg
     assert (
-        get_priorzero_config_for_quick_test("zork1.z5", 3)[0].policy.num_simulations
-        == small["num_simulations"]
+        small.llm.train.learning_rate == PRESETS["lora"].settings["llm"]["train"]["learning_rate"]
     )
-    assert (
-        get_priorzero_config()[0].policy.num_simulations == DEFAULTS["policy"]["num_simulations"]
-    )  # nothing leaked
+
+
+@pytest.mark.parametrize(
+    ("preset", "sft", "rft"),
+    [("sft_only", True, False), ("rft_only", False, True), ("frozen", False, False)],
+)
+def test_what_the_llm_learns_from(preset, sft, rft):
+    llm = get_priorzero_config(presets=(preset,))[0].llm
+    assert (llm.enable, llm.sft.enable, llm.rft.enable) == (True, sft, rft)
+
+
+@pytest.mark.parametrize("preset", ["sft_only", "frozen"])
+def test_rft_contradicts_a_preset_without_it(preset):
+    with pytest.raises(PriorZeroError, match=f"--rft.*{preset}"):
+        get_priorzero_config(enable_rft=True, presets=(preset,))
+    both = get_priorzero_config(enable_rft=True, presets=("rft_only",))[0].llm
+    assert (both.sft.enable, both.rft.enable) == (False, True)
+
+
+# ---- settings ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", [path for path, _ in leaves(DEFAULTS)], ids=".".join)
 def test_every_setting_is_known_by_name_and_type(path):
     """Its own default is accepted where it stands; a misspelt name and another type are not."""
     default = look(DEFAULTS, path)
-    assert look(overlay(DEFAULTS, nested(path, default)), path) == default
+    if path != ("exp_name",):
+        main, _ = get_priorzero_config(overrides=nested(path, default))
+        assert look(main.as_dict(), path) == default
     with pytest.raises(PriorZeroError, match="does not exist") as caught:
-        overlay(DEFAULTS, nested((*path[:-1], path[-1] + "x"), default))
+        get_priorzero_config(overrides=nested((*path[:-1], path[-1] + "x"), default))
     assert path[-1] in str(caught.value)  # the right name is suggested
-    if default is not None:
-        with pytest.raises(PriorZeroError) as caught:
-            overlay(DEFAULTS, nested(path, object()))
-        assert ".".join(path) in str(caught.value)
+    with pytest.raises(PriorZeroError) as caught:
+        get_priorzero_config(overrides=nested(path, object()))
+    assert ".".join(path) in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -105,12 +139,19 @@ def test_every_setting_is_known_by_name_and_type(path):
         ("policy.replay_buffer_size", 3, "one segment"),
         ("policy.action_vocabulary.overflow", 512, r"1\.\.capacity-1"),
         ("policy.root_prior.weight", 1.5, r"\[0, 1\]"),
-        ("policy.root_prior.mode", "both", "unknown"),
+        ("policy.root_prior.mode", "both", "llm_logits, wm_logits or llm_plus_wm_logits"),
+        ("policy.embed_dim", 0, "positive"),
+        ("policy.num_heads", 0, "positive"),
+        ("policy.root_noise_weight", 1.5, r"\[0, 1\]"),
         ("env.max_steps", 0, "positive or None"),
         ("env.collector_env_num", 0, "positive"),
         ("llm.engine", "trt", "auto, vllm or transformers"),
         ("llm.dtype", "int8", "float32 or bfloat16"),
         ("llm.train.objective", "words", "actions or tokens"),
+        ("llm.train.clip_epsilon", 1.0, "between 0 and 1"),
+        ("llm.trainer", "nobody", "trainers holds builtin"),
+        ("llm.vllm.tensor_parallel_size", 0, "positive"),
+        ("llm.prompt.max_prompt_tokens", 8, "at least 32"),
         ("llm.enable", False, "leave those out or enable it"),
         ("eval.modes", ["best"], "among"),
         ("eval.modes", [], "among"),
@@ -142,6 +183,9 @@ def test_all_impossible_values_are_named_at_once():
         (dict(policy=dict(use_priority=1)), r"1 \(int\)"),
         (dict(policy=dict(learning_rate=True)), "True"),
         (dict(llm=dict(model=["a"])), "list"),
+        (dict(policy=dict(num_simulations=None)), r"None \(NoneType\); it must be like 50 \(int\)"),
+        (dict(env=dict(max_steps="many")), "int or None"),
+        (dict(eval=dict(modes=[3])), r"\[3\]"),
     ],
 )
 def test_unknown_names_and_wrong_types(overrides, message):
@@ -154,17 +198,14 @@ def test_an_unknown_preset_lists_the_known_ones():
         get_priorzero_config(presets=("fast",))
 
 
-def test_integers_pass_as_floats_and_layers_do_not_touch_their_inputs():
+def test_overwriting_one_configuration_changes_no_other():
     given = dict(policy=dict(learning_rate=1))
     main, _ = get_priorzero_config(overrides=given)
     assert main.policy.learning_rate == 1.0 and isinstance(main.policy.learning_rate, float)
     main.policy.root_prior.weight = 0.9
     main.eval.modes.append("random")
-    assert (
-        DEFAULTS["policy"]["root_prior"]["weight"] == 0.5
-        and "random" not in DEFAULTS["eval"]["modes"]
-    )
     assert given == dict(policy=dict(learning_rate=1))
+    assert get_priorzero_config()[0].as_dict() | {"exp_name": ""} == DEFAULTS
 
 
 # ---- the schedule --------------------------------------------------------------------------------
@@ -180,7 +221,6 @@ def test_every_schedule_attribute_exists_with_its_type_and_is_saved():
             ), name
     assert (plan.wm_training_mode, plan.wm_train_freq, plan.llm_train_freq) == ("parallel", 1, 5)
     assert plan.priorzero_cfg.env.env_id == "detective.z5" and plan.priorzero_cfg.seed == 3
-    assert plan.use_orz_trainer == config.orz_available()
 
 
 def test_subclass_attributes_and_overwriting():
@@ -190,7 +230,7 @@ def test_subclass_attributes_and_overwriting():
 
     mine = Mine(debug_mode=True, eval_freq=3)
     assert (mine.llm_train_freq, mine.iterations, mine.eval_freq) == (10, 7, 3)
-    assert mine.save_freq == HybridTrainingConfig.DEBUG_SCHEDULE["save_freq"]
+    assert mine.save_freq == DEBUG.schedule["save_freq"]
     assert (
         Mine().iterations == 7
         and HybridTrainingConfig().iterations == HybridTrainingConfig.iterations
@@ -199,14 +239,39 @@ def test_subclass_attributes_and_overwriting():
     class Small(HybridTrainingConfig):
         debug_mode = True
 
-    assert Small().iterations == HybridTrainingConfig.DEBUG_SCHEDULE["iterations"]
+    assert Small().iterations == DEBUG.schedule["iterations"]
     assert Small(debug_mode=False).iterations == HybridTrainingConfig.iterations
     mine.priorzero_cfg.policy.num_simulations = 30
     mine.validate()
-    assert mine.as_dict()["settings"].policy.num_simulations == 30
+    assert mine.as_dict()["settings"]["policy"]["num_simulations"] == 30
     mine.priorzero_cfg.policy.num_simulations = 0
     with pytest.raises(PriorZeroError, match="num_simulations is 0"):
         mine.validate()
+
+
+def test_a_subclass_stands_in_debug_mode_even_with_the_default_value():
+    class Long(HybridTrainingConfig):
+        iterations = HybridTrainingConfig.iterations
+
+    class Longer(Long):
+        save_freq = 7
+
+    for plan in (Longer(debug_mode=True), Longer(presets=("debug",))):
+        assert (plan.iterations, plan.save_freq) == (HybridTrainingConfig.iterations, 7)
+        assert plan.eval_freq == DEBUG.schedule["eval_freq"]
+    assert Longer(debug_mode=True, iterations=3).iterations == 3
+
+
+def test_misspelt_attributes_of_the_schedule_are_refused():
+    class Misspelt(HybridTrainingConfig):
+        llm_train_frequency = 10
+
+    with pytest.raises(PriorZeroError, match="did you mean llm_train_freq"):
+        Misspelt()
+    with pytest.raises(PriorZeroError, match="did you mean iterations"):
+        HybridTrainingConfig().iteration = 3
+    with pytest.raises(PriorZeroError, match="did you mean num_simulations"):
+        HybridTrainingConfig().priorzero_cfg.policy.simulations = 3
 
 
 @pytest.mark.parametrize(
@@ -216,6 +281,9 @@ def test_subclass_attributes_and_overwriting():
         (dict(llm_train_freq=-1), ">= 1"),
         (dict(eval_freq=-1), ">= 0"),
         (dict(iterations=1.5), "integer"),
+        (dict(iterations=True), "integer"),
+        (dict(resume="no"), "True or False"),
+        (dict(checkpoint=3), "folder"),
         (dict(wm_training_mode="sometimes"), "'sometimes'"),
         (dict(iteration=3), "'iteration' does not exist"),
     ],
@@ -225,11 +293,43 @@ def test_impossible_schedules(schedule, rule):
         HybridTrainingConfig(**schedule)
 
 
-def test_orz_is_not_taken_for_granted():
-    if config.orz_available():
-        pytest.skip("Open-Reasoner-Zero is installed here")
-    with pytest.raises(PriorZeroError, match="PYTHONPATH"):
+def test_training_with_orz_is_not_promised(tmp_path, monkeypatch):
+    """Not even where Open-Reasoner-Zero lies on the path."""
+    assert HybridTrainingConfig().use_orz_trainer is False
+    with pytest.raises(PriorZeroError, match="not built yet"):
         HybridTrainingConfig(use_orz_trainer=True)
+    put_orz(tmp_path, monkeypatch, "class RayPPOTrainer: pass")
+    assert orz_status()[0]
+    with pytest.raises(PriorZeroError, match="not built yet"):
+        HybridTrainingConfig(use_orz_trainer=True)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "found"),
+    [
+        (None, False),
+        ("", False),
+        ("def RayPPOTrainer(): ...", False),
+        ("class RayPPOTrainer(:", False),
+        ("import a_package_nobody_has\n\nclass RayPPOTrainer:\n    pass\n", True),
+    ],
+)
+def test_orz_is_recognised_by_its_trainers_class(trainer, found, tmp_path, monkeypatch):
+    put_orz(tmp_path, monkeypatch, trainer)
+    available, reason = orz_status()
+    assert available is found
+    assert str(tmp_path) in reason and ("RayPPOTrainer" in reason) is not found
+
+
+def put_orz(folder, monkeypatch, trainer: str | None) -> None:
+    """A package `orz` with a folder `ppo`; trainer: the text of its `trainer.py`."""
+    (folder / "orz" / "ppo").mkdir(parents=True)
+    for package in ("orz", "orz/ppo"):
+        (folder / package / "__init__.py").touch()
+    if trainer is not None:
+        (folder / "orz" / "ppo" / "trainer.py").write_text(trainer)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "orz", raising=False)
 
 
 def test_names_of_experiments():
@@ -251,29 +351,7 @@ def test_enable_llm_and_rft():
     )
 
 
-# ---- helpers -------------------------------------------------------------------------------------
-
-
-def test_command_line_assignments():
-    assert parse_assignment("policy.num_simulations=30") == {"policy": {"num_simulations": 30}}
-    assert parse_assignment("llm.model=Qwen/Qwen2.5-0.5B-Instruct") == {
-        "llm": {"model": "Qwen/Qwen2.5-0.5B-Instruct"}
-    }
-    assert parse_assignment('eval.modes=["random"]') == {"eval": {"modes": ["random"]}}
-    assert parse_assignment("env.games_dir=a=b") == {"env": {"games_dir": "a=b"}}
-    for broken in ("policy.num_simulations", "=3"):
-        with pytest.raises(PriorZeroError, match="group.setting=value"):
-            parse_assignment(broken)
-
-
-def test_merge_and_require():
-    assert merge({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}, "d": 4}) == {
-        "a": {"b": 3, "c": 2},
-        "d": 4,
-    }
-    require({"a": (1, True, "it must be")})
-    with pytest.raises(PriorZeroError, match="a is 1, but it must be two"):
-        require({"a": (1, False, "it must be two")})
+# ---- at LightZero's door, and at start -----------------------------------------------------------
 
 
 def test_settings_and_entry_import_nothing_heavy():
@@ -307,10 +385,20 @@ def test_compiled_settings_reach_lightzero_once(compiled_cfg):
     assert compiled_cfg(fixed_temperature_value=0.3).policy.fixed_temperature_value == 0.3
 
 
+def test_the_record_goes_through_lightzeros_door(compiled_cfg):
+    """LightZero has defaults under the same names; what is compiled is what our records say."""
+    compiled = compiled_cfg(root_policy="puct", loss_weights=dict(entropy=0.5)).policy
+    record = compiled.settings
+    assert record.loss_weights.entropy == 0.5
+    for name, value in record.as_dict().items():
+        if name in compiled and name != "device":
+            assert compiled[name] == value, name
+
+
 def test_cuda_without_a_gpu_is_one_clear_error(monkeypatch):
     import torch
 
-    from priorzero.lightzero import resolve_device
+    from priorzero.compute import resolve_device
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert resolve_device("auto") == "cpu"

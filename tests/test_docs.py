@@ -116,11 +116,12 @@ def test_options_exist(document):
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
 def test_settings_exist(document):
-    from priorzero_config import DEFAULTS
+    from priorzero.settings.experiment import ExperimentSettings
 
+    defaults = ExperimentSettings().as_dict()
     named = set(re.findall(r"`((?:env|policy|text|llm|eval)(?:\.[a-z_]+)+)`", text_of(document)))
     for name in named - {"llm.pt"}:
-        place = DEFAULTS
+        place = defaults
         for part in name.split("."):
             assert part in place, f"{document.name}: {name}"
             place = place[part]

@@ -289,19 +289,19 @@ def test_check_fails_when_something_needed_is_missing(monkeypatch, capsys):
     assert "missing: broken" in capsys.readouterr().out
 
 
-def test_orz_is_recognised_by_its_trainer_not_by_its_name(tmp_path, monkeypatch):
+def test_the_check_promises_nothing_of_orz(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
-    statuses = []
-    for part in ("", "orz", "orz/ppo"):
-        if part:
-            (tmp_path / part).mkdir()
-            (tmp_path / part / "__init__.py").touch()
+    monkeypatch.delitem(sys.modules, "orz", raising=False)
+    found = []
+    for part in ("orz", "orz/ppo"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "__init__.py").touch()
         importlib.invalidate_caches()
-        for module in ("orz", "orz.ppo"):
-            sys.modules.pop(module, None)
-        statuses.append(next(check.find_orz()).status)
-    sys.modules.pop("orz", None)
-    assert statuses == [check.ABSENT, check.ABSENT, check.OK]
+        found.append(next(check.find_orz()))
+    (tmp_path / "orz" / "ppo" / "trainer.py").write_text("class RayPPOTrainer: pass\n")
+    found.append(next(check.find_orz()))
+    assert [one.status for one in found] == [check.ABSENT, check.ABSENT, check.OK]
+    assert "not used yet" in found[-1].text and "nothing uses it" in found[0].text
 
 
 def pins(path: Path) -> dict[str, str]:

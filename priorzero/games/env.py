@@ -20,11 +20,11 @@ from priorzero.games.catalogue import GameSpec, resolve_game
 from priorzero.games.process import GameProcess
 from priorzero.games.records import GameState, StateDetails, WorkerFault, WorkerTimeout
 from priorzero.games.valid_actions import default_cache_path, shared_cache
+from priorzero.settings.env import OBSERVATION_PARTS, EnvSettings
 from priorzero.types import PriorZeroError
 
 logger = logging.getLogger(__name__)
 
-OBSERVATION_PARTS = ("feedback", "look", "inventory")
 SPLITS = ("train", "eval")
 FIRST_SEED = 1_000  # Frotz treats smaller ones specially, and every walkthrough's seed is smaller
 
@@ -55,17 +55,12 @@ class TextGameEnv(BaseEnv):
     """
 
     config = {
-        "env_id": "auto",  # see catalogue.resolve_game
-        "games_dir": None,  # a folder searched before $PRIORZERO_GAMES
-        "max_steps": None,  # actions before truncation; None: the catalogue's
+        **EnvSettings().as_dict(),
         "split": "train",  # "train" or "eval": two disjoint sets of episode seeds
         "seed": 0,  # the run's seed, unless seed() is called
         "env_index": 0,  # tells environments of one run apart
-        "observation_parts": list(OBSERVATION_PARTS),  # what obs["text"] is made of
         "extra_actions": [],  # commands offered in every state besides the valid ones
         "fallback_actions": ["look", "wait"],  # commands offered where there would be none
-        "step_timeout_s": 20.0,  # for reset and step; a hang is recognised after this
-        "describe_timeout_s": 60.0,  # for the valid actions of a new state
         "reset_attempts": 3,  # episodes tried, each with its own seed, before reset gives up
         "cache_path": "auto",  # SQLite file of known states; "auto": in the cache folder; None: memory only
     }

@@ -16,8 +16,8 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
+from priorzero.run.orz import orz_status
 from priorzero.types import PriorZeroError
 
 OK, ABSENT, MISSING = "ok", "absent", "MISSING"
@@ -98,22 +98,12 @@ def find_vllm() -> Iterator[Finding]:
 
 
 def find_orz() -> Iterator[Finding]:
-    """Open-Reasoner-Zero. Its name alone proves nothing (PyPI has an unrelated ``orz``), its
-    trainer package does.
-    """
-    try:
-        spec = importlib.util.find_spec("orz.ppo")
-    except (ModuleNotFoundError, ValueError):
-        spec = None
-    if spec is None:
-        yield Finding(
-            "ORZ",
-            ABSENT,
-            "not importable: built-in training is used; put a clone of Open-Reasoner-Zero on "
-            "PYTHONPATH to use its trainer",
-        )
+    """Open-Reasoner-Zero, which nothing trains with yet."""
+    found, reason = orz_status()
+    if found:
+        yield Finding("ORZ", OK, f"found, not used yet ({reason})")
     else:
-        yield Finding("ORZ", OK, f"{Path(spec.origin).parent if spec.origin else 'found'}")
+        yield Finding("ORZ", ABSENT, f"{reason}; nothing uses it yet")
 
 
 def find_models() -> Iterator[Finding]:
@@ -187,7 +177,9 @@ CHECKS: dict[str, Callable[[], Iterator[Finding]]] = {
 
 
 def collect(checks: dict[str, Callable[[], Iterator[Finding]]] | None = None) -> list[Finding]:
-    """All findings; a check that cannot be made because an import fails is itself a thing missing."""
+    """All findings; a check that cannot be made because an import fails is itself something
+    missing.
+    """
     findings: list[Finding] = []
     for name, check in (checks or CHECKS).items():
         try:
