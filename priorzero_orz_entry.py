@@ -30,10 +30,11 @@ from typing import Any
 from priorzero.run.cli import calm_openmp, option_parser
 from priorzero.run.experiment import set_aside
 from priorzero.run.logs import setup_logging
+from priorzero.run.orz import ORZ_AVAILABLE
 from priorzero.run.report import banner, evaluation_line, first_and_last
 from priorzero.settings.record import parse_assignment
 from priorzero.types import PriorZeroError
-from priorzero_config import PRESETS, HybridTrainingConfig, orz_available
+from priorzero_config import PRESETS, HybridTrainingConfig
 
 logger = logging.getLogger("priorzero_orz_entry")
 
@@ -128,7 +129,7 @@ class Run:
                 self.llm_name,
                 device,
                 parameters,
-                orz_available(),
+                ORZ_AVAILABLE,
             )
         )
 
@@ -142,7 +143,8 @@ class Run:
 
     def _build_world_model(self) -> None:
         from game_buffer_priorzero import PriorZeroGameBuffer
-        from priorzero.lightzero import compile_priorzero, resolve_device
+        from priorzero.compute import resolve_device
+        from priorzero.lightzero import compile_priorzero
         from priorzero.quiet import quiet_base
         from priorzero.run.checkpoint import CheckpointStore
         from priorzero.text.encoder import SentenceEncoder
@@ -169,11 +171,11 @@ class Run:
         if not self.cfg.llm.enable:
             self.llm_name = "none (pure UniZero)"
             return
-        from priorzero.lightzero import resolve_device
+        from priorzero.compute import resolve_device
         from priorzero.llm.build import build_llm
         from priorzero_prompts import ACTION_MARKER, PromptSettings, build_prompt
 
-        llm, prompts = self.cfg.llm, PromptSettings(**self.cfg.llm.prompt)
+        llm, prompts = self.cfg.llm, PromptSettings(**self.cfg.llm.prompt.as_dict())
 
         def make_prompt(tokenizer):
             def prompt(state):
@@ -218,9 +220,7 @@ class Run:
             [partial(env_fn, cfg=c) for c in eval_cfgs], seed=self.cfg.seed
         )
         self._open.append(self.eval_envs)
-        history = HistoryWindow(
-            self.cfg.llm.prompt.history_length, self.cfg.llm.prompt.history_drop
-        )
+        history = HistoryWindow(self.cfg.llm.prompt.history_length)
         self.collector = PriorZeroCollector(
             self.compiled.policy,
             self.policy,

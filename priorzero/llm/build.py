@@ -59,12 +59,14 @@ async def build_llm(
         )
     # Settings first: a wrong one should not cost the time of loading a model.
     trainer_settings = LLMTrainerSettings(
-        **settings.train,
+        **settings.train.as_dict(),
         reduction=reduction,
         compute_dtype=settings.dtype,
         lora=lora,
         trunk_cache_mib=settings.trunk_cache_mib,
     )
+    vllm = settings.vllm.as_dict()
+    del vllm["tensor_parallel_size"]
     engine_settings = EngineSettings(
         kind=settings.engine,
         required=settings.required,
@@ -72,12 +74,11 @@ async def build_llm(
         residual_dtype=settings.residual_dtype,
         max_batch_tokens=settings.max_batch_tokens or (32768 if device == "cuda" else 4096),
         cache_size=settings.score_cache_size,
-        prefix_cache_mib=settings.prefix_cache_mib,
         attempts=settings.attempts,
         max_restarts=settings.max_restarts,
-        vllm=VLLMSettings(**settings.vllm),
+        vllm=VLLMSettings(**vllm),
         prompt_tokens=settings.prompt.max_prompt_tokens // 2,
-        reasoning=ReasoningSettings(**settings.reasoning, marker=marker, seed=seed),
+        reasoning=ReasoningSettings(**settings.reasoning.as_dict(), marker=marker, seed=seed),
     )
     resolved = await asyncio.to_thread(resolve_llm, settings.model)
     model, tokenizer = await asyncio.to_thread(load_llm, resolved, device)
