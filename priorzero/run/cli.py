@@ -36,7 +36,7 @@ def option_parser(description: str, presets: Sequence[str]) -> argparse.Argument
         action="append",
         default=[],
         choices=sorted(presets),
-        help="may be given several times",
+        help="may be given several times; what each sets stands in priorzero_config.py",
     )
     parser.add_argument("--eval-freq", type=int, help="iterations between evaluations; 0: none")
     parser.add_argument(
@@ -54,7 +54,7 @@ def option_parser(description: str, presets: Sequence[str]) -> argparse.Argument
         default=[],
         metavar="GROUP.SETTING=VALUE",
         dest="assignments",
-        help="any setting of priorzero_config.py, e.g. policy.num_simulations=30",
+        help="any setting of priorzero/settings, e.g. policy.num_simulations=30",
     )
     parser.add_argument(
         "--resume", action="store_true", help="continue the experiment's latest checkpoint"
