@@ -131,9 +131,7 @@ def a_file_of(group: Settings, name: str, package: str) -> Iterator[Rule]:
     """The setting must name a file of a plug-in folder."""
     known = plugins.names(package)
     folder = package.replace(".", "/")
-    # A folder without any file is one whose room is being built.
-    holds = not known or getattr(group, name) in known
-    yield Rule(name, holds, f"{folder} holds {', '.join(known)}")
+    yield Rule(name, getattr(group, name) in known, f"{folder} holds {', '.join(known)}")
 
 
 # ---- layers over settings ------------------------------------------------------------------------
