@@ -13,6 +13,7 @@ import numpy as np
 from easydict import EasyDict
 
 from priorzero.data.batch import WorldModelBatch, fill_row
+from priorzero.data.returns import n_step_return
 from priorzero.data.segment import Segment, window
 from priorzero.llm.update.samples import LLMSample, build_sample
 from priorzero.quiet import quiet_base
@@ -200,12 +201,9 @@ class PriorZeroGameBuffer:
         """n-step return of a step, bootstrapped with the search's own values."""
         s = self._settings
         view = window(segment, position, s.td_steps + 1)
-        span = min(s.td_steps, len(view.steps))
-        value = sum(s.discount_factor**i * view.steps[i].reward for i in range(span))
-        if span < len(view.steps):
-            value += s.discount_factor**span * view.steps[span].root_value
-        elif view.end != "terminated":
-            # The state after a cut was never searched; the last searched value one step earlier
-            # stands in for it.
-            value += s.discount_factor**span * view.steps[-1].root_value
-        return value
+        # Only states that were searched have a root value; the one after the last step was not.
+        last = len(view.steps) - 1
+        target = n_step_return(view, 0, s.td_steps, s.discount_factor, last_valued=last)
+        if target.discount == 0.0:
+            return target.reward_sum
+        return target.reward_sum + target.discount * view.steps[target.state].root_value

@@ -13,7 +13,8 @@ Letters: `B` roots, `A` valid actions of a root, `V` vocabulary size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -61,6 +62,7 @@ class PriorZeroPolicy(UniZeroPolicy):
         self._rng = np.random.default_rng(cfg.seed)
         self._learner = WorldModelLearner(self._model, self._settings, scalar_of, cfg.device)
         self._planner = Planner(self._model, self._settings, scalar_of, cfg.device)
+        self._named = [self.network, self.target_network]  # what new actions are named in
 
     def _init_collect(self) -> None:
         """Collection plans with the parts `_init_learn` made."""
@@ -110,8 +112,23 @@ class PriorZeroPolicy(UniZeroPolicy):
         assert self._embed_text is not None, "attach_encoder comes before playing"
         texts = [self.vocabulary.action_of(i) for i in ids]
         embeddings = torch.from_numpy(self._embed_text(texts))
-        for network in (self.network, self.target_network):
+        for network in self._named:
             network.set_action_text(list(ids), embeddings)
+
+    @contextmanager
+    def guests(self) -> Iterator[None]:
+        """For evaluation, which must not teach anything: actions registered inside get ids and
+        texts that planning can use, and are unknown again afterwards.
+
+        Vocabulary and both networks are left as they were found.
+        """
+        own, named = self.vocabulary, self._named
+        self.vocabulary, self._named = own.copy(), [self.network]
+        try:
+            with self.network.borrowed_action_text():
+                yield
+        finally:
+            self.vocabulary, self._named = own, named
 
     def _inner_actions(self) -> int:
         """How many of the first ids inner nodes branch over. With overflow ids in use, all: they

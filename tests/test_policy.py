@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -411,6 +412,49 @@ def test_new_actions_are_named_in_both_networks(make_policy, encoder):
     np.testing.assert_allclose(
         table(torch.tensor([4]))[0].detach().numpy(), expected, atol=1e-6
     )  # residual: zero at first
+
+
+@pytest.mark.parametrize("kind", ["stable", "positional"])
+def test_guests_leave_vocabulary_and_networks_as_they_were(make_policy, kind):
+    """Evaluation met commands of its own, and with them ids of training and both networks moved."""
+    overflow = 2 if kind == "stable" else 1
+    policy = make_policy(
+        action_vocabulary=dict(kind=kind, capacity=12, overflow=overflow), num_simulations=3
+    )
+    before = copy.deepcopy(policy.learn_mode.state_dict())
+    seen = [f"never seen {i}" for i in range(9)]  # more than there are ids left
+    with policy.guests():
+        inside = policy.register_actions(seen)
+        ids = np.array([i for i in inside if i is not None])
+        policy.eval_mode.forward([Root(observation(0)[None], np.array([]), ids)], 0)
+        assert policy.vocabulary.state_dict() != before["vocabulary"]
+    after = policy.learn_mode.state_dict()
+    assert after["vocabulary"] == before["vocabulary"]
+    for name in ("model", "target_model"):
+        assert after[name].keys() == before[name].keys()
+        for key, value in before[name].items():
+            assert torch.equal(after[name][key], value), (name, key)
+    # An error inside changes nothing about that, and afterwards actions are taken in as usual.
+    with pytest.raises(RuntimeError), policy.guests():
+        policy.register_actions(seen)
+        raise RuntimeError
+    assert policy.vocabulary.state_dict() == before["vocabulary"]
+    assert policy.register_actions(seen) == inside
+
+
+def test_guests_are_planned_with_as_if_they_had_been_registered(make_policy, randomise):
+    outputs, commands = [], ["open door", "action 1", "sing"]
+    for guests in (True, False):
+        policy = make_policy(root_prior=dict(mode="wm_logits"))
+        randomise(policy.network, seed=3)
+        with policy.guests() if guests else nullcontext():
+            ids = np.array(policy.register_actions(commands))
+            start = Root(np.stack([observation(0), observation(1)]), ids[:1], ids)
+            outputs.append(policy.eval_mode.forward([start], 0)[0])
+    as_guests, registered = outputs
+    np.testing.assert_array_equal(as_guests.visit_counts, registered.visit_counts)
+    assert as_guests.root_value == registered.root_value
+    assert as_guests.predicted_value == registered.predicted_value
 
 
 def test_an_action_cannot_be_named_without_an_encoder(make_policy):

@@ -48,6 +48,8 @@ class Vocabulary(Protocol):
 
     def stats(self) -> dict[str, int]: ...
 
+    def copy(self) -> Vocabulary: ...
+
 
 def make_vocabulary(settings: VocabularySettings) -> Vocabulary:
     """The empty vocabulary these settings name; ``positional`` has no overflow ids."""
@@ -111,9 +113,10 @@ class ActionVocabulary:
             return self._ids[action]
         if not self._overflow_actions:
             logger.warning(
-                "The action vocabulary is full: %d actions have their own id. Further actions share %d overflow ids, "
-                "so their policy logits mean different commands in different states. Raise the vocabulary's capacity "
-                "(now %d) and start anew to avoid it. First action affected: %r.",
+                "The action vocabulary is full: %d actions have their own id. Further actions "
+                "share %d overflow ids, so their policy logits mean different commands in "
+                "different states. Raise the vocabulary's capacity (now %d) and start anew to "
+                "avoid it. First action affected: %r.",
                 self._ordinary,
                 self.overflow,
                 self.capacity,
@@ -164,8 +167,8 @@ class ActionVocabulary:
         level = logging.WARNING if self._states_with_drops.bit_count() == 1 else logging.DEBUG
         logger.log(
             level,
-            "A state has %d more unnumbered actions than the %d overflow ids: the search leaves out %s "
-            "(%d states so far). Raise the vocabulary's capacity or overflow.",
+            "A state has %d more unnumbered actions than the %d overflow ids: the search leaves "
+            "out %s (%d states so far). Raise the vocabulary's capacity or overflow.",
             len(dropped),
             self.overflow,
             dropped,
@@ -216,7 +219,11 @@ class ActionVocabulary:
             }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Replace everything by a saved state; PriorZeroError if it was saved under other settings."""
+        """Replace everything by a saved state.
+
+        Raises:
+            PriorZeroError: It was saved under other settings.
+        """
         _check_saved(
             state, {"kind": "stable", "capacity": self.capacity, "overflow": self.overflow}
         )
@@ -227,6 +234,12 @@ class ActionVocabulary:
             self._overflow_used = np.zeros(self.overflow, dtype=bool)
             self._overflow_used[state["overflow_used"]] = True
             self._probed, self._dropped, self._states_with_drops = state["counters"]
+
+    def copy(self) -> ActionVocabulary:
+        """The same vocabulary; what is taken in by one is unknown to the other."""
+        other = ActionVocabulary(self.capacity, self.overflow)
+        other.load_state_dict(self.state_dict())
+        return other
 
     def stats(self) -> dict[str, int]:
         """Counters: ids in use, overflow actions seen, moves from the home slot, actions left out,
@@ -272,8 +285,8 @@ class PositionalVocabulary:
             level = logging.WARNING if self._states_with_drops.bit_count() == 1 else logging.DEBUG
             logger.log(
                 level,
-                "A state has %d valid actions but the vocabulary's capacity is %d: %d are left out of "
-                "the search. Raise the capacity.",
+                "A state has %d valid actions but the vocabulary's capacity is %d: %d are left out "
+                "of the search. Raise the capacity.",
                 len(actions),
                 self.capacity,
                 surplus,
@@ -311,10 +324,20 @@ class PositionalVocabulary:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Replace everything by a saved state; PriorZeroError if it was saved under other settings."""
+        """Replace everything by a saved state.
+
+        Raises:
+            PriorZeroError: It was saved under other settings.
+        """
         _check_saved(state, {"kind": "positional", "capacity": self.capacity, "overflow": 0})
         self._size = state["size"]
         self._dropped, self._states_with_drops = state["counters"]
+
+    def copy(self) -> PositionalVocabulary:
+        """The same vocabulary; what is taken in by one is unknown to the other."""
+        other = PositionalVocabulary(self.capacity)
+        other.load_state_dict(self.state_dict())
+        return other
 
     def stats(self) -> dict[str, int]:
         """Counters: ids in use, actions left out, states hit."""
@@ -334,6 +357,7 @@ def _check_saved(state: dict[str, Any], expected: dict[str, Any]) -> None:
             f"{key}: saved {old!r}, now {new!r}" for key, (old, new) in differing.items()
         )
         raise PriorZeroError(
-            f"the checkpoint's action vocabulary does not fit this run ({shown}). Ids decide what the policy's outputs "
-            "mean, so they cannot be converted: resume with the saved settings or start a new experiment."
+            f"the checkpoint's action vocabulary does not fit this run ({shown}). Ids decide what "
+            "the policy's outputs mean, so they cannot be converted: resume with the saved "
+            "settings or start a new experiment."
         )

@@ -14,6 +14,8 @@ Used by `priorzero_policy.py`; `inference.py` and `loss.py` beside this file tak
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -124,6 +126,22 @@ class PriorZeroModel(UniZeroModel):
         table = self.world_model.act_embedding_table
         if isinstance(table, TextActionEmbedding):
             table.set_text(ids, embeddings)
+
+    @contextmanager
+    def borrowed_action_text(self) -> Iterator[None]:
+        """Inside, `set_action_text` writes into a copy of the action texts that is gone
+        afterwards.
+        """
+        table = self.world_model.act_embedding_table
+        if not isinstance(table, TextActionEmbedding):
+            yield
+            return
+        own = table.text
+        table.text = own.clone()
+        try:
+            yield
+        finally:
+            table.text = own
 
     def encode(self, observations: Tensor) -> Tensor:
         """Observation vectors `[..., E]` -> latent states `[..., D]` (SimNorm groups sum to 1)."""

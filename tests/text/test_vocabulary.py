@@ -11,12 +11,16 @@ import sys
 import numpy as np
 import pytest
 
+from priorzero.settings.policy import VocabularySettings
 from priorzero.text.vocabulary import ActionVocabulary, PositionalVocabulary, make_vocabulary
 from priorzero.types import PriorZeroError
 
 
 def test_an_action_keeps_its_id_in_every_state_where_positional_ids_change():
-    stable, positional = make_vocabulary("stable", 10, 2), make_vocabulary("positional", 10, 0)
+    stable, positional = (
+        make_vocabulary(VocabularySettings(kind=kind, capacity=10, overflow=2))
+        for kind in ("stable", "positional")
+    )
     first, second = ["east", "open door"], ["close door", "east"]
     assert stable.ids(first) == [0, 1]
     assert stable.ids(second) == [2, 0]
@@ -139,7 +143,7 @@ def test_positional_ids_are_ranks_whatever_the_order_given_and_the_surplus_is_dr
 )
 def test_impossible_settings_are_refused(arguments):
     with pytest.raises(PriorZeroError):
-        make_vocabulary(*arguments)
+        VocabularySettings(**dict(zip(("kind", "capacity", "overflow"), arguments, strict=True)))
 
 
 @pytest.mark.parametrize("vocabulary", [ActionVocabulary(5, 1), PositionalVocabulary(5)])
