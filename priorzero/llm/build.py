@@ -1,5 +1,5 @@
-"""Builds the LLM's part of a run: trainer, engine, prior and learner, in the order in which they
-need each other.
+"""Builds the LLM's part of a run: trainer, engine, prior and training phase, in the order in which
+they need each other.
 """
 
 from __future__ import annotations
@@ -7,15 +7,22 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from priorzero import plugins
 from priorzero.llm.engines.base import LLMEngine
 from priorzero.llm.engines.choice import EngineSettings, create_engine
 from priorzero.llm.model import load_llm, resolve_llm
 from priorzero.llm.prior import LLMPrior, PromptBuilder
-from priorzero.llm.scoring.requests import ReasoningSettings
-from priorzero.llm.update.phase import LLMLearner
-from priorzero.llm.update.trainers.builtin import LLMTrainer, LLMTrainerSettings, LoraSettings
+from priorzero.llm.scoring.requests import ReasoningSettings, TextTokeniser, model_max_tokens
+from priorzero.llm.update.phase import LLMPhase
+from priorzero.llm.update.protocol import LLMTrainer
 from priorzero.settings.engine_old import VLLMSettings
+
+if TYPE_CHECKING:
+    from priorzero.settings.llm import LLMSettings
+
+TRAINERS = "priorzero.llm.update.trainers"
 
 
 @dataclass(frozen=True)
@@ -25,12 +32,12 @@ class LLMParts:
     trainer: LLMTrainer
     engine: LLMEngine
     prior: LLMPrior
-    learner: LLMLearner
+    phase: LLMPhase
     name: str
 
 
 async def build_llm(
-    settings,
+    settings: LLMSettings,
     *,
     device: str,
     reduction: str,
@@ -41,30 +48,17 @@ async def build_llm(
     """Load the model and start its engine.
 
     Args:
-        settings: the `llm` group of the settings. reduction: how token log-probabilities become one
-            number per action.
-        marker: text that ends a chain of thought. make_prompt: tokenizer -> prompt builder.
+        settings: The `llm` group.
+        device: "cpu" or "cuda".
+        reduction: How token log-probabilities become one number per action, "sum" or "mean".
+        seed: Of generated chains of thought.
+        marker: Text that ends a chain of thought.
+        make_prompt: Tokenizer -> prompt builder.
+
     Raises:
-        PriorZeroError: the model cannot be had, a setting is impossible, or a required engine does
-            not start.
+        PriorZeroError: The model cannot be had, or a required engine does not start.
     """
-    lora = None
-    if settings.lora.enable:
-        targets = settings.lora.target_modules
-        lora = LoraSettings(
-            settings.lora.rank,
-            float(settings.lora.alpha),
-            target_modules=targets if targets == "all-linear" else tuple(targets.split(",")),
-            last_layers=settings.lora.last_layers,
-        )
     # Settings first: a wrong one should not cost the time of loading a model.
-    trainer_settings = LLMTrainerSettings(
-        **settings.train,
-        reduction=reduction,
-        compute_dtype=settings.dtype,
-        lora=lora,
-        trunk_cache_mib=settings.trunk_cache_mib,
-    )
     engine_settings = EngineSettings(
         kind=settings.engine,
         required=settings.required,
@@ -79,18 +73,22 @@ async def build_llm(
         prompt_tokens=settings.prompt.max_prompt_tokens // 2,
         reasoning=ReasoningSettings(**settings.reasoning, marker=marker, seed=seed),
     )
+    trainers = plugins.load(TRAINERS, settings.get("trainer", "builtin"))
+
     resolved = await asyncio.to_thread(resolve_llm, settings.model)
     model, tokenizer = await asyncio.to_thread(load_llm, resolved, device)
-    trainer = LLMTrainer(model, tokenizer, trainer_settings)
+    tokeniser = TextTokeniser(tokenizer, model_max_tokens(model.config))
+
+    trainer = await asyncio.to_thread(trainers.make, model, tokenizer, settings, reduction)
     engine = await create_engine(
         engine_settings,
         resolved,
-        model=trainer.model if settings.share_weights else None,
-        text=trainer.text,
+        model=trainer.weights().module if settings.share_weights else None,
+        text=tokeniser,
         lock=trainer.lock,
         device=device,
         trunk=trainer.trunk,
-        lora_rank=lora.rank if lora else 0,
+        lora_rank=settings.lora.rank if settings.lora.enable else 0,
     )
     prior = LLMPrior(
         engine,
@@ -99,9 +97,9 @@ async def build_llm(
         required=settings.required,
     )
     return LLMParts(
-        trainer,
-        engine,
-        prior,
-        LLMLearner(settings, trainer, engine, prior),
-        f"{resolved.name} on {engine.name}",
+        trainer=trainer,
+        engine=engine,
+        prior=prior,
+        phase=LLMPhase(settings, trainer, engine),
+        name=f"{resolved.name} on {engine.name}",
     )

@@ -107,12 +107,10 @@ def prior_table(step: StepRecord, reduction: str) -> str:
     """Markdown table of one decision: each valid action's prior and share of the visits, most
     visited first.
     """
-    totals = np.asarray(
-        [sum(t) if reduction == "sum" else sum(t) / len(t) for t in step.prior_logprobs]
-    )
+    totals = reduced(step.scores, reduction)
     prior = np.exp(totals - totals.max())
     prior /= prior.sum()
-    visits = step.visit_distribution
+    visits = step.visit_counts / step.visit_counts.sum()
     rows = [
         f"| {step.valid_actions[i]}{' (chosen)' if i == step.action_index else ''} | {prior[i]:.3f} | {visits[i]:.3f} |"
         for i in np.argsort(-visits)

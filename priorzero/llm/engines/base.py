@@ -21,6 +21,7 @@ from priorzero.llm.scoring.requests import (
     TextTokeniser,
     TokenisedRequest,
 )
+from priorzero.llm.weights.export import Weights
 from priorzero.types import ActionScores
 
 TokenLogprobs = tuple[tuple[float, ...], ...]
@@ -67,7 +68,7 @@ class LLMEngine(ABC):
         requests = list(requests)
         thoughts = await self._reason(requests)
         asked = [r.with_reasoning(t) if t else r for r, t in zip(requests, thoughts, strict=True)]
-        tokens = self.text.tokenise_all(asked)
+        tokens = [r if isinstance(r, TokenisedRequest) else self.text.tokenise(r) for r in asked]
         unique = {t: None for t in tokens if t.action_ids}
         answers, version = (
             await self._score_tokens(list(unique)) if unique else ([], self.weights_version)
@@ -85,7 +86,7 @@ class LLMEngine(ABC):
     async def _reason(self, requests: Sequence[ScoreRequest]) -> list[str]:
         """Chain of thought for the requests that ask for one, "" for the others."""
         thoughts = [""] * len(requests)
-        wanted = [i for i, r in enumerate(requests) if r.reasoning and r.actions]
+        wanted = [i for i, r in enumerate(requests) if r.reasoning and (r.action_ids if isinstance(r, TokenisedRequest) else r.actions)]
         if not wanted:
             return thoughts
         settings = self.reasoning
@@ -141,8 +142,8 @@ class LLMEngine(ABC):
         """See `generate`."""
 
     @abstractmethod
-    async def push_weights(self, model, version: int) -> dict[str, float]:
-        """Answer with ``model``'s weights from now on. Returns ``seconds`` and ``bytes`` of the
+    async def push_weights(self, weights: Weights, version: int) -> dict[str, float]:
+        """Answer with ``weights`` from now on. Returns ``seconds`` and ``bytes`` of the
         transfer.
         """
 

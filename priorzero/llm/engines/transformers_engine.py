@@ -17,8 +17,8 @@ from typing import TypeVar
 
 import torch
 
-from priorzero.llm.engines.base import LLMEngine, LLMEngineDead, LLMEngineError, TokenLogprobs
-from priorzero.llm.model import base_model, export_weights, sync_head
+from priorzero.llm.engines.base import LLMEngine, LLMEngineDead, TokenLogprobs
+from priorzero.llm.model import base_model
 from priorzero.llm.scoring.forward import (
     LayerKV,
     TreeItem,
@@ -32,6 +32,7 @@ from priorzero.llm.scoring.packed import supports_packing
 from priorzero.llm.scoring.prefix_cache import PrefixCache
 from priorzero.llm.scoring.requests import ReasoningSettings, TextTokeniser, TokenisedRequest
 from priorzero.llm.scoring.trunk import TrunkCache
+from priorzero.llm.weights.export import Weights
 from priorzero.types import PriorZeroError
 
 logger = logging.getLogger(__name__)
@@ -252,26 +253,19 @@ class TransformersEngine(LLMEngine):
             mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], -1)
         return texts
 
-    async def push_weights(self, model: torch.nn.Module, version: int) -> dict[str, float]:
-        """Take over ``model``'s weights: nothing to move when the object is shared, else copied in
+    async def push_weights(self, weights: Weights, version: int) -> dict[str, float]:
+        """Take over ``weights``: nothing to move when the object is shared, else copied in
         place.
         """
         moved = 0
 
         def work() -> None:
             nonlocal moved
-            if model is not self.model and base_model(model) is not base_model(self.model):
-                weights = export_weights(model)
-                own = base_model(self.model).state_dict()
-                missing = set(weights) - set(own)
-                if missing:
-                    raise LLMEngineError(
-                        f"the pushed model has weights this engine lacks: {sorted(missing)[:3]}"
-                    )
-                for key, value in weights.items():
-                    own[key].copy_(value)
-                    moved += value.numel() * own[key].element_size()
-                sync_head(base_model(self.model))
+            shared = weights.module is not None and (
+                base_model(weights.module) is base_model(self.model)
+            )
+            if not shared:
+                moved = weights.copy_into(self.model, merge=True)
             self.prefixes.clear()
             self.weights_version = version
 

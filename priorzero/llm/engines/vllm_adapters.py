@@ -77,28 +77,6 @@ def hot_load_rank(setting: str, lora_rank: int, device: torch.device, dtype: tor
     return fitting[0]
 
 
-def save_adapter(model: torch.nn.Module, folder: Path, dtype: torch.dtype) -> tuple[int, int]:
-    """Write the active adapter to ``folder`` (must not exist) in PEFT's format. Returns (bytes,
-    adapted modules).
-
-    :raises PriorZeroError: the adapter has a feature that vLLM lacks.
-    """
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
-
-    name, config = _active(model)
-    # PEFT's own save_pretrained would look up the base model's vocabulary, on the hub if need be.
-    tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    tensors = {
-        key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in tensors.items()
-    }
-    folder.mkdir(parents=True)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config.save_pretrained(folder)
-    modules = sum(".lora_A." in key or key.endswith(".lora_embedding_A") for key in tensors)
-    return sum(t.numel() * t.element_size() for t in tensors.values()), modules
-
-
 def _active(model: torch.nn.Module):
     """Name and configuration of the one adapter that is active."""
     names = list(model.active_adapters)

@@ -27,9 +27,9 @@ import psutil
 import torch
 
 from priorzero.llm.engines.base import LLMEngine, LLMEngineDead, LLMEngineError, TokenLogprobs
-from priorzero.llm.engines.vllm_adapters import AdapterSlot, hot_load_rank, refusal, save_adapter
+from priorzero.llm.engines.vllm_adapters import AdapterSlot, hot_load_rank, refusal
 from priorzero.llm.engines.vllm_worker import TRAINER_PID
-from priorzero.llm.model import ResolvedModel, pick_dtype, save_weights
+from priorzero.llm.model import ResolvedModel, pick_dtype
 from priorzero.llm.scoring.requests import (
     PromptTooLongError,
     TextTokeniser,
@@ -37,6 +37,7 @@ from priorzero.llm.scoring.requests import (
     model_max_tokens,
 )
 from priorzero.llm.scoring.trie import build_trie
+from priorzero.llm.weights.export import Weights
 from priorzero.settings.engine_old import EngineSettings
 from priorzero.types import PriorZeroError
 
@@ -346,7 +347,7 @@ class VLLMEngine(LLMEngine):
             )
         return [output.text for output in outputs]
 
-    async def push_weights(self, model: torch.nn.Module, version: int) -> dict[str, float]:
+    async def push_weights(self, weights: Weights, version: int) -> dict[str, float]:
         """Answer with ``model``'s weights: with its adapters alone where vLLM was started for them,
         else with all of them, adapters merged. They pass through shared memory.
 
@@ -355,13 +356,13 @@ class VLLMEngine(LLMEngine):
         :raises PriorZeroError: vLLM has no place for these adapters.
         """
         started = time.perf_counter()
-        alone = self._adapters.takes(model)
+        alone = self._adapters.takes(weights.module)
         transit = _weights_folder()
         folder = transit / f"v{version}"  # a new path each time: vLLM has had caches keyed by it
         try:
             async with self._gate.change():
                 report = await (self._push_adapter if alone else self._push_all)(
-                    model, version, folder
+                    weights, version, folder
                 )
                 self.weights_version = version
         finally:
@@ -380,13 +381,13 @@ class VLLMEngine(LLMEngine):
         return report
 
     async def _push_all(
-        self, model: torch.nn.Module, version: int, folder: Path
+        self, weights: Weights, version: int, folder: Path
     ) -> dict[str, float]:
         """Let the worker load all weights, and drop everything cached under old ones."""
 
         def save() -> tuple[int, int]:
             with self._lock:
-                return save_weights(model, folder, self._dtype)
+                return weights.save(folder, self._dtype)
 
         size, tensors = await asyncio.to_thread(save)
         self._adapters.clear()
@@ -403,7 +404,7 @@ class VLLMEngine(LLMEngine):
         return {"bytes": float(size), "head_error": head_error}
 
     async def _push_adapter(
-        self, model: torch.nn.Module, version: int, folder: Path
+        self, weights: Weights, version: int, folder: Path
     ) -> dict[str, float]:
         """Let the worker load the adapters in place of the last ones; requests name them from now
         on, and what was cached under another name is not found any more.
@@ -411,7 +412,7 @@ class VLLMEngine(LLMEngine):
 
         def save() -> tuple[int, int]:
             with self._lock:
-                return save_adapter(model, folder, self._dtype)
+                return weights.save_adapter(folder, self._dtype)
 
         size, modules = await asyncio.to_thread(save)
         request = self._adapters.next_request(version, folder)
