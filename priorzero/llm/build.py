@@ -7,20 +7,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from priorzero import plugins
 from priorzero.llm.engines.base import LLMEngine
-from priorzero.llm.engines.choice import EngineSettings, create_engine
+from priorzero.llm.engines.choice import create_engine
 from priorzero.llm.model import load_llm, resolve_llm
 from priorzero.llm.prior import LLMPrior, PromptBuilder
-from priorzero.llm.scoring.requests import ReasoningSettings, TextTokeniser, model_max_tokens
+from priorzero.llm.scoring.requests import Tokeniser, model_max_tokens
 from priorzero.llm.update.phase import LLMPhase
 from priorzero.llm.update.protocol import LLMTrainer
-from priorzero.settings.engine_old import VLLMSettings
-
-if TYPE_CHECKING:
-    from priorzero.settings.llm import LLMSettings
+from priorzero.settings.llm import LLMSettings
 
 TRAINERS = "priorzero.llm.update.trainers"
 
@@ -58,37 +54,23 @@ async def build_llm(
     Raises:
         PriorZeroError: The model cannot be had, or a required engine does not start.
     """
-    # Settings first: a wrong one should not cost the time of loading a model.
-    engine_settings = EngineSettings(
-        kind=settings.engine,
-        required=settings.required,
-        compute_dtype=settings.dtype,
-        residual_dtype=settings.residual_dtype,
-        max_batch_tokens=settings.max_batch_tokens or (32768 if device == "cuda" else 4096),
-        cache_size=settings.score_cache_size,
-        prefix_cache_mib=settings.prefix_cache_mib,
-        attempts=settings.attempts,
-        max_restarts=settings.max_restarts,
-        vllm=VLLMSettings(**settings.vllm),
-        prompt_tokens=settings.prompt.max_prompt_tokens // 2,
-        reasoning=ReasoningSettings(**settings.reasoning, marker=marker, seed=seed),
-    )
-    trainers = plugins.load(TRAINERS, settings.get("trainer", "builtin"))
+    trainers = plugins.load(TRAINERS, settings.trainer)
 
     resolved = await asyncio.to_thread(resolve_llm, settings.model)
     model, tokenizer = await asyncio.to_thread(load_llm, resolved, device)
-    tokeniser = TextTokeniser(tokenizer, model_max_tokens(model.config))
+    tokeniser = Tokeniser(tokenizer, model_max_tokens(model.config))
 
     trainer = await asyncio.to_thread(trainers.make, model, tokenizer, settings, reduction)
     engine = await create_engine(
-        engine_settings,
+        settings,
         resolved,
-        model=trainer.weights().module if settings.share_weights else None,
-        text=tokeniser,
-        lock=trainer.lock,
         device=device,
+        marker=marker,
+        seed=seed,
+        model=trainer.weights().module if settings.share_weights else None,
+        tokeniser=tokeniser,
+        lock=trainer.lock,
         trunk=trainer.trunk,
-        lora_rank=settings.lora.rank if settings.lora.enable else 0,
     )
     prior = LLMPrior(
         engine,

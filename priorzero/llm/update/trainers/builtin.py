@@ -20,15 +20,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from priorzero.llm.model import pick_dtype, store_layers_in
-from priorzero.llm.scoring.forward import (
-    TreeItem,
-    computing,
-    head_key_values,
-    plan_batches,
-    prepare,
-    split_actions,
-    tree_logprobs,
-)
+from priorzero.llm.scoring.forward import computing, tree_logprobs
+from priorzero.llm.scoring.head_cache import HeadCache
+from priorzero.llm.scoring.items import TreeItem, plan_batches, prepare
+from priorzero.llm.scoring.logits import split_actions
 from priorzero.llm.scoring.trunk import TrunkCache, frozen_layers
 from priorzero.llm.update.objectives import Objective, make_objectives
 from priorzero.llm.update.samples import LLMSample
@@ -207,6 +202,7 @@ class BuiltinTrainer:
         items = prepare(requests)
         answers: list[ActionScores] = [ActionScores((), self.version)] * len(items)
         filled = [i for i, item in enumerate(items) if item.request.action_ids]
+        heads = HeadCache()
 
         with (
             self.lock,
@@ -216,10 +212,8 @@ class BuiltinTrainer:
         ):
             for batch in plan_batches([items[i] for i in filled], self._settings.max_batch_tokens):
                 rows = [filled[j] for j in batch]
-                head = items[rows[0]].request.head_ids
-                kv = head_key_values(self._model, head, trunk) if head else None
                 flats = tree_logprobs(
-                    self._model, [items[i] for i in rows], head_kv=kv, trunk=trunk
+                    self._model, [items[i] for i in rows], heads=heads, trunk=trunk
                 )
                 for i, flat in zip(rows, flats, strict=True):
                     parts = split_actions(flat.cpu(), items[i].request)
