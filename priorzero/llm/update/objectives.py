@@ -18,7 +18,6 @@ import torch
 from priorzero.llm.scoring.forward import action_totals
 from priorzero.llm.update.losses import entropy_of, rft_loss, sft_action_loss, sft_token_loss
 from priorzero.llm.update.samples import LLMSample
-from priorzero.search.root_prior import log_softmax
 from priorzero.types import ActionScores, TokenisedRequest
 
 if TYPE_CHECKING:
@@ -202,8 +201,12 @@ class RFT:
         return RFTTarget(action, advantage, float(log_pi[action]), weight, reference)
 
     def _log_policy(self, scores: ActionScores) -> np.ndarray:
-        """`[A]` log-probabilities over the valid actions."""
-        return log_softmax(np.asarray(scores.totals(self._reduction)))
+        """`[A]` log-probabilities over the valid actions.
+
+        Not floored as the root prior's are: the loss's own are not, and their ratio would be.
+        """
+        totals = np.asarray(scores.totals(self._reduction))
+        return totals - np.logaddexp.reduce(totals)
 
     def loss(
         self, logprobs: torch.Tensor, request: TokenisedRequest, prepared: RFTTarget
@@ -222,13 +225,12 @@ class RFT:
             kl_coef=self._kl_coef,
             entropy_coef=self._entropy_coef,
         )
-        ratio = terms.ratio.detach()
         return terms.loss, {
             "loss": terms.loss.detach(),
             "policy_loss": terms.policy_loss.detach(),
-            "ratio": ratio,
+            "ratio": terms.ratio.detach(),
             "clip_fraction": terms.clipped,
-            "approx_kl": ratio - 1 - ratio.log(),
+            "approx_kl": terms.approx_kl.detach(),
             "kl_reference": terms.kl_reference.detach(),
             "entropy": terms.entropy.detach(),
         }
