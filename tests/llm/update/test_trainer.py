@@ -98,6 +98,7 @@ def test_both_objectives_in_one_update(byte_model):
     trainer = trainer_of(byte_model)
     metrics = trainer.update({"sft": SAMPLES, "rft": SAMPLES})
     assert metrics["sft_samples"] == metrics["rft_samples"] == len(SAMPLES)
+    assert trainer.version == 1
     assert metrics["rft_ratio"] == pytest.approx(1.0, abs=1e-4)
 
 

@@ -110,7 +110,7 @@ class BuiltinTrainer:
                 if drawn:
                     values = self._train(self._objectives[name], drawn)
                     metrics |= {f"{name}_{key}": value for key, value in values.items()}
-                    self.version += 1
+            self.version += bool(metrics)
             self._optimizer.zero_grad(set_to_none=True)
 
         _return_freed_memory()
