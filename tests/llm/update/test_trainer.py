@@ -149,9 +149,43 @@ def test_checkpoint_continues_exactly(tiny):
     for name, value in trained_parameters(first).items():
         torch.testing.assert_close(value, trained_parameters(second)[name], rtol=0, atol=1e-7)
 
-    with_lora = trainer_of(tiny(vocab=262), lora=ADAPTERS)
-    with pytest.raises(PriorZeroError, match="other weights"):
-        with_lora.load_state_dict(saved)
+
+@pytest.mark.parametrize(
+    ("model", "lora", "message"),
+    [
+        (dict(seed=9), ADAPTERS, r"trained from llama \(.*this run's is llama \("),
+        (dict(num_hidden_layers=3), ADAPTERS, r"trained from .*this run's is"),
+        (dict(), dataclasses.replace(ADAPTERS, rank=8), r"other weights.*llm\.lora"),
+        (dict(), LoraSettings(), r"other weights.*llm\.lora"),
+    ],
+)
+def test_adapters_of_another_model_are_refused_and_nothing_is_lost(tiny, model, lora, message):
+    first = trainer_of(tiny(vocab=262), lora=ADAPTERS)
+    first.update({"sft": SAMPLES})
+    saved = through_a_file(first.state_dict())
+
+    second = trainer_of(tiny(**dict(vocab=262) | model), lora=lora)
+    before = through_a_file(second.state_dict())
+    with pytest.raises(PriorZeroError, match=message):
+        second.load_state_dict(saved)
+    after = second.state_dict()
+    assert all(torch.equal(after["model"][k], v) for k, v in before["model"].items())
+    assert second.version == 0
+
+
+def test_adapters_fit_their_model_in_another_number_format(tiny):
+    published = tiny(vocab=262).to(torch.bfloat16)
+    first = trainer_of(copy.deepcopy(published).float(), lora=ADAPTERS)
+    first.update({"sft": SAMPLES})
+    second = trainer_of(published, lora=ADAPTERS, dtype="bfloat16")
+    second.load_state_dict(through_a_file(first.state_dict()))
+    assert second.version == 1
+
+
+def test_full_weights_of_another_shape_are_refused(tiny):
+    saved = through_a_file(trainer_of(tiny(vocab=262)).state_dict())
+    with pytest.raises(PriorZeroError, match="this run's is"):
+        trainer_of(tiny(vocab=262, intermediate_size=40)).load_state_dict(saved)
 
 
 def through_a_file(state: dict) -> dict:

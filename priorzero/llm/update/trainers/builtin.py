@@ -28,6 +28,7 @@ from priorzero.llm.scoring.trunk import TrunkCache, frozen_layers
 from priorzero.llm.update.objectives import Objective, make_objectives
 from priorzero.llm.update.samples import LLMSample
 from priorzero.llm.weights.export import Weights
+from priorzero.llm.weights.identity import ModelIdentity
 from priorzero.types import ActionScores, PriorZeroError, TokenisedRequest
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class BuiltinTrainer:
         self.device = next(model.parameters()).device
         wanted = pick_dtype(settings.dtype, self.device)
         self._compute_dtype = None if wanted == torch.float32 else wanted
+        self._base = ModelIdentity.of(model)
         model = model.float()
         if settings.lora.enable:
             model = _with_adapters(model, settings.lora, self._compute_dtype)
@@ -227,7 +229,7 @@ class BuiltinTrainer:
         return Weights(self._model)
 
     def state_dict(self) -> dict:
-        """Trained weights (adapters only with LoRA), optimiser, counters.
+        """Trained weights (adapters only with LoRA), optimiser, counters, identity of the base.
 
         The tensors are the live ones, as torch's own state_dict gives them: write them out before
         the next update.
@@ -236,6 +238,7 @@ class BuiltinTrainer:
             names = {n for n, p in self._model.named_parameters() if p.requires_grad}
             weights = {n: t.detach() for n, t in self._model.state_dict().items() if n in names}
             return {
+                "base": self._base.as_dict(),
                 "model": weights,
                 "optimizer": self._optimizer.state_dict(),
                 "version": self.version,
@@ -246,18 +249,34 @@ class BuiltinTrainer:
         """See `LLMTrainer.load_state_dict`. Copied in place, so engines on this model see them."""
         with self.lock:
             own = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
-            if own.keys() != state["model"].keys():
-                odd = sorted(own.keys() ^ state["model"].keys())[:3]
-                raise PriorZeroError(
-                    f"the checkpoint's LLM has other weights than this run's (for example {odd}); "
-                    "start with the same --llm and LoRA settings, or without --resume"
-                )
-
+            self._check_fit(state, own)
             with torch.no_grad():
                 for name, value in state["model"].items():
                     own[name].copy_(value)
             self._optimizer.load_state_dict(state["optimizer"])
             self.version, self._steps = state["version"], state["steps"]
+
+    def _check_fit(self, state: dict, own: Mapping[str, torch.Tensor]) -> None:
+        """Refuse a state of another model, or of other settings of the adapters."""
+        # Checkpoints of earlier versions do not say.
+        base = ModelIdentity(**state["base"]) if "base" in state else self._base
+        adapters = Weights(self._model).has_adapter
+        if base.architecture != self._base.architecture or (
+            adapters and base.weights != self._base.weights
+        ):
+            raise PriorZeroError(
+                f"the checkpoint's LLM was trained from {base}, this run's is {self._base}; start "
+                "with the same llm.model, or without --resume"
+            )
+
+        saved = state["model"]
+        odd = sorted(own.keys() ^ saved.keys())
+        odd += [n for n, p in own.items() if n in saved and saved[n].shape != p.shape]
+        if odd:
+            raise PriorZeroError(
+                f"the checkpoint's LLM trains other weights than this run's (for example {odd[:3]})"
+                "; start with the same llm.lora settings, or without --resume"
+            )
 
     def stats(self) -> dict[str, float]:
         """See `LLMTrainer.stats`: of the trunk."""
