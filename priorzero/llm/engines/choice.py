@@ -21,8 +21,6 @@ from priorzero.types import PriorZeroError
 
 logger = logging.getLogger(__name__)
 
-_BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}  # of one forward, where the settings leave it open
-
 
 def choose_engine(settings: LLMSettings, device: torch.device) -> tuple[str, str]:
     """Name of the engine to start, and why.
@@ -143,7 +141,7 @@ def _transformers_engine(
     return TransformersEngine(
         model,
         tokeniser,
-        settings.max_batch_tokens or _BATCH_TOKENS[device.type],
+        max_batch_tokens=settings.max_batch_tokens,
         compute_dtype=None if dtype == own else dtype,
         reasoner=reasoner,
         lock=lock,

@@ -29,6 +29,8 @@ from priorzero.types import TokenisedRequest
 
 T = TypeVar("T")
 
+_BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
+
 
 class TransformersEngine(LLMEngine):
     """LLM engine on a Hugging Face model.
@@ -36,7 +38,7 @@ class TransformersEngine(LLMEngine):
     Args:
         model: The trainer's, or a copy.
         tokeniser: Of the model.
-        max_batch_tokens: Bound of padded tokens in one forward.
+        max_batch_tokens: Bound of padded tokens in one forward; 0: what suits the device.
         compute_dtype: Autocast dtype, or None to compute in the weights' dtype.
         reasoner: How chains of thought are generated; None where no request asks for one.
         lock: The trainer's lock when the model object, or `trunk`, is shared with it.
@@ -49,8 +51,8 @@ class TransformersEngine(LLMEngine):
         self,
         model: torch.nn.Module,
         tokeniser: Tokeniser,
-        max_batch_tokens: int,
         *,
+        max_batch_tokens: int = 0,
         compute_dtype: torch.dtype | None = None,
         reasoner: Reasoner | None = None,
         lock: threading.RLock | None = None,
@@ -60,7 +62,9 @@ class TransformersEngine(LLMEngine):
         assert trunk is None or trunk.dtype == compute_dtype, (trunk.dtype, compute_dtype)
         self.model = model
         self.compute_dtype = compute_dtype
-        self.max_batch_tokens = max_batch_tokens
+        self.max_batch_tokens = (
+            max_batch_tokens or _BATCH_TOKENS[next(model.parameters()).device.type]
+        )
         self.trunk = trunk
         self.heads = HeadCache()
         self._lock = lock or threading.RLock()

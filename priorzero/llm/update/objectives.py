@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
-from priorzero.llm.scoring.forward import action_totals
+from priorzero.llm.scoring.logits import action_totals
 from priorzero.llm.update.losses import entropy_of, rft_loss, sft_action_loss, sft_token_loss
 from priorzero.llm.update.samples import LLMSample
 from priorzero.types import ActionScores, TokenisedRequest
