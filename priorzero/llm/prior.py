@@ -1,5 +1,4 @@
-"""From game states to the LLM's prior: build the prompts, ask the engine once for all environments,
-reduce over tokens.
+"""From game states to the LLM's prior: build the prompts, tokenise them, ask the engine once.
 
 Collector and evaluator own one `LLMPrior` together. The prompt builder is handed in, because
 prompts are part of the story (`priorzero_prompts.py`) and this package imports no root file.
@@ -9,31 +8,31 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from priorzero.data.segment import StepRecord
 from priorzero.llm.engines.base import LLMEngine, LLMEngineError
-from priorzero.llm.scoring.requests import ScoreRequest
-from priorzero.types import ActionScores, PriorZeroError, TextState
+from priorzero.types import ActionScores, PriorZeroError, TextState, TokenisedRequest
 
 logger = logging.getLogger(__name__)
 
 # (state) -> (head, body, was anything cut to fit)
 PromptBuilder = Callable[[TextState], tuple[str, str, bool]]
 
+_REMEMBERED = 4096  # states whose requests are kept; about 10 KB each with 600 tokens
+
 
 class LLMPrior:
     """Asks an engine for the log-probabilities of valid actions.
 
     Args:
-        engine: scores the requests.
-        build_prompt: see `PromptBuilder`.
-        action_prefix: text between prompt and action (a space).
-        reasoning: generate a chain of thought before scoring.
-        required: an engine that cannot answer stops the run; otherwise the step is planned without
+        engine: Scores the requests.
+        build_prompt: See `PromptBuilder`.
+        reasoning: Generate a chain of thought before scoring.
+        required: An engine that cannot answer stops the run; otherwise the step is planned without
             the LLM and counted.
     """
 
@@ -42,28 +41,50 @@ class LLMPrior:
         engine: LLMEngine,
         build_prompt: PromptBuilder,
         *,
-        action_prefix: str = " ",
         reasoning: bool = False,
         required: bool = False,
     ) -> None:
         self.engine = engine
         self._build_prompt = build_prompt
-        self._action_prefix = action_prefix
         self._reasoning = reasoning
         self._required = required
+        self._made: OrderedDict[tuple[TextState, tuple[str, ...]], TokenisedRequest] = OrderedDict()
         self.counters: Counter[str] = Counter()
 
-    def request(self, state: TextState, actions: Sequence[str]) -> ScoreRequest:
-        """The engine's request for these actions of a state; the LLM's trainer uses the same."""
-        head, body, cut = self._build_prompt(state)
-        self.counters["prompts"] += 1
-        self.counters["prompts_cut"] += cut
-        return ScoreRequest(head, body, tuple(actions), self._action_prefix, self._reasoning)
-
-    async def ask(
+    def requests(
         self, states: Sequence[TextState], actions: Sequence[Sequence[str]]
-    ) -> list[ActionScores | None]:
-        """Scores per state, in order; None for all where the engine failed and the LLM is not
+    ) -> list[TokenisedRequest]:
+        """What the engine is asked for these actions of these states, in token ids.
+
+        Equal states share one object, so a buffer full of them holds each prompt once.
+
+        Raises:
+            PromptTooLongError: a prompt does not fit the model.
+        """
+        keys = [(state, tuple(own)) for state, own in zip(states, actions, strict=True)]
+        found = {key: self._made[key] for key in keys if key in self._made}
+        missing = [key for key in dict.fromkeys(keys) if key not in found]
+
+        # Prompts are built one by one, and tokenised together.
+        if missing:
+            built = [self._build_prompt(state) for state, _ in missing]
+            self.counters["prompts"] += len(missing)
+            self.counters["prompts_cut"] += sum(cut for _, _, cut in built)
+            prompts = [(head, body) for head, body, _ in built]
+            made = self.engine.tokeniser.requests(
+                prompts, [own for _, own in missing], reasoning=self._reasoning
+            )
+            found |= zip(missing, made, strict=True)
+
+        for key in found:
+            self._made[key] = found[key]
+            self._made.move_to_end(key)
+        while len(self._made) > _REMEMBERED:
+            self._made.popitem(last=False)
+        return [found[key] for key in keys]
+
+    async def ask(self, requests: Sequence[TokenisedRequest]) -> list[ActionScores | None]:
+        """Scores per request, in order; None for all where the engine failed and the LLM is not
         required.
 
         Raises:
@@ -71,9 +92,7 @@ class LLMPrior:
         """
         started = time.perf_counter()
         try:
-            scores = await self.engine.score(
-                [self.request(s, a) for s, a in zip(states, actions, strict=True)]
-            )
+            scores = await self.engine.score(requests)
         except LLMEngineError as error:
             self.counters["failures"] += 1
             if self._required:
@@ -81,15 +100,15 @@ class LLMPrior:
                     f"the LLM engine failed and llm.required is set: {error}"
                 ) from error
             logger.warning(
-                "the LLM engine failed (%s); these %d states are planned with the world model alone "
-                "(failure %d of this run)",
+                "the LLM engine failed (%s); these %d states are planned with the world model "
+                "alone (failure %d of this run)",
                 error,
-                len(states),
+                len(requests),
                 self.counters["failures"],
             )
-            return [None] * len(states)
+            return [None] * len(requests)
         finally:
-            self.counters["states"] += len(states)
+            self.counters["states"] += len(requests)
             self.counters["milliseconds"] += int(1000 * (time.perf_counter() - started))
         return list(scores)
 
@@ -104,17 +123,15 @@ def reduced(scores: ActionScores | None, reduction: str) -> np.ndarray | None:
 
 
 def prior_table(step: StepRecord, reduction: str) -> str:
-    """Markdown table of one decision: each valid action's prior and share of the visits, most
-    visited first.
+    """Markdown table of one decision: each action's prior and share of the visits, most visited
+    first.
     """
-    totals = np.asarray(
-        [sum(t) if reduction == "sum" else sum(t) / len(t) for t in step.prior_logprobs]
-    )
+    totals = reduced(step.scores, reduction)
     prior = np.exp(totals - totals.max())
     prior /= prior.sum()
-    visits = step.visit_distribution
-    rows = [
-        f"| {step.valid_actions[i]}{' (chosen)' if i == step.action_index else ''} | {prior[i]:.3f} | {visits[i]:.3f} |"
-        for i in np.argsort(-visits)
-    ]
-    return "\n".join(["| action | LLM prior | visits |", "| --- | --- | --- |", *rows])
+    visits = step.visit_counts / step.visit_counts.sum()
+    lines = ["| action | LLM prior | visits |", "| --- | --- | --- |"]
+    for i in np.argsort(-visits):
+        chosen = " (chosen)" if i == step.action_index else ""
+        lines.append(f"| {step.valid_actions[i]}{chosen} | {prior[i]:.3f} | {visits[i]:.3f} |")
+    return "\n".join(lines)

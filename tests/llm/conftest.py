@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from priorzero.llm.scoring.requests import ScoreRequest, TextTokeniser, TokenisedRequest
-from priorzero.types import HistoryItem, TextState
+from priorzero.llm.scoring.requests import Tokeniser
+from priorzero.types import HistoryItem, TextState, TokenisedRequest
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def reference_logprobs(model, request: TokenisedRequest) -> list[list[float]]:
     """The slow truth: one full float32 forward per action through the model's public interface."""
+    assert not request.reasoning
     out = []
     start = request.num_prompt_tokens
     with torch.no_grad():
@@ -91,8 +92,13 @@ def tiny():
 
 
 @pytest.fixture
-def byte_text() -> TextTokeniser:
-    return TextTokeniser(ByteTokenizer(), max_tokens=512)
+def tokeniser() -> Tokeniser:
+    return Tokeniser(ByteTokenizer(), max_tokens=512)
+
+
+@pytest.fixture
+def byte_text(tokeniser) -> Tokeniser:
+    return tokeniser
 
 
 @pytest.fixture
@@ -144,11 +150,10 @@ def states() -> list[TextState]:
 
 
 @pytest.fixture(scope="session")
-def requests(states, smollm) -> list[ScoreRequest]:
+def requests(states, smollm) -> list[TokenisedRequest]:
     from priorzero_prompts import PromptSettings, build_prompt
 
-    made = []
-    for state in states:
-        parts = build_prompt(state, PromptSettings(), smollm[1])
-        made.append(ScoreRequest(parts.head, parts.body, state.valid_actions, " "))
-    return made
+    parts = [build_prompt(state, PromptSettings(), smollm[1]) for state in states]
+    return Tokeniser(smollm[1], 2048).requests(
+        [(p.head, p.body) for p in parts], [state.valid_actions for state in states]
+    )

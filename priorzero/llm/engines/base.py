@@ -1,9 +1,9 @@
-"""The interface of every LLM engine: score the valid actions of states, generate text, take new
-weights.
+"""The interface of every LLM engine: score valid actions, generate, take new weights.
 
-`LLMEngine` owns what must be the same everywhere (tokenising, chains of thought, duplicates within
-a call, the check for NaN and missing values); a concrete engine supplies `_score_tokens`,
-`_generate_tokens` and `push_weights`.
+`LLMEngine` owns what must be the same everywhere (chains of thought, duplicates within a call, the
+check for NaN and missing values); a concrete engine supplies `_score_tokens`, `_generate_tokens`
+and `push_weights`. All of it works on token ids; texts are tokenised once, by
+`priorzero.llm.prior`.
 """
 
 from __future__ import annotations
@@ -15,15 +15,13 @@ from collections.abc import Sequence
 
 import torch
 
-from priorzero.llm.scoring.requests import (
-    ReasoningSettings,
-    ScoreRequest,
-    TextTokeniser,
-    TokenisedRequest,
-)
-from priorzero.types import ActionScores
+from priorzero.llm.engines.thoughts import Reasoner
+from priorzero.llm.scoring.requests import Tokeniser, check_length
+from priorzero.llm.weights.export import Weights
+from priorzero.types import ActionScores, TokenisedRequest
 
 TokenLogprobs = tuple[tuple[float, ...], ...]
+Ids = tuple[int, ...]
 
 
 class LLMEngineError(RuntimeError):
@@ -35,15 +33,21 @@ class LLMEngineDead(LLMEngineError):
 
 
 class LLMEngine(ABC):
-    """Scores and generates. All methods are called from one event loop and never block it for long."""
+    """Scores and generates. All methods are called from one event loop and never block it long.
+
+    Args:
+        tokeniser: Of the model.
+        reasoner: How chains of thought are generated; None where no request asks for one.
+    """
 
     name = "engine"
 
-    def __init__(self, text: TextTokeniser, reasoning: ReasoningSettings | None = None) -> None:
-        self.text = text
-        self.reasoning = reasoning or ReasoningSettings()
+    def __init__(self, tokeniser: Tokeniser, reasoner: Reasoner | None = None) -> None:
+        self.tokeniser = tokeniser
+        self.reasoner = reasoner
         self.weights_version = 0
         self.counters: Counter[str] = Counter()
+        self._thought_calls = 0
 
     @property
     @abstractmethod
@@ -51,74 +55,84 @@ class LLMEngine(ABC):
         """The dtype the engine multiplies in."""
 
     @property
-    def prompt_alignment(self) -> int:
-        """Prompts whose length in tokens is a multiple of this are cheapest (1: no preference)."""
-        return 1
+    def max_tokens(self) -> int:
+        """Longest prompt plus longest action."""
+        return self.tokeniser.max_tokens
 
-    async def score(self, requests: Sequence[ScoreRequest]) -> list[ActionScores]:
+    async def score(self, requests: Sequence[TokenisedRequest]) -> list[ActionScores]:
         """Token log-probabilities of every action of every state, in the order asked.
 
-        A state without actions gets an empty result. Equal requests within the call are computed
-        once.
+        A request with `reasoning` gets a chain of thought first; it is part of the answer. A state
+        without actions gets an empty result. Equal states within the call are computed once.
 
-        :raises LLMEngineError: no answer, or NaN, infinite or missing values.
-        :raises PromptTooLongError: a prompt does not fit the model.
+        Raises:
+            LLMEngineError: no answer, or NaN, infinite or missing values.
+            PromptTooLongError: a prompt does not fit the model.
         """
         requests = list(requests)
         thoughts = await self._reason(requests)
-        asked = [r.with_reasoning(t) if t else r for r, t in zip(requests, thoughts, strict=True)]
-        tokens = self.text.tokenise_all(asked)
-        unique = {t: None for t in tokens if t.action_ids}
-        answers, version = (
-            await self._score_tokens(list(unique)) if unique else ([], self.weights_version)
-        )
-        by_tokens = dict(zip(unique, answers, strict=True))
+        asked = [r.with_thought(t) for r, t in zip(requests, thoughts, strict=True)]
+
+        unique = {request: None for request in asked if request.action_ids}
+        for request in unique:
+            check_length(request, self.max_tokens)
+        answers, version = [], self.weights_version
+        if unique:
+            answers, version = await self._score_tokens(list(unique))
+        answer_of = dict(zip(unique, answers, strict=True)) | {
+            request: () for request in asked if not request.action_ids
+        }
         self.counters["states"] += len(requests)
         self.counters["states_computed"] += len(unique)
         return [
-            ActionScores(
-                check_scores(t, by_tokens[t]) if t.action_ids else (), version, reasoning=thought
-            )
-            for t, thought in zip(tokens, thoughts, strict=True)
+            ActionScores(check_scores(request, answer_of[request]), version, thought)
+            for request, thought in zip(asked, thoughts, strict=True)
         ]
 
-    async def _reason(self, requests: Sequence[ScoreRequest]) -> list[str]:
-        """Chain of thought for the requests that ask for one, "" for the others."""
-        thoughts = [""] * len(requests)
-        wanted = [i for i, r in enumerate(requests) if r.reasoning and r.actions]
+    async def _reason(self, requests: Sequence[TokenisedRequest]) -> list[Ids]:
+        """Ids of the chain of thought for the requests that ask for one, () for the others."""
+        thoughts: list[Ids] = [()] * len(requests)
+        wanted = [i for i, r in enumerate(requests) if r.reasoning and r.action_ids]
         if not wanted:
             return thoughts
-        settings = self.reasoning
-        self.counters["reasoning_calls"] += 1
-        texts = await self.generate(
-            [requests[i].head + requests[i].body for i in wanted],
-            settings.max_new_tokens,
-            settings.temperature,
-            (settings.marker,),
-            seed=settings.seed + self.counters["reasoning_calls"],
+        assert self.reasoner is not None, "a request asks for reasoning, the engine has no reasoner"
+
+        self._thought_calls += 1
+        generated = await self.generate(
+            [requests[i].prompt_ids for i in wanted],
+            self.reasoner.max_new_tokens,
+            self.reasoner.temperature,
+            (self.reasoner.marker,),
+            seed=self.reasoner.seed + self._thought_calls,
         )
-        for i, generated in zip(wanted, texts, strict=True):
-            thoughts[i], had_marker = settings.finish(generated)
+        for i, ids in zip(wanted, generated, strict=True):
+            longest = max(len(a) for a in requests[i].action_ids)
+            room = self.max_tokens - requests[i].num_prompt_tokens - longest
+            thoughts[i], had_marker = self.reasoner.finish(ids, self.tokeniser, room)
             self.counters["reasoning"] += 1
             self.counters["reasoning_without_marker"] += not had_marker
         return thoughts
 
     async def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Ids],
         max_new_tokens: int,
         temperature: float = 1.0,
         stop: Sequence[str] = (),
         seed: int | None = None,
-    ) -> list[str]:
-        """Continue ``prompts``. A text ends at the end of turn, at ``max_new_tokens``, or with a
-        ``stop`` string, which it then includes. Temperature 0 is greedy.
+    ) -> list[Ids]:
+        """Continue `prompts`, given and answered as token ids.
+
+        An answer ends before the end of turn, at `max_new_tokens`, or with the token that
+        completes a `stop` text. Temperature 0 is greedy.
+
+        Raises:
+            LLMEngineError: no answer.
         """
-        ids = [self.text.prompt_ids(p) for p in prompts]
-        return (
-            await self._generate_tokens(ids, max_new_tokens, temperature, tuple(stop), seed)
-            if ids
-            else []
+        if not prompts:
+            return []
+        return await self._generate_tokens(
+            list(prompts), max_new_tokens, temperature, tuple(stop), seed
         )
 
     @abstractmethod
@@ -132,18 +146,20 @@ class LLMEngine(ABC):
     @abstractmethod
     async def _generate_tokens(
         self,
-        prompts: list[tuple[int, ...]],
+        prompts: list[Ids],
         max_new_tokens: int,
         temperature: float,
         stop: tuple[str, ...],
         seed: int | None,
-    ) -> list[str]:
+    ) -> list[Ids]:
         """See `generate`."""
 
     @abstractmethod
-    async def push_weights(self, model, version: int) -> dict[str, float]:
-        """Answer with ``model``'s weights from now on. Returns ``seconds`` and ``bytes`` of the
-        transfer.
+    async def push_weights(self, weights: Weights, version: int) -> dict[str, float]:
+        """Answer with `weights` from now on.
+
+        Returns:
+            `seconds` and `bytes` of the transfer.
         """
 
     async def sleep(self) -> None:  # noqa: B027 - an optional hook
@@ -165,19 +181,22 @@ class LLMEngine(ABC):
 
 
 def check_scores(request: TokenisedRequest, answer: TokenLogprobs) -> TokenLogprobs:
-    """Pass ``answer`` on if it has one finite, non-positive number per token of every action.
+    """Pass `answer` on if it has one finite, non-positive number per token of every action.
 
-    :raises LLMEngineError: otherwise; the search must never see such a prior.
+    Raises:
+        LLMEngineError: otherwise; the search must never see such a prior.
     """
     lengths = [len(a) for a in request.action_ids]
     if [len(a) for a in answer] != lengths:
         raise LLMEngineError(
-            f"the engine answered {[len(a) for a in answer]} log-probabilities, asked were {lengths}"
+            f"the engine answered {[len(a) for a in answer]} log-probabilities, "
+            f"asked were {lengths}"
         )
     for index, values in enumerate(answer):
         for value in values:
             if value is None or not math.isfinite(value) or value > 1e-3:
                 raise LLMEngineError(
-                    f"action {index} of {len(lengths)} got the log-probability {value}; expected a finite value <= 0"
+                    f"action {index} of {len(lengths)} got the log-probability {value}; "
+                    "expected a finite value <= 0"
                 )
     return answer

@@ -1,6 +1,4 @@
-"""A cache of scored states around any engine: a state seen again under the same weights costs
-nothing.
-"""
+"""A cache of scored states around any engine: a state met again under the same weights is free."""
 
 from __future__ import annotations
 
@@ -9,25 +7,26 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from priorzero.llm.engines.base import LLMEngine
-from priorzero.llm.scoring.requests import ScoreRequest
-from priorzero.types import ActionScores
+from priorzero.llm.weights.export import Weights
+from priorzero.types import ActionScores, TokenisedRequest
 
 
 class CachedEngine(LLMEngine):
-    """Least-recently-used cache keyed by (prompt, actions, weights version); emptied when the
-    weights change.
+    """Least-recently-used cache keyed by (request, weights version); emptied with new weights.
 
     Requests with reasoning are kept only at reasoning temperature 0, where asking again would give
-    the same text.
+    the same thought.
 
-    :param capacity: scored states kept; one takes roughly 2 KB with 12 actions.
+    Args:
+        inner: The engine that computes.
+        capacity: Scored states kept; one takes roughly 2 KB with 12 actions.
     """
 
-    def __init__(self, inner: LLMEngine, capacity: int = 20_000) -> None:
-        super().__init__(inner.text, inner.reasoning)
+    def __init__(self, inner: LLMEngine, capacity: int) -> None:
+        super().__init__(inner.tokeniser, inner.reasoner)
         self.inner = inner
         self.capacity = capacity
-        self._kept: OrderedDict[tuple[ScoreRequest, int], ActionScores] = OrderedDict()
+        self._kept: OrderedDict[tuple[TokenisedRequest, int], ActionScores] = OrderedDict()
 
     @property
     def name(self) -> str:
@@ -38,11 +37,11 @@ class CachedEngine(LLMEngine):
         return self.inner.dtype
 
     @property
-    def prompt_alignment(self) -> int:
-        return self.inner.prompt_alignment
+    def max_tokens(self) -> int:
+        return self.inner.max_tokens
 
-    async def score(self, requests: Sequence[ScoreRequest]) -> list[ActionScores]:
-        """As the inner engine, with ``cached=True`` on what was not computed again."""
+    async def score(self, requests: Sequence[TokenisedRequest]) -> list[ActionScores]:
+        """As the inner engine, with `cached=True` on what was not computed again."""
         requests = list(requests)
         answers: list[ActionScores | None] = [None] * len(requests)
         for i, request in enumerate(requests):
@@ -50,40 +49,32 @@ class CachedEngine(LLMEngine):
             if key in self._kept:
                 self._kept.move_to_end(key)
                 answers[i] = replace(self._kept[key], cached=True)
+
         missing = [i for i, answer in enumerate(answers) if answer is None]
         self.counters["cache_hits"] += len(requests) - len(missing)
         self.counters["cache_misses"] += len(missing)
         if missing:
-            for i, scores in zip(
-                missing, await self.inner.score([requests[i] for i in missing]), strict=True
-            ):
+            fresh = await self.inner.score([requests[i] for i in missing])
+            for i, scores in zip(missing, fresh, strict=True):
                 answers[i] = scores
                 self._keep(requests[i], scores)
         return answers
 
-    def _keep(self, request: ScoreRequest, scores: ActionScores) -> None:
-        sampled = request.reasoning and self.reasoning.temperature > 0
-        if (
-            sampled or scores.weights_version != self.inner.weights_version
-        ):  # the weights changed while it was computed
+    def _keep(self, request: TokenisedRequest, scores: ActionScores) -> None:
+        sampled = request.reasoning and self.reasoner.temperature > 0
+        outdated = scores.weights_version != self.inner.weights_version  # changed meanwhile
+        if sampled or outdated:
             return
         self._kept[(request, scores.weights_version)] = scores
         if len(self._kept) > self.capacity:
             self._kept.popitem(last=False)
 
-    async def generate(
-        self,
-        prompts: Sequence[str],
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        stop: Sequence[str] = (),
-        seed: int | None = None,
-    ) -> list[str]:
+    async def generate(self, prompts, max_new_tokens, temperature=1.0, stop=(), seed=None):
         return await self.inner.generate(prompts, max_new_tokens, temperature, stop, seed)
 
-    async def push_weights(self, model, version: int) -> dict[str, float]:
+    async def push_weights(self, weights: Weights, version: int) -> dict[str, float]:
         self._kept.clear()
-        report = await self.inner.push_weights(model, version)
+        report = await self.inner.push_weights(weights, version)
         self._kept.clear()
         self.weights_version = self.inner.weights_version
         return report
@@ -104,7 +95,7 @@ class CachedEngine(LLMEngine):
         return await self.inner._generate_tokens(prompts, max_new_tokens, temperature, stop, seed)
 
     def stats(self) -> dict[str, float]:
-        """The inner engine's counters plus cache_hits, cache_misses, cache_size and cache_hit_rate."""
+        """The inner engine's counters, and hits, misses, size and hit rate of the cache."""
         asked = self.counters["cache_hits"] + self.counters["cache_misses"]
         return (
             self.inner.stats()

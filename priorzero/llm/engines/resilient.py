@@ -22,8 +22,8 @@ from tenacity import (
 )
 
 from priorzero.llm.engines.base import LLMEngine, LLMEngineDead, LLMEngineError
-from priorzero.llm.scoring.requests import ScoreRequest
-from priorzero.types import ActionScores, PriorZeroError
+from priorzero.llm.weights.export import Weights
+from priorzero.types import ActionScores, PriorZeroError, TokenisedRequest
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -32,9 +32,13 @@ T = TypeVar("T")
 class ResilientEngine(LLMEngine):
     """Engine that restarts and replaces the engine inside it.
 
-    :param engine: the running engine.
-    :param restart: makes a fresh one of the same kind.
-    :param fallback: makes the engine that takes over at the end, or None to end with an error.
+    Args:
+        engine: The running engine.
+        restart: Makes a fresh one of the same kind.
+        fallback: Makes the engine that takes over at the end, or None to end with an error.
+        max_restarts: In a run.
+        attempts: Tries of one call before its engine counts as dead.
+        first_pause_s: Before the second try; later pauses grow.
     """
 
     def __init__(
@@ -43,11 +47,11 @@ class ResilientEngine(LLMEngine):
         restart: Callable[[], Awaitable[LLMEngine]],
         fallback: Callable[[], Awaitable[LLMEngine]] | None,
         *,
-        max_restarts: int = 2,
-        attempts: int = 3,
+        max_restarts: int,
+        attempts: int,
         first_pause_s: float = 0.5,
     ) -> None:
-        super().__init__(engine.text, engine.reasoning)
+        super().__init__(engine.tokeniser, engine.reasoner)
         self._engine = engine
         self._restart = restart
         self._fallback = fallback
@@ -55,7 +59,7 @@ class ResilientEngine(LLMEngine):
         self._attempts = attempts
         self._first_pause_s = first_pause_s
         self._fallen_back = False
-        self._latest: tuple[object, int] | None = None
+        self._latest: tuple[Weights, int] | None = None
         self._recovering = asyncio.Lock()
         self.weights_version = engine.weights_version
         # Asked for at every start, so that a log without failures says 0 and not nothing.
@@ -70,8 +74,8 @@ class ResilientEngine(LLMEngine):
         return self._engine.dtype
 
     @property
-    def prompt_alignment(self) -> int:
-        return self._engine.prompt_alignment
+    def max_tokens(self) -> int:
+        return self._engine.max_tokens
 
     async def _call(self, work: Callable[[LLMEngine], Awaitable[T]]) -> T:
         """Run ``work`` on the current engine, replacing the engine as often as the rules allow."""
@@ -117,9 +121,7 @@ class ResilientEngine(LLMEngine):
             if self._engine is not failed:
                 return  # another task met the same failure and has already replaced the engine
             if self._fallen_back:
-                raise PriorZeroError(
-                    f"the fallback LLM engine {failed.name} failed too: {error}"
-                ) from error
+                raise error  # nothing is left to take over: the caller's rule applies
             await self._close_quietly(failed)
             while self.counters["engine_restarts"] < self._max_restarts:
                 self.counters["engine_restarts"] += 1
@@ -137,8 +139,9 @@ class ResilientEngine(LLMEngine):
                     error = again
             if self._fallback is None:
                 raise PriorZeroError(
-                    f"the LLM engine {failed.name} failed and {self._max_restarts} restarts did not help: {error}. "
-                    "Raise max_restarts, allow the fallback (llm_required=False), or choose the transformers engine"
+                    f"the LLM engine {failed.name} failed and {self._max_restarts} restarts did "
+                    f"not help: {error}. Raise llm.max_restarts, allow the fallback "
+                    "(llm.required=False), or choose the transformers engine"
                 ) from error
             logger.error(
                 "LLM engine %s is given up (%s); the transformers engine takes over",
@@ -150,9 +153,16 @@ class ResilientEngine(LLMEngine):
             await self._install(await self._fallback())
 
     async def _install(self, engine: LLMEngine) -> None:
-        """Bring a fresh engine to the latest weights before anyone can ask it."""
+        """Bring a fresh engine to the latest weights before anyone can ask it.
+
+        One that does not take them is closed: it would hold its memory for good.
+        """
         if self._latest is not None:
-            await engine.push_weights(*self._latest)
+            try:
+                await engine.push_weights(*self._latest)
+            except BaseException:
+                await self._close_quietly(engine)
+                raise
         self._engine = engine
 
     async def _close_quietly(self, engine: LLMEngine) -> None:
@@ -164,24 +174,17 @@ class ResilientEngine(LLMEngine):
             self.counters["engine_close_errors"] += 1
             logger.exception("Closing the failed LLM engine %s failed too", engine.name)
 
-    async def score(self, requests: Sequence[ScoreRequest]) -> list[ActionScores]:
+    async def score(self, requests: Sequence[TokenisedRequest]) -> list[ActionScores]:
         return await self._call(lambda engine: engine.score(requests))
 
-    async def generate(
-        self,
-        prompts: Sequence[str],
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        stop: Sequence[str] = (),
-        seed: int | None = None,
-    ) -> list[str]:
+    async def generate(self, prompts, max_new_tokens, temperature=1.0, stop=(), seed=None):
         return await self._call(
             lambda engine: engine.generate(prompts, max_new_tokens, temperature, stop, seed)
         )
 
-    async def push_weights(self, model, version: int) -> dict[str, float]:
-        self._latest = (model, version)
-        report = await self._call(lambda engine: engine.push_weights(model, version))
+    async def push_weights(self, weights: Weights, version: int) -> dict[str, float]:
+        self._latest = (weights, version)
+        report = await self._call(lambda engine: engine.push_weights(weights, version))
         self.weights_version = self._engine.weights_version
         return report
 

@@ -1,31 +1,18 @@
-"""LoRA adapters beside vLLM's weights instead of merged into them: when, and in which form. Used by
-`vllm_engine` only.
+"""LoRA adapters and vLLM: merged into its weights, or loaded beside them. Used by `vllm_engine`.
 
-A hot load hands over the adapters alone, a hundredth of the bytes, and small updates are not
-rounded away in bfloat16 weights. Its price is paid with every request: adapted layers multiply
-twice more.
+Merging into 16-bit weights rounds a part of every update away, so there adapters are loaded beside
+the weights, for which adapted layers multiply twice more. vLLM's CUDA kernels for adapters know no
+float32, and there merging loses nothing.
 """
 
 from __future__ import annotations
-
-import itertools
-from pathlib import Path
 
 import torch
 
 from priorzero.types import PriorZeroError
 
-_RANKS = (
-    8,
-    16,
-    32,
-    64,
-    128,
-    256,
-    320,
-    512,
-)  # that vLLM can be started for; 1 too, but it takes an 8 as well
-_MERGE = "set llm.vllm.lora to 'merge'"
+# That vLLM can be started for (1 too, but it takes an 8 as well).
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # What vLLM has no place for. 0.26 ignores some of these without a word and would answer with other
 # weights.
 _UNSUPPORTED = (
@@ -39,127 +26,60 @@ _UNSUPPORTED = (
 )
 
 
-def has_adapters(model: torch.nn.Module) -> bool:
-    """Whether PEFT put adapters on ``model``."""
-    return bool(getattr(model, "peft_config", None))
-
-
 def hot_load_rank(setting: str, lora_rank: int, device: torch.device, dtype: torch.dtype) -> int:
     """Largest rank to start vLLM for; 0: no adapter support, adapters are merged before each push.
 
-    :param setting: `VLLMSettings.lora`. lora_rank: of the trainer's adapters, 0 where it trains all
-        weights.
-    :raises PriorZeroError: hot loading is asked for, and vLLM cannot do it for this rank or number
-        format.
+    Args:
+        setting: `VLLMSettings.lora`; "auto": merged in float32, loaded beside the weights in 16
+            bits.
+        lora_rank: Of the trainer's adapters, 0 where it trains all weights.
+        device: Of vLLM.
+        dtype: vLLM multiplies in.
+
+    Raises:
+        PriorZeroError: vLLM cannot do, or would do badly, what the setting asks for.
     """
-    # vLLM's CUDA kernels for adapters multiply 16 bits only. On a CPU adapters slow scoring: on two
-    # cores 0.11 against 0.29 states/s in float32 and 0.14 against 1.10 in bfloat16, far more than
-    # the second that a push saves. On CUDA they leave vLLM its CUDA graphs.
-    works = device.type != "cuda" or dtype != torch.float32
-    if (
-        not lora_rank
-        or setting == "merge"
-        or setting == "auto"
-        and not (device.type == "cuda" and works)
-    ):
+    exact = dtype == torch.float32
+    if not lora_rank or (exact and setting in ("auto", "merge")):
         return 0
-    if not works:
+    if setting == "merge":
         raise PriorZeroError(
-            f"llm.vllm.lora 'hot_load' needs 16 bits on CUDA; set llm.vllm.dtype to 'bfloat16', or {_MERGE}"
+            "llm.vllm.lora 'merge' into 16-bit weights loses a part of every update; set it to "
+            "'auto', or llm.vllm.dtype to 'float32'"
+        )
+    if exact and device.type == "cuda":
+        raise PriorZeroError(
+            "llm.vllm.lora 'hot_load' needs 16 bits on CUDA; set it to 'auto', or llm.vllm.dtype "
+            "to 'bfloat16'"
         )
     fitting = [rank for rank in _RANKS if rank >= lora_rank]
-    if not fitting and setting == "auto":
-        return 0
     if not fitting:
         raise PriorZeroError(
-            f"vLLM loads adapters up to rank {_RANKS[-1]}, got {lora_rank}; lower llm.lora.rank, or {_MERGE}"
+            f"vLLM loads adapters up to rank {_RANKS[-1]}, got {lora_rank}; lower llm.lora.rank, "
+            "or set llm.vllm.dtype to 'float32' and llm.vllm.lora to 'auto'"
         )
     return fitting[0]
 
 
-def save_adapter(model: torch.nn.Module, folder: Path, dtype: torch.dtype) -> tuple[int, int]:
-    """Write the active adapter to ``folder`` (must not exist) in PEFT's format. Returns (bytes,
-    adapted modules).
+def check_adapter(config, max_rank: int) -> None:
+    """Refuse an adapter that vLLM would load wrongly.
 
-    :raises PriorZeroError: the adapter has a feature that vLLM lacks.
+    Args:
+        config: PEFT's configuration.
+        max_rank: vLLM was started for.
+
+    Raises:
+        PriorZeroError: it has a feature that vLLM lacks.
     """
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
-
-    name, config = _active(model)
-    # PEFT's own save_pretrained would look up the base model's vocabulary, on the hub if need be.
-    tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    tensors = {
-        key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in tensors.items()
-    }
-    folder.mkdir(parents=True)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config.save_pretrained(folder)
-    modules = sum(".lora_A." in key or key.endswith(".lora_embedding_A") for key in tensors)
-    return sum(t.numel() * t.element_size() for t in tensors.values()), modules
-
-
-def _active(model: torch.nn.Module):
-    """Name and configuration of the one adapter that is active."""
-    names = list(model.active_adapters)
-    configs = [model.peft_config[name] for name in names]
-    odd = [f for c in configs for f in _UNSUPPORTED if getattr(c, f, None)]
-    odd += [f"peft_type {c.peft_type}" for c in configs if c.peft_type != "LORA"]
-    odd += [f"bias {c.bias!r}" for c in configs if getattr(c, "bias", "none") != "none"]
-    if len(names) != 1 or odd:
-        what = ", ".join(odd) or f"{len(names)} active adapters"
+    assert config is not None, "vLLM was started for adapters, all weights were pushed"
+    assert config.r <= max_rank, f"adapters of rank {config.r}, vLLM was started for {max_rank}"
+    odd = [f for f in _UNSUPPORTED if getattr(config, f, None)]
+    if config.peft_type != "LORA":
+        odd.append(f"peft_type {config.peft_type}")
+    if getattr(config, "bias", "none") != "none":
+        odd.append(f"bias {config.bias!r}")
+    if odd:
         raise PriorZeroError(
-            f"vLLM cannot load this model's adapters by themselves ({what}); {_MERGE}"
+            f"vLLM cannot load these adapters by themselves ({', '.join(odd)}); set llm.vllm.dtype "
+            "to 'float32', which merges them, or use the transformers engine"
         )
-    return names[0], configs[0]
-
-
-class AdapterSlot:
-    """Which adapter an engine's requests name: the one loaded last, or none, and then vLLM's
-    weights answer as they are.
-
-    :param max_rank: vLLM was started for adapters up to this rank; 0: for none.
-    """
-
-    def __init__(self, max_rank: int) -> None:
-        self.max_rank = max_rank
-        self.request = None  # vLLM's LoRARequest
-        self._numbers = itertools.count(1)
-        self._published = True
-
-    def takes(self, model: torch.nn.Module) -> bool:
-        """Whether ``model`` is pushed as an adapter: never on top of other full weights, it belongs
-        to the published ones.
-
-        :raises PriorZeroError: its rank is beyond what vLLM was started for.
-        """
-        if not (self.max_rank and self._published and has_adapters(model)):
-            return False
-        rank = _active(model)[1].r
-        if rank > self.max_rank:
-            raise PriorZeroError(
-                f"the adapters have rank {rank}, vLLM was started for {self.max_rank}; give create_engine their lora_rank"
-            )
-        return True
-
-    def next_request(self, version: int, folder: Path):
-        """The request parameter for an adapter in ``folder``, new in name, id and path."""
-        from vllm.lora.request import LoRARequest
-
-        # The prefix cache is keyed by the name (0.26: by nothing else), so it must be new even for
-        # an old version.
-        number = next(self._numbers)
-        return LoRARequest(f"v{version}.{number}", number, str(folder))
-
-    def clear(self) -> None:
-        """Other full weights were loaded."""
-        self.request, self._published = None, False
-
-
-def refusal(reasons: list[str]) -> str:
-    """What to tell the user where vLLM's workers refused an adapter; "" where they took it."""
-    refused = next(filter(None, reasons), "")
-    return (
-        refused
-        and f"vLLM cannot load the trained adapters: {refused}. Change llm.lora.target_modules, or {_MERGE}"
-    )

@@ -1,10 +1,11 @@
-"""The vLLM engine: in-process `AsyncLLM`, trie scoring with prefix caching, weights pushed without
-a restart.
+"""The vLLM engine: `AsyncLLM` in this process, weights pushed without a restart.
+
+Good at generating chains of thought, and at models that are split over several GPUs. A state is
+scored with one request per row: the prompt and the row's path, one greedy token, and the
+log-probabilities of exactly the row's children (``logprob_token_ids``); vLLM's prefix cache makes
+the prompt be computed once.
 
 Written for vLLM 0.26 (CUDA) and 0.32 (CPU); what each does wrong is said where we work around it.
-One state costs one request per trie row: the prompt and the row's path, one greedy token, and the
-log-probabilities of exactly the row's children (``logprob_token_ids``). The prefix cache makes the
-prompt be computed once.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import itertools
 import logging
 import os
 import shutil
@@ -26,63 +28,26 @@ from typing import TypeVar
 import psutil
 import torch
 
-from priorzero.llm.engines.base import LLMEngine, LLMEngineDead, LLMEngineError, TokenLogprobs
-from priorzero.llm.engines.vllm_adapters import AdapterSlot, hot_load_rank, refusal, save_adapter
+from priorzero.llm.engines.base import Ids, LLMEngine, LLMEngineDead, LLMEngineError, TokenLogprobs
+from priorzero.llm.engines.gate import Gate
+from priorzero.llm.engines.thoughts import Reasoner
+from priorzero.llm.engines.vllm_adapters import check_adapter, hot_load_rank
 from priorzero.llm.engines.vllm_worker import TRAINER_PID
-from priorzero.llm.model import ResolvedModel, pick_dtype, save_weights
-from priorzero.llm.scoring.requests import (
-    PromptTooLongError,
-    TextTokeniser,
-    TokenisedRequest,
-    model_max_tokens,
-)
+from priorzero.llm.model import ResolvedModel, pick_dtype
+from priorzero.llm.scoring.requests import Tokeniser, model_max_tokens
 from priorzero.llm.scoring.trie import build_trie
-from priorzero.settings.engine_old import EngineSettings
-from priorzero.types import PriorZeroError
+from priorzero.llm.weights.export import Weights
+from priorzero.settings.llm import VLLMSettings
+from priorzero.types import PriorZeroError, TokenisedRequest
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _MAX_LOGPROB_IDS = 128  # vLLM's hard limit on logprob_token_ids
-_CPU_BLOCK = (
-    32  # smallest block of vLLM's CPU attention; small blocks waste least at the prompt's end
-)
+# Smallest block of vLLM's CPU attention; small blocks waste least at the prompt's end.
+_CPU_BLOCK = 32
 _HEAD_ERROR_LIMIT = 1e-6  # the comparison is exact
 _DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float16: "float16"}
-
-
-class _Gate:
-    """Many requests at a time, or one change of weights: no answer may mix two versions."""
-
-    def __init__(self) -> None:
-        self._condition = asyncio.Condition()
-        self._inside = 0
-        self._closed = False
-
-    @contextlib.asynccontextmanager
-    async def request(self):
-        async with self._condition:
-            await self._condition.wait_for(lambda: not self._closed)
-            self._inside += 1
-        try:
-            yield
-        finally:
-            async with self._condition:
-                self._inside -= 1
-                self._condition.notify_all()
-
-    @contextlib.asynccontextmanager
-    async def change(self):
-        async with self._condition:
-            await self._condition.wait_for(lambda: not self._closed)
-            self._closed = True
-            await self._condition.wait_for(lambda: self._inside == 0)
-        try:
-            yield
-        finally:
-            async with self._condition:
-                self._closed = False
-                self._condition.notify_all()
 
 
 class VLLMEngine(LLMEngine):
@@ -93,21 +58,24 @@ class VLLMEngine(LLMEngine):
     def __init__(
         self,
         engine,
-        text: TextTokeniser,
-        settings: EngineSettings,
+        tokeniser: Tokeniser,
+        settings: VLLMSettings,
         dtype: torch.dtype,
         max_len: int,
+        adapter_rank: int,
+        reasoner: Reasoner | None,
         lock: threading.RLock | None,
-        adapter_rank: int = 0,
     ) -> None:
-        super().__init__(text, settings.reasoning)
+        super().__init__(tokeniser, reasoner)
         self._engine = engine
-        self._settings = settings.vllm
+        self._settings = settings
         self._dtype = dtype
         self._max_len = max_len
+        self._adapter_rank = adapter_rank
+        self._adapter = None  # vLLM's LoRARequest, which every request names
+        self._adapter_numbers = itertools.count(1)
         self._lock = lock or threading.RLock()
-        self._gate = _Gate()
-        self._adapters = AdapterSlot(adapter_rank)
+        self._gate = Gate()
         self._processes: list[psutil.Process] = []
         self._closed = False
 
@@ -115,11 +83,12 @@ class VLLMEngine(LLMEngine):
     async def start(
         cls,
         resolved: ResolvedModel,
-        settings: EngineSettings,
+        settings: VLLMSettings,
         *,
-        text: TextTokeniser | None = None,
+        device: torch.device,
+        tokeniser: Tokeniser | None = None,
+        reasoner: Reasoner | None = None,
         lock: threading.RLock | None = None,
-        device: torch.device | None = None,
         lora_rank: int = 0,
     ) -> VLLMEngine:
         """Start vLLM without blocking the loop (10 to 20 s on a CPU, 60 to 100 s with CUDA graphs).
@@ -127,30 +96,36 @@ class VLLMEngine(LLMEngine):
         The main module must be guarded by ``if __name__ == "__main__"``: vLLM spawns processes that
         import it.
 
-        :param lora_rank: of the adapters that will be pushed; 0: full weights will be.
-        :raises LLMEngineError: vLLM cannot be imported or does not start.
-        :raises PriorZeroError: adapters of that rank cannot be hot-loaded, and the setting asks for
-            it.
+        Args:
+            resolved: The model.
+            settings: Of vLLM.
+            device: Where it runs.
+            tokeniser: The trainer's; None: one of its own.
+            reasoner: How chains of thought are generated.
+            lock: The trainer's; held while its weights are read.
+            lora_rank: Of the adapters that will be pushed; 0: full weights will be.
+
+        Raises:
+            LLMEngineError: vLLM cannot be imported or does not start.
+            PriorZeroError: adapters of that rank cannot be pushed as the settings ask for.
         """
-        device = device or torch.device("cpu")
-        dtype = pick_dtype(settings.vllm.dtype, device)
-        adapter_rank = hot_load_rank(settings.vllm.lora, lora_rank, device, dtype)
+        dtype = pick_dtype(settings.dtype, device)
+        adapter_rank = hot_load_rank(settings.lora, lora_rank, device, dtype)
         started = time.perf_counter()
         try:
             starting = asyncio.to_thread(
-                _build, resolved, settings, device, dtype, text, adapter_rank
+                _build, resolved, settings, device, dtype, tokeniser, adapter_rank
             )
-            built = await asyncio.wait_for(starting, settings.vllm.start_timeout_s)
+            built = await asyncio.wait_for(starting, settings.start_timeout_s)
             # Taken out of the thread's result, which outlives this call: AsyncLLM must end when we
             # let it go, because its finaliser fails at the interpreter's exit.
-            engine, text, max_len = built.pop(), built.pop(), built.pop()
+            engine, tokeniser, max_len = built.pop(), built.pop(), built.pop()
         except PriorZeroError:
             raise
-        except (
-            Exception
-        ) as error:  # anything may go wrong in there; the caller falls back or reports
+        except Exception as error:  # anything may go wrong in there; the caller falls back
             raise LLMEngineDead(f"vLLM did not start ({type(error).__name__}: {error})") from error
-        self = cls(engine, text, settings, dtype, max_len, lock, adapter_rank)
+
+        self = cls(engine, tokeniser, settings, dtype, max_len, adapter_rank, reasoner, lock)
         try:
             pids = await self._control(lambda: engine.collective_rpc("trainer_link_pids"))
         except LLMEngineError:
@@ -172,11 +147,8 @@ class VLLMEngine(LLMEngine):
         return self._dtype
 
     @property
-    def prompt_alignment(self) -> int:
-        """The cache's block: tokens after the prompt's last full block are computed again for every
-        trie row.
-        """
-        return self._settings.block_size or (_CPU_BLOCK if not torch.cuda.is_available() else 16)
+    def max_tokens(self) -> int:
+        return min(self._max_len, self.tokeniser.max_tokens)
 
     @property
     def process_ids(self) -> list[int]:
@@ -186,9 +158,7 @@ class VLLMEngine(LLMEngine):
         ]
 
     async def _guard(self, work: Awaitable[T], limit_s: float) -> T:
-        """Await ``work`` with a time limit, and notice a dead engine: a pending RPC of a killed one
-        never returns.
-        """
+        """Await `work` with a time limit; notice a dead engine, whose RPCs never return."""
         task = asyncio.ensure_future(work)
         deadline = time.monotonic() + limit_s
         try:
@@ -225,7 +195,7 @@ class VLLMEngine(LLMEngine):
         async def run():
             final = None
             asked = self._engine.generate(
-                tokens_input(ids), params, uuid.uuid4().hex, lora_request=self._adapters.request
+                tokens_input(ids), params, uuid.uuid4().hex, lora_request=self._adapter
             )
             async for output in asked:
                 final = output
@@ -238,13 +208,11 @@ class VLLMEngine(LLMEngine):
         except EngineDeadError as error:
             raise LLMEngineDead("the vLLM process died") from error
         except (ValueError, VLLMValidationError) as error:  # 0.26 raises the first, 0.32 the second
-            mend = "Shorten the prompt or raise max_model_len"
+            mend = "Lower llm.prompt.max_prompt_tokens or raise llm.vllm.max_model_len"
             raise PriorZeroError(f"vLLM refuses a request: {error}. {mend}") from error
         except LLMEngineError:
             raise
-        except (
-            Exception
-        ) as error:  # one failed request (EngineGenerateError and kin); the caller retries
+        except Exception as error:  # one failed request (EngineGenerateError); the caller retries
             raise LLMEngineError(
                 f"a vLLM request failed ({type(error).__name__}: {error})"
             ) from error
@@ -253,9 +221,7 @@ class VLLMEngine(LLMEngine):
         return output.outputs[0]
 
     async def _all(self, work: list[Awaitable[T]]) -> list[T]:
-        """Results in order. The first failure cancels the rest, so nothing half done is left in the
-        engine.
-        """
+        """Results in order. The first failure cancels the rest, so nothing half done is left."""
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(w) for w in work]
@@ -267,13 +233,6 @@ class VLLMEngine(LLMEngine):
     async def _score_tokens(
         self, requests: list[TokenisedRequest]
     ) -> tuple[list[TokenLogprobs], int]:
-        for request in requests:
-            needed = request.num_prompt_tokens + max(len(a) for a in request.action_ids)
-            if needed > self._max_len:
-                raise PromptTooLongError(
-                    f"prompt and action take {needed} tokens, vLLM was started for {self._max_len}; drop the oldest "
-                    "history first, or raise max_model_len"
-                )
         async with self._gate.request():
             version = self.weights_version
             return await self._all([self._score_state(r) for r in requests]), version
@@ -320,12 +279,12 @@ class VLLMEngine(LLMEngine):
 
     async def _generate_tokens(
         self,
-        prompts: list[tuple[int, ...]],
+        prompts: list[Ids],
         max_new_tokens: int,
         temperature: float,
         stop: tuple[str, ...],
         seed: int | None,
-    ) -> list[str]:
+    ) -> list[Ids]:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -334,9 +293,8 @@ class VLLMEngine(LLMEngine):
                 max_tokens=max_new_tokens,
                 temperature=temperature,
                 stop=list(stop) or None,
-                include_stop_str_in_output=True,
                 seed=None if seed is None else seed + index,
-                stop_token_ids=[self.text.terminator_id],
+                stop_token_ids=[self.tokeniser.terminator_id],
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
 
@@ -344,53 +302,46 @@ class VLLMEngine(LLMEngine):
             outputs = await self._all(
                 [self._ask(list(p), params(i)) for i, p in enumerate(prompts)]
             )
-        return [output.text for output in outputs]
+        written = [list(output.token_ids) for output in outputs]
+        for ids in written:
+            if ids and ids[-1] in self.tokeniser.end_ids:
+                ids.pop()
+        return [tuple(ids) for ids in written]
 
-    async def push_weights(self, model: torch.nn.Module, version: int) -> dict[str, float]:
-        """Answer with ``model``'s weights: with its adapters alone where vLLM was started for them,
-        else with all of them, adapters merged. They pass through shared memory.
+    async def push_weights(self, weights: Weights, version: int) -> dict[str, float]:
+        """Answer with `weights`: with the adapters alone where vLLM was started for them, else with
+        all weights, adapters merged. They pass through shared memory.
 
-        :raises LLMEngineDead: any step failed. The engine may then hold a mixture, so only a
-            restart is safe.
-        :raises PriorZeroError: vLLM has no place for these adapters.
+        Raises:
+            LLMEngineDead: a step failed. The engine may then hold a mixture, so only a restart is
+                safe.
+            PriorZeroError: vLLM cannot take these adapters.
         """
         started = time.perf_counter()
-        alone = self._adapters.takes(model)
         transit = _weights_folder()
         folder = transit / f"v{version}"  # a new path each time: vLLM has had caches keyed by it
+        push = self._push_adapter if self._adapter_rank else self._push_all
         try:
             async with self._gate.change():
-                report = await (self._push_adapter if alone else self._push_all)(
-                    model, version, folder
-                )
+                report = await push(weights, version, folder)
                 self.weights_version = version
         finally:
             # Adapters too are read once: vLLM keeps what it loaded until another takes its place.
             shutil.rmtree(transit, ignore_errors=True)
         self.counters["pushes"] += 1
-        self.counters["adapter_pushes"] += alone
-        report["seconds"] = time.perf_counter() - started
-        if alone:
-            logger.info(
-                "vLLM hot-loaded the adapters of weights %d: %.2f MB in %.3f s",
-                version,
-                report["bytes"] / 1e6,
-                report["seconds"],
-            )
-        return report
+        self.counters["adapter_pushes"] += bool(self._adapter_rank)
+        return report | {"seconds": time.perf_counter() - started}
 
-    async def _push_all(
-        self, model: torch.nn.Module, version: int, folder: Path
-    ) -> dict[str, float]:
-        """Let the worker load all weights, and drop everything cached under old ones."""
+    async def _push_all(self, weights: Weights, version: int, folder: Path) -> dict[str, float]:
+        """Let the workers load all weights, and drop everything cached under old ones."""
 
         def save() -> tuple[int, int]:
             with self._lock:
-                return save_weights(model, folder, self._dtype)
+                return weights.save(folder, self._dtype)
 
         size, tensors = await asyncio.to_thread(save)
-        self._adapters.clear()
-        load = lambda: self._engine.collective_rpc("trainer_link_load", args=(str(folder), tensors))  # noqa: E731
+        arguments = (str(folder), tensors)
+        load = lambda: self._engine.collective_rpc("trainer_link_load", args=arguments)  # noqa: E731
         head_error = max(await self._control(load))
         if not head_error < _HEAD_ERROR_LIMIT:
             raise LLMEngineDead(
@@ -402,31 +353,34 @@ class VLLMEngine(LLMEngine):
             raise LLMEngineDead("vLLM refused to reset its prefix cache after the weights changed")
         return {"bytes": float(size), "head_error": head_error}
 
-    async def _push_adapter(
-        self, model: torch.nn.Module, version: int, folder: Path
-    ) -> dict[str, float]:
-        """Let the worker load the adapters in place of the last ones; requests name them from now
-        on, and what was cached under another name is not found any more.
+    async def _push_adapter(self, weights: Weights, version: int, folder: Path) -> dict[str, float]:
+        """Load the adapters beside the old ones, let requests name them, then drop the old ones.
+
+        What was cached under another name is not found any more.
         """
+        from vllm.lora.request import LoRARequest
+
+        check_adapter(weights.adapter_config, self._adapter_rank)
 
         def save() -> tuple[int, int]:
             with self._lock:
-                return save_adapter(model, folder, self._dtype)
+                return weights.save_adapter(folder, self._dtype)
 
-        size, modules = await asyncio.to_thread(save)
-        request = self._adapters.next_request(version, folder)
+        size, _ = await asyncio.to_thread(save)
+        # The prefix cache is keyed by the name (0.26: by nothing else), so it must be new even for
+        # an old version.
+        number = next(self._adapter_numbers)
+        request = LoRARequest(f"v{version}.{number}", number, str(folder))
         # At once and not with the first request that names it: a fault belongs to the push.
-        arguments = (request.lora_name, request.lora_int_id, request.lora_path, modules)
-        load = lambda: self._engine.collective_rpc("trainer_link_adapter", args=arguments)  # noqa: E731
-        if refused := refusal(await self._control(load)):
-            raise PriorZeroError(refused)
-        self._adapters.request = request
+        if not await self._control(lambda: self._engine.add_lora(request)):
+            raise LLMEngineDead("vLLM did not load the trained adapters")
+        self._adapter = request
+        for other in await self._control(self._engine.list_loras) - {number}:
+            await self._control(lambda other=other: self._engine.remove_lora(other))
         return {"bytes": float(size)}
 
     async def sleep(self) -> None:
-        """CUDA with ``sleep_mode``: weights to host memory, keys and values dropped. Otherwise
-        nothing.
-        """
+        """CUDA with `sleep_mode`: weights to host memory, keys and values dropped; else nothing."""
         if self._settings.sleep_mode and torch.cuda.is_available():
             async with self._gate.change():
                 await self._control(self._engine.sleep)
@@ -442,9 +396,8 @@ class VLLMEngine(LLMEngine):
         if self._closed:
             return
         self._closed = True
-        logging.getLogger("vllm").setLevel(
-            logging.CRITICAL
-        )  # it reports its own shutdown as a failure
+        # It reports its own shutdown as a failure.
+        logging.getLogger("vllm").setLevel(logging.CRITICAL)
         try:
             await asyncio.to_thread(self._engine.shutdown)
         finally:
@@ -471,9 +424,7 @@ def _weights_folder() -> Path:
 
 @contextlib.contextmanager
 def _environment(**values: str):
-    """Set variables for the processes started inside, where the user has not set them; undone
-    afterwards.
-    """
+    """Set variables for the processes started inside, where the user has not; undone afterwards."""
     added = {key: value for key, value in values.items() if key not in os.environ}
     os.environ.update(added)
     try:
@@ -485,10 +436,10 @@ def _environment(**values: str):
 
 def _build(
     resolved: ResolvedModel,
-    settings: EngineSettings,
+    settings: VLLMSettings,
     device: torch.device,
     dtype: torch.dtype,
-    text: TextTokeniser | None,
+    tokeniser: Tokeniser | None,
     adapter_rank: int,
 ) -> list:
     """Start `AsyncLLM` (blocking). Returns [longest sequence, tokeniser, engine]."""
@@ -498,40 +449,42 @@ def _build(
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    logging.getLogger("vllm").setLevel(
-        os.environ["VLLM_LOGGING_LEVEL"]
-    )  # vLLM leaves it open to the root's level
-    own = settings.vllm
-    limit = model_max_tokens(AutoConfig.from_pretrained(resolved.path), settings.max_prompt_tokens)
-    if text is None:
-        text = TextTokeniser(AutoTokenizer.from_pretrained(resolved.path), limit)
-    max_len = min(own.max_model_len or 8192, text.max_tokens, limit)
+    # vLLM leaves its logger open to the root's level.
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
+    limit = model_max_tokens(AutoConfig.from_pretrained(resolved.path))
+    if tokeniser is None:
+        tokeniser = Tokeniser(AutoTokenizer.from_pretrained(resolved.path), limit)
+    max_len = min(settings.max_model_len or 8192, tokeniser.max_tokens, limit)
+
     cpu = device.type == "cpu"
     arguments = {
         "model": resolved.path,
         "dtype": _DTYPES[dtype],
         "max_model_len": max_len,
+        "tensor_parallel_size": settings.tensor_parallel_size,
         "enable_prefix_caching": True,
-        "enforce_eager": cpu if own.enforce_eager is None else own.enforce_eager,
+        "enforce_eager": cpu if settings.enforce_eager is None else settings.enforce_eager,
         "worker_extension_cls": "priorzero.llm.engines.vllm_worker.TrainerLink",
         "disable_log_stats": True,
         "enable_log_requests": False,
         "use_tqdm_on_load": False,
     }
     if adapter_rank:
-        arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": adapter_rank}
-    if own.block_size or cpu:
-        arguments["block_size"] = own.block_size or _CPU_BLOCK
+        # Two: the next ones are loaded before the last ones go.
+        arguments |= {"enable_lora": True, "max_loras": 2, "max_lora_rank": adapter_rank}
+    if settings.block_size or cpu:
+        arguments["block_size"] = settings.block_size or _CPU_BLOCK
     if cpu:
-        arguments["kv_cache_memory_bytes"] = int(own.kv_cache_gb * 2**30)
+        arguments["kv_cache_memory_bytes"] = int(settings.kv_cache_gb * 2**30)
     else:
         arguments |= {
-            "gpu_memory_utilization": own.gpu_memory_utilization,
-            "enable_sleep_mode": own.sleep_mode,
+            "gpu_memory_utilization": settings.gpu_memory_utilization,
+            "enable_sleep_mode": settings.sleep_mode,
         }
+
     cores = sorted(os.sched_getaffinity(0))
     child = {TRAINER_PID: str(os.getpid())}
-    if cpu:
+    if cpu and settings.tensor_parallel_size == 1:
         # One process less, and half the start time; vLLM's "auto" would keep a core for itself.
         child |= {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -539,4 +492,4 @@ def _build(
             "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
         }
     with _environment(**child):
-        return [max_len, text, AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))]
+        return [max_len, tokeniser, AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))]

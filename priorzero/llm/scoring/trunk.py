@@ -1,9 +1,10 @@
-"""The outputs of an LLM's frozen lower layers, kept per state: with adapters on the last layers
-only, they never change.
+"""The outputs of an LLM's frozen lower layers, kept per state.
+
+With adapters on the last layers only they never change.
 
 A run asks for the same states again and again: each time the weights have changed, and when it
 trains on what it has scored. Only the layers with adapters have to be computed anew then. Works on
-packed rows (`packed.py`).
+packed lines (`packed.py`).
 """
 
 from __future__ import annotations
@@ -14,56 +15,49 @@ from collections.abc import Sequence
 import torch
 
 from priorzero.llm.model import base_model, only_layers
-from priorzero.llm.scoring.forward import LayerKV, TreeItem, headless, key_values
+from priorzero.llm.scoring.items import LayerKV, TreeItem, headless, key_values
 from priorzero.llm.scoring.packed import lay_out, run_packed, supports_packing
 from priorzero.types import PriorZeroError
 
 _HEADS = 8  # heads kept; a run has one or two
-_TOLERANCE = (
-    1e-3  # of the check against a forward through all layers, relative to the largest hidden value
-)
+# Of the check against a forward through all layers, relative to the largest hidden value.
+_TOLERANCE = 1e-3
 
 
 def frozen_layers(model: torch.nn.Module) -> int:
-    """Decoder layers before the first one that trains; 0 where the embedding trains too, or states
-    cannot be packed.
+    """Decoder layers before the first one that trains.
+
+    0 where the embedding trains too, or states cannot be packed.
     """
     causal_lm = base_model(model)
     decoder = causal_lm.get_decoder()
-    if (
-        not supports_packing(causal_lm)
-        or not hasattr(decoder, "layers")
-        or not hasattr(decoder, "norm")
-    ):
+    apart = hasattr(decoder, "layers") and hasattr(decoder, "norm")
+    if not apart or not supports_packing(causal_lm):
         return 0
     if any(p.requires_grad for p in causal_lm.get_input_embeddings().parameters()):
         return 0
-    training = (
-        i
-        for i, layer in enumerate(decoder.layers)
-        if any(p.requires_grad for p in layer.parameters())
-    )
-    return next(training, 0)
+    for number, layer in enumerate(decoder.layers):
+        if any(p.requires_grad for p in layer.parameters()):
+            return number
+    return 0
 
 
 class TrunkCache:
-    """Hidden states [tokens, D] behind the first `depth` layers, for heads and for states.
+    """Hidden states `[tokens, D]` behind the first `depth` layers, for heads and for states.
 
     One cache serves every copy of the model whose lower layers hold the same numbers and compute in
     the same dtype: the trainer's and the engine's. Not safe for use from two threads at once: both
     hold the trainer's lock while they compute.
 
-    :param depth: layers that never change (`frozen_layers`), at least 1.
-    :param max_bytes: memory bound for states (the few heads come on top); those not asked for the
-        longest go first.
-    :param dtype: autocast dtype of all who use it, None for none.
+    Args:
+        depth: Layers that never change (`frozen_layers`), at least 1.
+        max_bytes: Memory bound for states (the few heads come on top); those not asked for the
+            longest go first.
+        dtype: Autocast dtype of all who use it, None for none.
     """
 
     def __init__(self, depth: int, max_bytes: int, dtype: torch.dtype | None = None) -> None:
-        if depth < 1 or max_bytes < 1:
-            raise ValueError(
-                f"a trunk needs at least one layer and a byte, got {depth} and {max_bytes}"
-            )
+        assert depth >= 1 and max_bytes >= 1, (depth, max_bytes)
         self.depth = depth
         self.max_bytes = max_bytes
         self.dtype = dtype
@@ -74,13 +68,15 @@ class TrunkCache:
         self._heads: OrderedDict[tuple[int, ...], tuple[torch.Tensor, LayerKV]] = OrderedDict()
         self._checked = False
 
-    def rows(
+    def hidden(
         self, causal_lm, items: Sequence[TreeItem], with_head: bool, device: torch.device
     ) -> torch.Tensor:
-        """[tokens, D] of the states one after another, behind their common head if `with_head`.
+        """`[tokens, D]` of the states one after another, behind their common head if `with_head`.
+
         Without gradients.
 
-        :raises PriorZeroError: this model gives other numbers when its layers run in two parts.
+        Raises:
+            PriorZeroError: This model gives other numbers when its layers run in two parts.
         """
         head_ids = items[0].request.head_ids
         keys = [
@@ -89,19 +85,16 @@ class TrunkCache:
         missing = {k: item for k, item in zip(keys, items, strict=True) if k not in self._states}
         self.hits += len(items) - len(missing)
         self.misses += len(missing)
+
         with torch.no_grad():
             head = self.head(causal_lm, head_ids, device) if head_ids else None
-            found = dict(
-                zip(
-                    missing,
-                    self._compute(causal_lm, list(missing.values()), head, device),
-                    strict=True,
-                )
-            )
+            computed = self._compute(causal_lm, list(missing.values()), head, device)
+        found = dict(zip(missing, computed, strict=True))
         for key in keys:
             if key in self._states:
                 self._states.move_to_end(key)
                 found[key] = self._states[key]
+
         parts = [head[0]] if head is not None and with_head else []
         result = torch.cat([*parts, *(found[key] for key in keys)])
         for key in missing:
@@ -111,9 +104,7 @@ class TrunkCache:
     def head(
         self, causal_lm, head_ids: tuple[int, ...], device: torch.device
     ) -> tuple[torch.Tensor, LayerKV]:
-        """Hidden states [H, D] of a head behind the trunk, and its keys and values in the trunk's
-        layers.
-        """
+        """Hidden states `[H, D]` of a head behind the trunk, and its keys and values in there."""
         if head_ids not in self._heads:
             decoder = causal_lm.get_decoder()
             with only_layers(decoder, 0, self.depth):
@@ -128,17 +119,14 @@ class TrunkCache:
     ) -> list[torch.Tensor]:
         if not items:
             return []
-        inputs = lay_out(
-            causal_lm, items, [head[1]] * len(items) if head is not None else None, device
-        )
+        inputs = lay_out(causal_lm, items, None if head is None else head[1], device)
         hidden = run_packed(causal_lm, inputs, 0, self.depth)
         if not self._checked:
             self._check(causal_lm, items[0], device)
-        return [hidden[start:end].clone() for start, end in inputs.row.spans]
+        return [hidden[start:end].clone() for start, end in inputs.line.spans]
 
     def _check(self, causal_lm, item: TreeItem, device: torch.device) -> None:
-        """Once: both parts one after the other against all layers at once, on one state without a
-        head.
+        """Once: both parts one after the other against all layers at once, on one state.
 
         A model may scale its embeddings or look at its layers from outside; that must not pass
         unnoticed.
@@ -154,8 +142,8 @@ class TrunkCache:
         error, size = float((parts - whole).abs().max()), float(whole.abs().max())
         if not error <= _TOLERANCE * size:
             raise PriorZeroError(
-                f"this LLM's layers give other numbers when the frozen ones run apart (difference {error:.2g} "
-                f"of {size:.2g}); set llm.trunk_cache_mib=0, or llm.lora.last_layers=0"
+                "this LLM's layers give other numbers when the frozen ones run apart (difference "
+                f"{error:.2g} of {size:.2g}); set llm.trunk_cache_mib=0, or llm.lora.last_layers=0"
             )
         self._checked = True
 

@@ -49,6 +49,7 @@ class PolicyGradientTerms:
     loss: torch.Tensor
     policy_loss: torch.Tensor
     ratio: torch.Tensor
+    approx_kl: torch.Tensor
     clipped: bool
     entropy: torch.Tensor
     kl_reference: torch.Tensor
@@ -75,14 +76,17 @@ def rft_loss(
 
     ``weight`` corrects for a behaviour policy (search) other than the one ``old_logprob`` speaks
     of. ``reference`` [A] are stored log-probabilities of a reference policy over the same actions.
-    KL and entropy are exact, not sampled.
+    KL and entropy are exact, not sampled; ``approx_kl`` of old from new policy is (estimator k3,
+    http://joschu.net/blog/kl-approx.html).
     """
     log_policy = totals.log_softmax(-1)
-    ratio = (log_policy[action] - old_logprob).exp()
+    log_ratio = log_policy[action] - old_logprob
+    ratio = log_ratio.exp()
     bounded = ratio.clamp(1 - clip_epsilon, 1 + clip_epsilon)
     policy_loss = -weight * torch.minimum(ratio * advantage, bounded * advantage)
     spread = entropy(log_policy)
     kl = kl_divergence(log_policy, reference) if reference is not None else torch.zeros_like(spread)
     loss = policy_loss + kl_coef * kl - entropy_coef * spread
     clipped = bool(bounded.detach() * advantage < ratio.detach() * advantage)
-    return PolicyGradientTerms(loss, policy_loss, ratio, clipped, spread, kl)
+    approx_kl = ratio - 1 - log_ratio
+    return PolicyGradientTerms(loss, policy_loss, ratio, approx_kl, clipped, spread, kl)

@@ -1,47 +1,65 @@
-"""Tokenisation contract, limits and terminator."""
+"""Texts become ids in one way, within the model's limits, and cost little memory."""
 
 from __future__ import annotations
 
 import pytest
 
-from priorzero.llm.scoring.requests import (
-    PromptTooLongError,
-    ReasoningSettings,
-    ScoreRequest,
-    TextTokeniser,
-)
-from priorzero.types import PriorZeroError
+from priorzero.llm.scoring.requests import PromptTooLongError, Tokeniser
 
 
-def test_ids_are_concatenated_and_actions_end_with_the_terminator(byte_text):
-    tokens = byte_text.tokenise(ScoreRequest("AB", "C", ("go", "", "café", "go"), " "))
-    assert tokens.prompt_ids == tuple(3 + b for b in b"ABC")
-    assert tokens.action_ids[0] == (*(3 + b for b in b" go"), 1)
-    assert tokens.action_ids[1] == (3 + ord(" "), 1)
-    assert tokens.action_ids[2] == (*(3 + b for b in " café".encode()), 1)
-    assert tokens.action_ids[3] == tokens.action_ids[0]
-    assert byte_text.tokenise(ScoreRequest("", "x", ("",))).action_ids == ((1,),)
-    assert byte_text.count_tokens("abc") == 3
+def one(tokeniser, head: str, body: str, actions: tuple[str, ...]):
+    return tokeniser.requests([(head, body)], [actions])[0]
 
 
-def test_too_long_and_empty_prompts_are_errors(byte_model, byte_text):
-    with pytest.raises(PromptTooLongError, match="oldest history"):
-        byte_text.tokenise(ScoreRequest("", "x" * 510, ("ab",)))
-    byte_text.tokenise(ScoreRequest("", "x" * 509, ("ab",)))  # 509 + 2 + terminator = 512 fits
-    with pytest.raises(PriorZeroError, match="empty"):
-        byte_text.tokenise(ScoreRequest("", "", ("ab",)))
+def test_ids_are_concatenated_and_actions_end_with_the_terminator(tokeniser):
+    request = one(tokeniser, "AB", "C", ("go", "", "café", "go"))
+    assert request.prompt_ids == tuple(3 + b for b in b"ABC")
+    assert request.action_ids[0] == (*(3 + b for b in b" go"), 1)
+    assert request.action_ids[1] == (3 + ord(" "), 1)
+    assert request.action_ids[2] == (*(3 + b for b in " café".encode()), 1)
+    assert request.action_ids[3] == request.action_ids[0]
+    assert not request.reasoning
 
 
-def test_reasoning_ends_with_the_marker_always():
-    settings = ReasoningSettings(marker="Action:")
-    assert settings.finish("I should go.\nAction: north") == ("I should go.\nAction:", True)
-    assert settings.finish("no idea ") == ("no idea\nAction:", False)
-    with pytest.raises(PriorZeroError, match="max_new_tokens"):
-        ReasoningSettings(max_new_tokens=0)
+def test_together_and_one_by_one_are_alike(tokeniser):
+    prompts, actions = [("H", "one"), ("H", ""), ("", "three")], [("a",), (), ("b", "c")]
+    alone = [one(tokeniser, *p, a) for p, a in zip(prompts, actions, strict=True)]
+    assert tokeniser.requests(prompts, actions) == alone
+    assert tokeniser.requests([], []) == []
+
+
+def test_a_thought_joins_the_body_and_ends_the_wait_for_it(tokeniser):
+    asked = tokeniser.requests([("H", "B")], [("go",)], reasoning=True)[0]
+    assert asked.reasoning
+    after = asked.with_thought((7, 8))
+    assert after.body_ids == (*asked.body_ids, 7, 8) and not after.reasoning
+    assert (after.head_ids, after.action_ids) == (asked.head_ids, asked.action_ids)
+
+
+def test_too_long_prompts_are_errors(tokeniser):
+    one(tokeniser, "", "x" * 508, ("ab",))  # 508 + " ab" + terminator = 512 fits
+    with pytest.raises(PromptTooLongError, match="max_prompt_tokens"):
+        one(tokeniser, "", "x" * 509, ("ab",))
+    with pytest.raises(AssertionError, match="empty prompt"):
+        one(tokeniser, "", "", ("ab",))
+
+
+def test_equal_ids_are_one_object(tokeniser):
+    """A buffer holds thousands of prompts: an integer of its own per token would be 28 bytes."""
+
+    class Big(type(tokeniser.tokenizer)):
+        def __call__(self, text, add_special_tokens=False):
+            if isinstance(text, list):
+                return {"input_ids": [self(t)["input_ids"] for t in text]}
+            return {"input_ids": [100_000 + b for b in text.encode()]}
+
+    tokeniser = Tokeniser(Big(), 512)
+    a, b = tokeniser.requests([("", "xy"), ("", "yx")], [("a",), ("a",)])
+    assert a.body_ids == (100_120, 100_121)
+    assert a.body_ids[0] is b.body_ids[1]
 
 
 def test_terminator_of_the_real_model_is_its_end_of_turn(smollm):
     _, tokenizer, _ = smollm
-    assert TextTokeniser(tokenizer, 2048).terminator_id == tokenizer.convert_tokens_to_ids(
-        "<|im_end|>"
-    )
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert Tokeniser(tokenizer, 2048).terminator_id == end

@@ -5,16 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from priorzero.llm.scoring.forward import (
-    action_totals,
-    plan_batches,
-    prepare,
-    split_actions,
-    tree_logprobs,
-)
-from priorzero.llm.scoring.prefix_cache import PrefixCache
-from priorzero.llm.scoring.requests import TokenisedRequest
+from priorzero.llm.scoring.forward import choose_way, tree_logprobs
+from priorzero.llm.scoring.head_cache import HeadCache
+from priorzero.llm.scoring.items import plan_batches, prepare
+from priorzero.llm.scoring.logits import action_totals, split_actions
 from priorzero.llm.scoring.trie import build_trie
+from priorzero.types import TokenisedRequest
+
+WAYS = ["packed", "padded", "two_pass", "plain"]
 
 
 def test_trie_shares_prefixes_and_drops_last_tokens():
@@ -48,16 +46,14 @@ def _random_requests(rng: torch.Generator, head: tuple[int, ...]) -> list[Tokeni
     ]
 
 
-@pytest.mark.parametrize("way", ["packed", "padded", "two_passes"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("head_len", [0, 7])
 def test_tree_equals_full_forward(head_len, way, tiny, reference):
     rng = torch.Generator().manual_seed(1)
     head = tuple(torch.randint(3, 97, (head_len,), generator=rng).tolist())
     model, requests = tiny(), _random_requests(rng, head)
-    items, cache = prepare(requests), PrefixCache()
     with torch.no_grad():
-        kv = cache.head(model, head, None) if head else None
-        flats = tree_logprobs(model, items, head_kv=kv, logit_rows=7, way=way)
+        flats = tree_logprobs(model, prepare(requests), heads=HeadCache(), logit_rows=7, way=way)
     for flat, request in zip(flats, requests, strict=True):
         expected = reference(model, request)
         for got, want in zip(split_actions(flat, request), expected, strict=True):
@@ -77,18 +73,18 @@ def test_empty_body_is_scored_after_the_head(tiny, reference):
     assert flat.tolist() == pytest.approx(sum(reference(model, request), []), abs=2e-5)
 
 
-def test_two_passes_without_inner_nodes(tiny, reference):
+def test_two_pass_without_inner_nodes(tiny, reference):
     """Only actions of one token: the second pass has nothing to compute."""
     request = TokenisedRequest((4, 5, 6), (7, 8), ((1,), (9,)))
     model = tiny()
     with torch.no_grad():
-        flat = tree_logprobs(model, prepare([request]), way="two_passes")[0]
+        flat = tree_logprobs(model, prepare([request]), way="two_pass")[0]
     assert flat.tolist() == pytest.approx(sum(reference(model, request), []), abs=2e-5)
 
 
-@pytest.mark.parametrize("way", ["packed", "padded", "two_passes"])
+@pytest.mark.parametrize("way", WAYS)
 def test_gradient_equals_plain_forward(way, tiny):
-    """Same loss through one full forward per action: all gradients agree, the head's part included."""
+    """Same loss through one full forward per action: all gradients agree, the head's included."""
     rng = torch.Generator().manual_seed(2)
     head = tuple(torch.randint(3, 97, (6,), generator=rng).tolist())
     model, requests = tiny(seed=3), _random_requests(rng, head)[::3]
@@ -116,13 +112,12 @@ def test_gradient_equals_plain_forward(way, tiny):
 
 
 def test_head_cache_notices_new_weights(tiny, reference):
-    model, cache = tiny(), PrefixCache()
+    model, cache = tiny(), HeadCache()
     request = TokenisedRequest((4, 5, 6), (7, 8), ((9, 1),))
 
     def scored() -> list[float]:
         with torch.no_grad():
-            kv = cache.head(model, request.head_ids, None)
-            return tree_logprobs(model, prepare([request]), head_kv=kv)[0].tolist()
+            return tree_logprobs(model, prepare([request]), heads=cache)[0].tolist()
 
     scored()
     scored()
@@ -146,23 +141,14 @@ def test_plan_respects_limit_and_heads():
         assert len(batch) == 1 or len(batch) * (1 + max(sizes[i] for i in batch)) <= 60
 
 
-@pytest.mark.parametrize("types", [["sliding_attention"], None])
-def test_sliding_window_shorter_than_the_row_is_refused(types):
-    from transformers import MistralConfig, MistralForCausalLM
+def test_a_cpu_packs_plain_models(tiny):
+    items = prepare([TokenisedRequest((4, 5), (6, 7), ((8, 1),))])
+    assert choose_way(tiny(), items) == "packed"
 
-    from priorzero.types import PriorZeroError
 
-    torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=97,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        sliding_window=8,
-    )
-    config.layer_types = types
-    model = MistralForCausalLM(config).eval()
-    with pytest.raises(PriorZeroError, match="sliding window"):
-        tree_logprobs(model, prepare([TokenisedRequest((), (3,) * 9, ((4, 1),))]))
+def test_a_request_that_waits_for_its_thought_is_not_scored(tiny):
+    """A trainer or a canary would score the actions behind another text than the engine did."""
+    waiting = TokenisedRequest((), (5, 6), ((7, 1),), reasoning=True)
+    with pytest.raises(AssertionError, match="chain of thought"):
+        prepare([waiting])
+    prepare([waiting.with_thought((8,))])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 import math
 
 import pytest
@@ -11,251 +12,229 @@ import torch
 
 from priorzero.llm.engines.base import LLMEngineError
 from priorzero.llm.engines.transformers_engine import TransformersEngine
-from priorzero.llm.model import export_weights
-from priorzero.llm.scoring.requests import ScoreRequest
-from priorzero.llm.update.trainers.builtin import (
-    LLMTrainer,
-    LLMTrainerSettings,
-    LoraSettings,
-    RFTSample,
-    SFTSample,
-)
-from priorzero.llm.weights.canary import push_and_verify
+from priorzero.llm.update.trainers import builtin
+from priorzero.llm.weights.publish import publish
+from priorzero.settings.llm import LoraSettings
 from priorzero.types import PriorZeroError
+from tests.llm.decisions import REQUESTS, SAMPLES, policy, sample, trainer_of
 
-FAST = LLMTrainerSettings(learning_rate=3e-3, compute_dtype="float32")
-ACTIONS = (
-    "up",
-    "us",
-    "in",
-    "open",
-)  # one token per letter: longer ones would start hopelessly behind
-REQUESTS = [
-    ScoreRequest("You play. ", f"Room {i}.\nAction:", ACTIONS[: 2 + i % 3], " ") for i in range(6)
-]
-SAMPLES = [SFTSample(r, (0.7, 0.3) + (0.0,) * (len(r.actions) - 2)) for r in REQUESTS]
+ADAPTERS = LoraSettings(enable=True, rank=4, alpha=16)
 
 
 @pytest.fixture
-def trainer(byte_model, byte_text):
-    return LLMTrainer(byte_model, byte_text.tokenizer, FAST)
+def trainer(byte_model):
+    return trainer_of(byte_model)
+
+
+def trained_parameters(trainer) -> dict[str, torch.Tensor]:
+    return trainer.state_dict()["model"]
 
 
 @pytest.mark.parametrize("objective", ["actions", "tokens"])
-def test_sft_loss_falls(byte_model, byte_text, objective):
-    trainer = LLMTrainer(
-        byte_model, byte_text.tokenizer, dataclasses.replace(FAST, objective=objective)
-    )
-    history = [trainer.sft_update(SAMPLES) for _ in range(30)]
-    assert history[-1]["kl"] < 0.2 * history[0]["kl"]
-    assert 0 <= history[-1]["loss"] < history[0]["loss"]
+def test_sft_loss_falls(byte_model, objective):
+    trainer = trainer_of(byte_model, objective=objective)
+    history = [trainer.update({"sft": SAMPLES}) for _ in range(30)]
+    assert history[-1]["sft_kl"] < 0.2 * history[0]["sft_kl"]
+    assert 0 <= history[-1]["sft_loss"] < history[0]["sft_loss"]
     for row in history[::29]:
-        assert row["loss"] == pytest.approx(row["cross_entropy"] - row["target_entropy"], abs=1e-5)
+        removable = row["sft_cross_entropy"] - row["sft_target_entropy"]
+        assert row["sft_loss"] == pytest.approx(removable, abs=1e-5)
         if objective == "actions":
-            assert row["loss"] == pytest.approx(row["kl"], abs=1e-6)
-    assert history[0]["target_entropy"] == pytest.approx(
-        -(0.7 * math.log(0.7) + 0.3 * math.log(0.3)), rel=1e-5
-    )
-    assert history[-1]["accuracy"] == 1.0 and trainer.version == 30
-    policy = torch.tensor(trainer.score(REQUESTS[2:3])[0].totals()).softmax(-1)
-    assert policy[:2].tolist() == pytest.approx([0.7, 0.3], abs=0.15)
+            assert row["sft_loss"] == pytest.approx(row["sft_kl"], abs=1e-6)
+    spread = -(0.7 * math.log(0.7) + 0.3 * math.log(0.3))
+    assert history[0]["sft_target_entropy"] == pytest.approx(spread, rel=1e-5)
+    assert history[-1]["sft_accuracy"] == 1.0 and trainer.version == 30
+    assert policy(trainer, REQUESTS[2]).exp()[:2].tolist() == pytest.approx([0.7, 0.3], abs=0.15)
 
 
-def test_micro_batches_give_the_gradient_of_the_whole_batch(tiny, byte_text):
-    """One optimiser step, cut into micro-batches of one state or not cut at all, ends in the same
-    weights.
-    """
+def test_micro_batches_give_the_gradient_of_the_whole_batch(tiny):
+    """One optimiser step, cut into micro-batches of one state or not cut at all, is the same."""
     ends = []
     for limit in (1, 100_000):
-        settings = dataclasses.replace(FAST, max_batch_tokens=limit)
-        trainer = LLMTrainer(tiny(vocab=262), byte_text.tokenizer, settings)
-        metrics = trainer.sft_update(SAMPLES)
-        ends.append((metrics["loss"], metrics["grad_norm"]))
+        metrics = trainer_of(tiny(vocab=262), max_batch_tokens=limit).update({"sft": SAMPLES})
+        ends.append((metrics["sft_loss"], metrics["sft_grad_norm"]))
     assert ends[0] == pytest.approx(ends[1], rel=1e-4)
 
 
-def test_states_without_actions_teach_nothing(trainer):
-    empty = SFTSample(ScoreRequest("", "The end.", ()), ())
-    before = export_weights(trainer.model)["model.norm.weight"].clone()
-    metrics = trainer.sft_update([empty])
-    assert metrics["skipped"] == 1 and metrics["samples"] == 0 and trainer.version == 0
-    assert torch.equal(before, export_weights(trainer.model)["model.norm.weight"])
-    assert trainer.sft_update([empty, SAMPLES[0]])["samples"] == 1
+def test_an_update_without_decisions_changes_nothing(trainer):
+    before = {k: v.clone() for k, v in trainer.weights().tensors().items()}
+    assert trainer.update({"sft": []}) == {} and trainer.version == 0
+    after = trainer.weights().tensors()
+    assert all(torch.equal(after[k], v) for k, v in before.items())
 
 
-def test_bad_samples_and_settings_are_refused(trainer):
-    with pytest.raises(PriorZeroError, match="entries"):
-        trainer.sft_update([SFTSample(REQUESTS[0], (1.0,))])
-    with pytest.raises(PriorZeroError, match="distribution"):
-        trainer.sft_update([SFTSample(REQUESTS[0], (1.0, 1.0))])
-    with pytest.raises(PriorZeroError, match="action 9"):
-        trainer.rft_update([RFTSample(REQUESTS[0], 9, 1.0, -1.0)])
-    with pytest.raises(PriorZeroError, match="not finite"):
-        trainer.rft_update([RFTSample(REQUESTS[0], 0, math.nan, -1.0)])
-    with pytest.raises(PriorZeroError, match="objective"):
-        LLMTrainerSettings(objective="dpo")
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(target_policy=(1.0,)),
+        dict(target_policy=(1.0, 1.0)),
+        dict(action_index=9),
+        dict(thought_tokens=99),
+        dict(request=dataclasses.replace(REQUESTS[0], reasoning=True)),
+    ],
+)
+def test_impossible_samples_are_our_faults(fields):
+    with pytest.raises(AssertionError):
+        sample(REQUESTS[0], **fields)
 
 
 def test_rft_moves_towards_good_and_away_from_bad_actions(trainer):
-    def log_policy() -> list[torch.Tensor]:
-        return [torch.tensor(s.totals()).log_softmax(-1) for s in trainer.score(REQUESTS[:2])]
+    good = sample(REQUESTS[0], value_target=1.0)
+    bad = sample(REQUESTS[1], action_index=1, value_target=-1.0)
+    before = [policy(trainer, r) for r in REQUESTS[:2]]
 
-    before = log_policy()
-    good = RFTSample(REQUESTS[0], 0, 1.0, float(before[0][0]))
-    bad = RFTSample(REQUESTS[1], 1, -1.0, float(before[1][1]))
-    samples = [good, bad]
-    metrics = trainer.rft_update(samples)
-    assert metrics["ratio"] == pytest.approx(1.0, abs=1e-4) and metrics["clip_fraction"] == 0.0
-    assert metrics["approx_kl"] == pytest.approx(0.0, abs=1e-6)
-    after = log_policy()
+    metrics = trainer.update({"rft": [good, bad]})
+
+    # One step: the policy is the old one.
+    assert metrics["rft_ratio"] == pytest.approx(1.0, abs=1e-4)
+    assert metrics["rft_clip_fraction"] == 0.0 and metrics["rft_advantage_raw"] == 0.0
+    assert metrics["rft_approx_kl"] == pytest.approx(0.0, abs=1e-6)
+    after = [policy(trainer, r) for r in REQUESTS[:2]]
     assert after[0][0] > before[0][0] and after[1][1] < before[1][1]
-    assert trainer.rft_update(samples)["ratio"] != pytest.approx(1.0, abs=1e-3)
 
 
-async def test_shared_engine_answers_with_the_trained_weights(trainer, reference):
-    engine = TransformersEngine(trainer.model, trainer.text, lock=trainer.lock)
+def test_both_objectives_in_one_update(byte_model):
+    """The second one starts from the weights the first one left."""
+    trainer = trainer_of(byte_model)
+    metrics = trainer.update({"sft": SAMPLES, "rft": SAMPLES})
+    assert metrics["sft_samples"] == metrics["rft_samples"] == len(SAMPLES)
+    assert trainer.version == 1
+    assert metrics["rft_ratio"] == pytest.approx(1.0, abs=1e-4)
+
+
+async def test_shared_engine_answers_with_the_trained_weights(trainer, byte_text, reference):
+    engine = TransformersEngine(trainer.weights().module, byte_text, lock=trainer.lock)
     stale = (await engine.score(REQUESTS[:1]))[0]
-    trainer.sft_update(SAMPLES)
-    report = await push_and_verify(engine, trainer, REQUESTS[0])
+    trainer.update({"sft": SAMPLES})
+    report = await publish(engine, trainer, REQUESTS[0])
     assert report["canary_diff"] < 1e-4 and report["bytes"] == 0
     fresh = (await engine.score(REQUESTS[:1]))[0]
-    expected = reference(trainer.model, trainer.text.tokenise(REQUESTS[0]))
+    expected = reference(trainer.weights().module, REQUESTS[0])
     assert list(fresh.token_logprobs[0]) == pytest.approx(expected[0], abs=1e-4)
     assert fresh.totals() != pytest.approx(stale.totals(), abs=1e-3)
 
 
-async def test_canary_catches_stale_weights(trainer, tiny):
+async def test_canary_catches_stale_weights(trainer, tiny, byte_text):
     class Stale(TransformersEngine):
-        async def push_weights(self, model, version):
+        async def push_weights(self, weights, version):
             self.weights_version = version
             return {"seconds": 0.0, "bytes": 0.0}
 
-    engine = Stale(tiny(vocab=262), trainer.text)
-    trainer.sft_update(SAMPLES)
+    engine = Stale(tiny(vocab=262), byte_text)
+    trainer.update({"sft": SAMPLES})
     with pytest.raises(LLMEngineError, match="stale or damaged"):
-        await push_and_verify(engine, trainer, REQUESTS[0])
+        await publish(engine, trainer, REQUESTS[0])
 
 
-async def test_lora_trains_adapters_only_and_exports_merged_weights(tiny, byte_text, reference):
-    base = tiny(vocab=262)
-    settings = dataclasses.replace(FAST, lora=LoraSettings(rank=4), learning_rate=2e-2)
-    trainer = LLMTrainer(base, byte_text.tokenizer, settings)
-    history = [trainer.sft_update(SAMPLES) for _ in range(10)]
-    assert history[-1]["kl"] < 0.5 * history[0]["kl"]
-    assert all("lora_" in name for name in trainer.state_dict()["model"])
-    plain = tiny(vocab=262)  # an engine on a copy of its own, without adapters
-    engine = TransformersEngine(plain, byte_text)
-    report = await push_and_verify(engine, trainer, REQUESTS[0])
+async def test_lora_trains_adapters_only_and_an_engine_follows(tiny, byte_text):
+    trainer = trainer_of(tiny(vocab=262), lora=ADAPTERS, learning_rate=2e-2)
+    history = [trainer.update({"sft": SAMPLES}) for _ in range(10)]
+    assert history[-1]["sft_kl"] < 0.5 * history[0]["sft_kl"]
+    assert all("lora_" in name for name in trained_parameters(trainer))
+    engine = TransformersEngine(tiny(vocab=262), byte_text)
+    report = await publish(engine, trainer, REQUESTS[0])
     assert report["canary_diff"] < 1e-3
-    assert "lm_head.weight" not in export_weights(trainer.model)
-    assert not any("lora" in name or "base_layer" in name for name in export_weights(trainer.model))
 
 
-def test_checkpoint_continues_exactly(tiny, byte_text):
-    torch.manual_seed(0)
-    first = LLMTrainer(tiny(vocab=262), byte_text.tokenizer, FAST)
-    first.sft_update(SAMPLES)
-    saved = copy.deepcopy(
-        first.state_dict()
-    )  # a checkpoint file holds copies; the live tensors go on
-    saved["optimizer"] = torch.load(
-        _dumped(saved["optimizer"]), weights_only=True
-    )  # as a checkpoint file would
-    first.sft_update(SAMPLES)
-    second = LLMTrainer(tiny(seed=9, vocab=262), byte_text.tokenizer, FAST)
+def test_checkpoint_continues_exactly(tiny):
+    first = trainer_of(tiny(vocab=262))
+    first.update({"sft": SAMPLES})
+    saved = through_a_file(first.state_dict())
+    first.update({"sft": SAMPLES})
+
+    second = trainer_of(tiny(seed=9, vocab=262))
     second.load_state_dict(saved)
     assert second.version == 1
-    second.sft_update(SAMPLES)
-    for a, b in zip(first.parameters, second.parameters, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-7)
-    with_lora = LLMTrainer(
-        tiny(vocab=262), byte_text.tokenizer, dataclasses.replace(FAST, lora=LoraSettings())
-    )
-    with pytest.raises(PriorZeroError, match="other weights"):
-        with_lora.load_state_dict(saved)
+    second.update({"sft": SAMPLES})
+    for name, value in trained_parameters(first).items():
+        torch.testing.assert_close(value, trained_parameters(second)[name], rtol=0, atol=1e-7)
 
 
-def _dumped(value):
-    import io
+@pytest.mark.parametrize(
+    ("model", "lora", "message"),
+    [
+        (dict(seed=9), ADAPTERS, r"trained from llama \(.*this run's is llama \("),
+        (dict(num_hidden_layers=3), ADAPTERS, r"trained from .*this run's is"),
+        (dict(), dataclasses.replace(ADAPTERS, rank=8), r"other weights.*llm\.lora"),
+        (dict(), LoraSettings(), r"other weights.*llm\.lora"),
+    ],
+)
+def test_adapters_of_another_model_are_refused_and_nothing_is_lost(tiny, model, lora, message):
+    first = trainer_of(tiny(vocab=262), lora=ADAPTERS)
+    first.update({"sft": SAMPLES})
+    saved = through_a_file(first.state_dict())
 
+    second = trainer_of(tiny(**dict(vocab=262) | model), lora=lora)
+    before = through_a_file(second.state_dict())
+    with pytest.raises(PriorZeroError, match=message):
+        second.load_state_dict(saved)
+    after = second.state_dict()
+    assert all(torch.equal(after["model"][k], v) for k, v in before["model"].items())
+    assert second.version == 0
+
+
+def test_adapters_fit_their_model_in_another_number_format(tiny):
+    published = tiny(vocab=262).to(torch.bfloat16)
+    first = trainer_of(copy.deepcopy(published).float(), lora=ADAPTERS)
+    first.update({"sft": SAMPLES})
+    second = trainer_of(published, lora=ADAPTERS, dtype="bfloat16")
+    second.load_state_dict(through_a_file(first.state_dict()))
+    assert second.version == 1
+
+
+def test_full_weights_of_another_shape_are_refused(tiny):
+    saved = through_a_file(trainer_of(tiny(vocab=262)).state_dict())
+    with pytest.raises(PriorZeroError, match="this run's is"):
+        trainer_of(tiny(vocab=262, intermediate_size=40)).load_state_dict(saved)
+
+
+def through_a_file(state: dict) -> dict:
     buffer = io.BytesIO()
-    torch.save(value, buffer)
+    torch.save(copy.deepcopy(state), buffer)
     buffer.seek(0)
-    return buffer
+    return torch.load(buffer, weights_only=True)
 
 
-def test_frozen_layers_in_bfloat16_train_as_float32_ones_do(tiny, byte_text, monkeypatch):
+def frozen_layers(trainer) -> list[torch.Tensor]:
+    modules = trainer.weights().module.modules()
+    linear = [m.weight for m in modules if isinstance(m, torch.nn.Linear)]
+    return [w for w in linear if not w.requires_grad]
+
+
+def test_frozen_layers_in_bfloat16_train_as_float32_ones_do(tiny, monkeypatch):
     """Adapters on layers kept in bfloat16 see the very numbers autocast gives float32 layers."""
-    import priorzero.llm.update.trainers.builtin as module
+    fields = dict(dtype="bfloat16", lora=ADAPTERS, learning_rate=2e-2)
+    kept = trainer_of(tiny(vocab=262), **fields)
+    monkeypatch.setattr(builtin, "store_layers_in", lambda model, dtype: None)
+    whole = trainer_of(tiny(vocab=262), **fields)
+    assert {w.dtype for w in frozen_layers(kept)} == {torch.bfloat16}
+    assert {p.dtype for p in trained_parameters(kept).values()} == {torch.float32}
 
-    settings = dataclasses.replace(
-        FAST, compute_dtype="bfloat16", lora=LoraSettings(rank=4), learning_rate=2e-2
-    )
-    kept = LLMTrainer(tiny(vocab=262), byte_text.tokenizer, settings)
-    monkeypatch.setattr(module, "store_layers_in", lambda model, dtype: None)
-    whole = LLMTrainer(tiny(vocab=262), byte_text.tokenizer, settings)
-    frozen = [
-        m.weight
-        for m in kept.model.modules()
-        if isinstance(m, torch.nn.Linear) and not m.weight.requires_grad
-    ]
-    assert frozen and {w.dtype for w in frozen} == {torch.bfloat16}
-    assert {p.dtype for p in kept.parameters} == {torch.float32}
     with torch.no_grad():
-        for a, b in zip(kept.parameters, whole.parameters, strict=True):
-            b.copy_(a)
+        for name, value in trained_parameters(kept).items():
+            trained_parameters(whole)[name].copy_(value)
     for _ in range(3):
-        a, b = kept.sft_update(SAMPLES), whole.sft_update(SAMPLES)
-        assert a["loss"] == b["loss"] and a["grad_norm"] == b["grad_norm"]
-    before = [w.clone() for w in frozen]
+        a, b = kept.update({"sft": SAMPLES}), whole.update({"sft": SAMPLES})
+        assert a["sft_loss"] == b["sft_loss"] and a["sft_grad_norm"] == b["sft_grad_norm"]
+
+    before = [w.clone() for w in frozen_layers(kept)]
     exact = kept.score(REQUESTS[:1], torch.float32)[0].totals()
     assert exact != kept.score(REQUESTS[:1])[0].totals()
-    assert all(
-        w.dtype == torch.bfloat16 and torch.equal(w, old)
-        for w, old in zip(
-            [
-                m.weight
-                for m in kept.model.modules()
-                if isinstance(m, torch.nn.Linear) and not m.weight.requires_grad
-            ],
-            before,
-            strict=True,
-        )
-    )
+    for now, old in zip(frozen_layers(kept), before, strict=True):
+        assert now.dtype == torch.bfloat16 and torch.equal(now, old)
 
 
-def test_adapters_on_the_last_layers_leave_the_others_alone(tiny, byte_text):
-    settings = dataclasses.replace(
-        FAST, lora=LoraSettings(rank=4, last_layers=1), learning_rate=2e-2
-    )
-    trainer = LLMTrainer(tiny(vocab=262), byte_text.tokenizer, settings)
-    wrong = dataclasses.replace(FAST, lora=LoraSettings(target_modules=("nosuch",)))
+def test_adapters_on_the_last_layers_leave_the_others_alone(tiny):
+    lora = dataclasses.replace(ADAPTERS, last_layers=1)
+    trainer = trainer_of(tiny(vocab=262), lora=lora, learning_rate=2e-2)
+    names = list(trained_parameters(trainer))
+    assert names and all(".layers.1." in name for name in names)
+    assert len({n.split(".lora_")[0] for n in names}) == 7
+    history = [trainer.update({"sft": SAMPLES}) for _ in range(10)]
+    assert history[-1]["sft_kl"] < 0.7 * history[0]["sft_kl"]
+
+
+def test_adapters_on_modules_that_do_not_exist_are_refused(tiny):
+    wrong = dataclasses.replace(ADAPTERS, target_modules="nosuch")
     with pytest.raises(PriorZeroError, match="nosuch"):
-        LLMTrainer(tiny(vocab=262), byte_text.tokenizer, wrong)
-    names = list(trainer.state_dict()["model"])
-    assert (
-        names
-        and all(".layers.1." in name for name in names)
-        and len({n.split(".lora_")[0] for n in names}) == 7
-    )
-    history = [trainer.sft_update(SAMPLES) for _ in range(10)]
-    assert history[-1]["kl"] < 0.7 * history[0]["kl"]
-
-
-async def test_engine_with_a_head_of_its_own_follows_the_embedding(tiny, byte_text):
-    """`store_layers_in` unties the output head, and pushed weights hold none where it is tied."""
-    from priorzero.llm.model import store_layers_in
-
-    trainer = LLMTrainer(
-        tiny(vocab=262), byte_text.tokenizer, dataclasses.replace(FAST, compute_dtype="bfloat16")
-    )
-    copy_ = tiny(vocab=262)
-    store_layers_in(copy_, torch.bfloat16)
-    assert copy_.lm_head.weight is not copy_.model.embed_tokens.weight
-    engine = TransformersEngine(copy_, trainer.text, compute_dtype=torch.bfloat16)
-    for _ in range(5):
-        trainer.sft_update(SAMPLES)
-    await engine.push_weights(trainer.model, trainer.version)
-    assert torch.equal(copy_.lm_head.weight, trainer.model.lm_head.weight.to(torch.bfloat16))
-    same = (await engine.score(REQUESTS[:1]))[0].totals()
-    assert same == pytest.approx(trainer.score(REQUESTS[:1])[0].totals(), abs=1e-6)
+        trainer_of(tiny(vocab=262), lora=wrong)

@@ -1,0 +1,92 @@
+"""From hidden states to log-probabilities of the asked tokens, through the model's own head code.
+
+What a model does behind its decoder is its own affair: Granite divides its logits, Cohere
+multiplies them, Gemma caps them. So the model's own forward runs, with a decoder that hands over
+the hidden states it is given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+
+from priorzero.llm.scoring.items import TreeItem
+from priorzero.types import TokenisedRequest
+
+
+def logits_of(causal_lm: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits `[R, N]`, float32, of hidden states `[R, D]` as they come out of the decoder.
+
+    Gradients flow. Not safe from two threads at once on one model: hold its lock.
+    """
+    with _decoder_gives(causal_lm.get_decoder(), hidden[None]):
+        return causal_lm(inputs_embeds=hidden[None], use_cache=False).logits[0].float()
+
+
+@contextlib.contextmanager
+def _decoder_gives(decoder: torch.nn.Module, hidden: torch.Tensor):
+    """Let the decoder answer with `hidden` [1, R, D] for a while, whatever it is asked."""
+    from transformers.modeling_outputs import MoeModelOutputWithPast
+
+    own = decoder.__dict__.get("forward")  # usually the class's, so nothing
+    decoder.forward = lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=hidden)
+    try:
+        yield
+    finally:
+        if own is None:
+            del decoder.forward
+        else:
+            decoder.forward = own
+
+
+def token_logprobs(
+    causal_lm: torch.nn.Module, hidden: torch.Tensor, items: Sequence[TreeItem], logit_rows: int
+) -> list[torch.Tensor]:
+    """Read the asked tokens' log-probabilities off the rows' hidden states `[R, D]`.
+
+    Args:
+        logit_rows: Rows of logits `[R, N]` held at a time (autograd keeps them all).
+
+    Returns:
+        Per item one flat tensor: the tokens of its actions one after another.
+    """
+    lookups: list[tuple[int, int]] = []  # (row of `hidden`, token)
+    counts: list[int] = []
+    first = 0
+    for item in items:
+        wanted = [(first + row, token) for lookup in item.trie.lookups for row, token in lookup]
+        first += item.trie.num_rows
+        lookups.extend(wanted)
+        counts.append(len(wanted))
+    assert first == len(hidden), f"{len(hidden)} hidden states for {first} rows"
+
+    row, token = torch.tensor(lookups, dtype=torch.long, device=hidden.device).reshape(-1, 2).T
+    flat = torch.empty(len(lookups), dtype=torch.float32, device=hidden.device)
+    step = max(1, logit_rows)
+    for start in range(0, len(hidden), step):
+        inside = ((row >= start) & (row < start + step)).nonzero()[:, 0]
+        logits = logits_of(causal_lm, hidden[start : start + step])
+        local = row[inside] - start
+        picked = logits[local, token[inside]] - logits.logsumexp(-1)[local]
+        flat = flat.index_copy(0, inside, picked)
+    return list(flat.split(counts))
+
+
+def split_actions(flat: torch.Tensor, request: TokenisedRequest) -> list[torch.Tensor]:
+    """The flat token log-probabilities of one state, cut into one tensor per action."""
+    return list(flat.split([len(a) for a in request.action_ids]))
+
+
+def action_totals(
+    flat: torch.Tensor, request: TokenisedRequest, reduction: str = "sum"
+) -> torch.Tensor:
+    """One number per action `[A]`: sum (or mean) over its tokens; as `ActionScores.totals`."""
+    assert reduction in ("sum", "mean"), reduction
+
+    lengths = torch.tensor([len(a) for a in request.action_ids], device=flat.device)
+    owner = torch.repeat_interleave(torch.arange(len(lengths), device=flat.device), lengths)
+    totals = torch.zeros(len(lengths), dtype=flat.dtype, device=flat.device)
+    totals = totals.index_add(0, owner, flat)
+    return totals if reduction == "sum" else totals / lengths

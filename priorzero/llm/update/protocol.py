@@ -1,0 +1,91 @@
+"""The one seam between a run and whoever trains its LLM.
+
+A trainer is one file in `trainers/` with `make(model, tokenizer, settings, reduction) ->
+LLMTrainer`, chosen by its file name (`llm.trainer`). The loop, the engines and the checkpoints
+know nothing more of it than what stands here. A trainer knows nothing of engines.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+    from priorzero.llm.scoring.trunk import TrunkCache
+    from priorzero.llm.update.samples import LLMSample
+    from priorzero.llm.weights.export import Weights
+    from priorzero.types import ActionScores, TokenisedRequest
+
+
+class LLMTrainer(Protocol):
+    """Trains the LLM. Methods are synchronous and heavy: call them with `asyncio.to_thread`.
+
+    Attributes:
+        version: Which weights these are; one more with every `update` that changed them.
+        device: Where `score` computes; engines elsewhere round differently.
+        lock: Held while weights move. An engine that shares the model or the trunk takes it too.
+        trunk: Outputs of layers that no update changes, for engines to share; None where there
+            are none.
+    """
+
+    version: int
+    device: torch.device
+    lock: threading.RLock
+    trunk: TrunkCache | None
+
+    def update(self, samples: Mapping[str, Sequence[LLMSample]]) -> dict[str, float]:
+        """Train one phase.
+
+        Args:
+            samples: By objective ("sft", "rft"), in the order in which they are to be trained.
+
+        Returns:
+            Metrics, each with its objective's name as prefix ("sft_loss").
+
+        Raises:
+            PriorZeroError: A loss or gradient is not finite.
+        """
+        ...
+
+    def weights(self) -> Weights:
+        """The trained weights, for engines and exports."""
+        ...
+
+    def score(
+        self,
+        requests: Sequence[TokenisedRequest],
+        dtype: torch.dtype | None = None,
+        *,
+        all_layers: bool = False,
+    ) -> list[ActionScores]:
+        """Token log-probabilities under the trained weights, by the trainer's own forward.
+
+        Args:
+            requests: Their chains of thought, where they have one, already stand in the prompts.
+            dtype: Compute in another dtype than training does.
+            all_layers: Take nothing from a cache.
+        """
+        ...
+
+    def state_dict(self) -> dict:
+        """Everything needed to go on, as tensors and plain values."""
+        ...
+
+    def load_state_dict(self, state: dict) -> None:
+        """Undo `state_dict`.
+
+        Raises:
+            PriorZeroError: The state belongs to another model; nothing was changed.
+        """
+        ...
+
+    def stats(self) -> dict[str, float]:
+        """Counters since the start, for logging."""
+        ...
+
+    def close(self) -> None:
+        """Release everything; the trainer cannot be used afterwards."""
+        ...

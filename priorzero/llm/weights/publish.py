@@ -1,0 +1,57 @@
+"""Hands trained weights to an engine and makes sure that it answers with them."""
+
+from __future__ import annotations
+
+import logging
+
+from priorzero.llm.engines.base import LLMEngine, LLMEngineError
+from priorzero.llm.update.protocol import LLMTrainer
+from priorzero.llm.weights.canary import canary_difference
+from priorzero.types import TokenisedRequest
+
+logger = logging.getLogger(__name__)
+
+
+async def publish(
+    engine: LLMEngine,
+    trainer: LLMTrainer,
+    canary: TokenisedRequest | None,
+    *,
+    tolerance: float | None = None,
+) -> dict[str, float]:
+    """Push the trainer's weights and score one state on both sides.
+
+    Args:
+        engine: Takes the weights.
+        trainer: Gives them.
+        canary: State to compare on; its thought, where it has one, stands in the prompt. None:
+            nothing is compared.
+        tolerance: See `canary_difference`.
+
+    Returns:
+        seconds, bytes, version, canary_diff (nats, where there was a canary), and what else the
+        engine reports.
+
+    Raises:
+        LLMEngineError: The engine does not take the weights, or answers with others.
+    """
+    report = dict(await engine.push_weights(trainer.weights(), trainer.version))
+
+    if canary is not None:
+        report["canary_diff"], good = await canary_difference(engine, trainer, canary, tolerance)
+        if not good:
+            raise LLMEngineError(
+                f"after weights {trainer.version} were pushed, the {engine.name} engine "
+                f"({engine.dtype}) differs from the trainer by {report['canary_diff']:.4f} in a "
+                "summed log-probability; its weights are stale or damaged"
+            )
+
+    logger.info(
+        "LLM weights %d on %s: %.1f MB in %.2f s, canary differs by %.2g",
+        trainer.version,
+        engine.name,
+        report.get("bytes", 0.0) / 1e6,
+        report.get("seconds", 0.0),
+        report.get("canary_diff", float("nan")),
+    )
+    return report | {"version": float(trainer.version)}

@@ -1,0 +1,117 @@
+"""One training phase: what is drawn, trained and published, and in which order."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from priorzero.llm.engines.base import LLMEngineError
+from priorzero.llm.update.phase import LLMPhase
+from priorzero.types import ActionScores, PriorZeroError
+from tests.llm.decisions import REQUESTS, SAMPLES, settings
+
+
+class FakeTrainer:
+    """Learns nothing; tells what it was given."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, log: list, fault: Exception | None = None) -> None:
+        self.version, self._log, self._fault = 0, log, fault
+
+    def update(self, samples):
+        self._log.append(("update", {name: len(drawn) for name, drawn in samples.items()}))
+        if self._fault:
+            raise self._fault
+        self.version += 1
+        return {"sft_loss": 0.5}
+
+    def weights(self):
+        return "weights"
+
+    def score(self, requests, dtype=None, *, all_layers=False):
+        return [ActionScores(((-1.0,),), self.version) for _ in requests]
+
+
+class FakeEngine:
+    """Answers `value` for every action."""
+
+    name, dtype = "fake", torch.float32
+
+    def __init__(self, log: list, value: float = -1.0) -> None:
+        self._log, self._value, self._version = log, value, 0
+
+    async def sleep(self):
+        self._log.append("sleep")
+
+    async def wake(self):
+        self._log.append("wake")
+
+    async def push_weights(self, weights, version):
+        self._log.append(("push", weights, version))
+        self._version = version
+        return {"seconds": 0.0, "bytes": 8.0}
+
+    async def score(self, requests):
+        self._log.append(("canary", requests))
+        return [ActionScores(((self._value,),), self._version)]
+
+
+def phase_of(log: list, *, value: float = -1.0, fault: Exception | None = None) -> LLMPhase:
+    return LLMPhase(settings(), FakeTrainer(log, fault), FakeEngine(log, value))
+
+
+async def test_a_phase_draws_trains_and_publishes():
+    log: list = []
+
+    def draw(count, recent):
+        log.append(("draw", count, recent))
+        return SAMPLES[:2] if recent == 2000 else SAMPLES[3:4]
+
+    metrics = await phase_of(log).run(draw)
+
+    assert log == [
+        ("draw", 64, 2000),  # SFT first: the buffer's random numbers are used up in this order
+        ("draw", 64, 500),
+        "sleep",
+        ("update", {"sft": 2, "rft": 1}),
+        "wake",
+        ("push", "weights", 1),
+        ("canary", [REQUESTS[3]]),
+    ]
+    assert metrics == dict(
+        sft_loss=0.5, push_seconds=0.0, push_bytes=8.0, push_canary_diff=0.0, push_version=1.0
+    )
+
+
+async def test_objectives_without_decisions_are_left_out():
+    log: list = []
+    await phase_of(log).run(lambda count, recent: SAMPLES[:1] if recent == 500 else [])
+    assert ("update", {"rft": 1}) in log
+
+
+async def test_nothing_drawn_is_no_phase():
+    log: list = []
+    assert await phase_of(log).run(lambda count, recent: []) == {} and log == []
+
+
+async def test_the_engine_wakes_when_training_fails():
+    log: list = []
+    phase = phase_of(log, fault=PriorZeroError("the LLM's loss became nan"))
+    with pytest.raises(PriorZeroError, match="nan"):
+        await phase.run(lambda count, recent: SAMPLES[:1])
+    assert log[-1] == "wake"
+
+
+async def test_an_engine_with_other_weights_ends_the_run_with_advice():
+    phase = phase_of([], value=-3.0)
+    with pytest.raises(PriorZeroError, match=r"stale or damaged.*--resume") as caught:
+        await phase.run(lambda count, recent: SAMPLES[:1])
+    assert isinstance(caught.value.__cause__, LLMEngineError)
+
+
+async def test_weights_are_published_before_anything_was_drawn():
+    """After a resume there is no state to compare on yet."""
+    log: list = []
+    assert "push_canary_diff" not in await phase_of(log).publish()
+    assert log == [("push", "weights", 0)]
