@@ -1,242 +1,75 @@
-"""From an ``env_id`` to a game: where its story file is, and the settings that go with it.
+"""From an ``env_id`` to a game.
 
-``env_id`` is one of
-- a story file's name (``zork1.z5``, or ``zork1``), looked up in ``games_dir``, $PRIORZERO_GAMES,
-  ./games, then as a path itself;
-- ``tw-simple``, ``tw-cooking``, ``tw-coin``, each with options (see ``generate``), built once and
-  cached;
-- ``auto``: zork1.z5 if found, else tw-simple.
+``env_id`` is what a kind of game in `priorzero.games.kinds` makes of it: a story file's name or
+path (``zork1.z5``, ``zork1``), a generated game (``tw-simple``, ``tw-coin:level=5,seed=3``); or
+``auto``: zork1.z5 if it is found, else tw-simple.
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
-import json
 import logging
 import os
-import re
-import warnings
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from pathlib import Path
 
-from priorzero.games import generate
-from priorzero.games.story_files import STORIES, default_settings
+from priorzero.games import kinds
+from priorzero.games.records import GameSpec
+from priorzero.games.story_files import find_story, search_folders
 from priorzero.types import PriorZeroError
 
 logger = logging.getLogger(__name__)
 
-STORY_SUFFIXES = (".z3", ".z4", ".z5", ".z6", ".z8")
 AUTO_STORY = "zork1.z5"
 AUTO_GENERATED = "tw-simple"
-# Version of what we keep for a state; raise it when backends.describe() changes what it returns.
-_DETAILS_VERSION = 1
-
-
-@dataclass(frozen=True)
-class GameSpec:
-    """One game and its settings.
-
-    ``kind``: "jericho" or "textworld". ``goal``: one line for the LLM's system prompt.
-    ``max_score``: the game's own maximum. ``score_range``: least and greatest score an episode
-    usually ends with. ``max_steps``: actions before truncation. ``story_key``: identifies the story
-    file and the interpreter in the cache of states. ``walkthrough``: commands that reach the best
-    known score, for Jericho only with ``walkthrough_seed``; may be empty. ``options``: of a
-    generated game, its seed included.
-    """
-
-    env_id: str
-    kind: str
-    path: str
-    title: str
-    goal: str
-    max_score: float
-    max_steps: int
-    score_range: tuple[float, float]
-    story_key: str
-    walkthrough: tuple[str, ...] = ()
-    walkthrough_seed: int = 0
-    options: tuple[tuple[str, object], ...] = ()
 
 
 def resolve_game(env_id: str, games_dir: str | os.PathLike | None = None) -> GameSpec:
-    """The game that ``env_id`` names. Raises one PriorZeroError that lists what is available and
-    how to get more.
+    """The game that ``env_id`` names.
+
+    Args:
+        env_id: see the module's text.
+        games_dir: a folder that is searched first.
+    Raises:
+        PriorZeroError: no kind knows it, or it cannot be played. The message lists what is
+            available and how to get more.
     """
+    folders = search_folders(games_dir)
     if env_id == "auto":
-        return _resolve_auto(games_dir)
-    if env_id.partition(":")[0] in generate.GAMES:
-        name, options = generate.parse_id(env_id)
-        spec = _textworld_spec(env_id, generate.generate(env_id))
-        return replace(spec, title=name, options=tuple(options.items()))
-    path = find_story(env_id, games_dir)
-    if path is None:
-        raise PriorZeroError(_unknown_game(env_id, games_dir))
-    if path.with_suffix(".json").is_file():
-        return _textworld_spec(env_id, path)
-    return _jericho_spec(env_id, path)
+        env_id = _choose(games_dir)
 
-
-def search_folders(games_dir: str | os.PathLike | None = None) -> list[Path]:
-    """Where story files are looked for, in this order: games_dir, $PRIORZERO_GAMES (may name
-    several), ./games.
-    """
-    named = [games_dir] if games_dir else []
-    named += [part for part in os.environ.get("PRIORZERO_GAMES", "").split(os.pathsep) if part]
-    return [Path(folder).expanduser() for folder in (*named, "games")]
-
-
-def find_story(env_id: str, games_dir: str | os.PathLike | None = None) -> Path | None:
-    """The story file ``env_id`` names, or None. A name without suffix finds the file with any story
-    suffix.
-    """
-    candidates = [folder / env_id for folder in search_folders(games_dir)] + [
-        Path(env_id).expanduser()
-    ]
-    for candidate in candidates:
-        if candidate.is_file() and candidate.suffix in STORY_SUFFIXES:
-            return candidate.resolve()
-        for suffix in STORY_SUFFIXES:
-            named = candidate.with_name(candidate.name + suffix) if candidate.name else candidate
-            if named.is_file():
-                return named.resolve()
-    return None
+    for kind in kinds.names():
+        spec = kinds.load(kind).find(env_id, folders)
+        if spec is not None:
+            return spec
+    raise PriorZeroError(_unknown_game(env_id, games_dir))
 
 
 def list_games(games_dir: str | os.PathLike | None = None) -> list[str]:
     """One line per available game, for the launcher's ``check`` and for error messages."""
-    lines = []
-    for folder in search_folders(games_dir):
-        if folder.is_dir():
-            for path in sorted(folder.iterdir()):
-                if path.suffix in STORY_SUFFIXES:
-                    lines.append(f"{path.name} ({_support(path)}, in {folder})")
-    for name in generate.GAMES:
-        lines.append(f"{name} (generated by TextWorld; options: {generate.describe_options(name)})")
-    return lines
+    folders = search_folders(games_dir)
+    return [line for kind in kinds.names() for line in kinds.load(kind).available(folders)]
 
 
-def _resolve_auto(games_dir: str | os.PathLike | None) -> GameSpec:
-    if find_story(AUTO_STORY, games_dir) is not None:
+def _choose(games_dir: str | os.PathLike | None) -> str:
+    folders = search_folders(games_dir)
+    if find_story(AUTO_STORY, folders) is not None:
         logger.info("game auto -> %s: its story file was found", AUTO_STORY)
-        return resolve_game(AUTO_STORY, games_dir)
+        return AUTO_STORY
+
     logger.info(
-        "game auto -> %s: no %s in %s; this TextWorld game needs no file, rewards every step of its goal and can be won"
-        " in about ten actions",
+        "game auto -> %s: no %s in %s; this TextWorld game needs no file, rewards every step of its"
+        " goal and can be won in about ten actions",
         AUTO_GENERATED,
         AUTO_STORY,
-        ", ".join(map(str, search_folders(games_dir))),
+        ", ".join(map(str, folders)),
     )
-    return resolve_game(AUTO_GENERATED, games_dir)
+    return AUTO_GENERATED
 
 
 def _unknown_game(env_id: str, games_dir: str | os.PathLike | None) -> str:
-    available = "\n".join(f"  - {line}" for line in list_games(games_dir))
     folders = ", ".join(str(folder.absolute()) for folder in search_folders(games_dir))
+    available = "\n".join(f"  - {line}" for line in list_games(games_dir))
+    ways = "; or ".join(kinds.load(kind).how_to_get for kind in kinds.names())
     return (
-        f"game {env_id!r} is unknown: no such story file in {folders} nor at that path. Available:\n{available}\n  -"
-        f" auto ({AUTO_STORY} if found, else tw-simple)\nTo get more: put a story file that Jericho supports (for"
-        " example from the IF Archive or Jericho's game suite) into ./games or a folder named by PRIORZERO_GAMES, or"
-        " give its path; or choose a generated game with options, such as tw-coin:level=5,seed=3"
+        f"game {env_id!r} is unknown: no such story file in {folders} nor at that path. Available:"
+        f"\n{available}\n  - auto ({AUTO_STORY} if found, else {AUTO_GENERATED})"
+        f"\nTo get more: {ways}"
     )
-
-
-@lru_cache(maxsize=256)
-def _jericho_bindings(path: str, mtime_ns: int) -> dict:
-    """Jericho's record of a story file, found by the file's MD5; {} for one it does not support."""
-    from jericho import defines
-
-    return defines.BINDINGS_DICT.get(hashlib.md5(Path(path).read_bytes()).hexdigest(), {})
-
-
-def _support(path: Path) -> str:
-    if path.with_suffix(".json").is_file():
-        return "TextWorld story"
-    try:
-        name = _jericho_bindings(str(path), path.stat().st_mtime_ns).get("name")
-    except (OSError, ImportError) as error:
-        return f"cannot be examined: {error}"
-    return f"supported by Jericho as {name}" if name else "not supported by Jericho"
-
-
-def _jericho_spec(env_id: str, path: Path) -> GameSpec:
-    try:
-        bindings = _jericho_bindings(str(path), path.stat().st_mtime_ns)
-    except ImportError as error:
-        raise PriorZeroError(
-            f"{env_id!r} needs Jericho, which does not import ({error}); pip install jericho"
-        ) from error
-    except OSError as error:
-        raise PriorZeroError(
-            f"{path} cannot be read: {error}; check the file and its permissions"
-        ) from error
-    if not bindings:
-        raise PriorZeroError(
-            f"{path} is a story file that Jericho does not support (unknown MD5), so it has no score, no valid actions"
-            " and no world state to learn from. Get the release that Jericho knows (its documentation lists the games"
-            " and their files), or, for a story built by TextWorld, keep the .json that tw-make writes beside it"
-        )
-    name = bindings["name"]
-    walkthrough = tuple(filter(None, bindings.get("walkthrough", "").split("/")))
-    settings = STORIES.get(name) or default_settings(name, _max_score_of(path), len(walkthrough))
-    goal = settings.goal or f"Explore {settings.title}, solve its puzzles and raise the score."
-    return GameSpec(
-        env_id=env_id,
-        kind="jericho",
-        path=str(path),
-        title=settings.title,
-        goal=f"{goal} The best possible score is {settings.max_score}.",
-        max_score=float(settings.max_score),
-        max_steps=settings.max_steps,
-        score_range=(float(settings.min_score), float(settings.max_score)),
-        story_key=_story_key(path, "jericho"),
-        walkthrough=walkthrough,
-        walkthrough_seed=int(bindings.get("seed", 0)),
-    )
-
-
-def _max_score_of(path: Path) -> int:
-    import jericho
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", jericho.UnsupportedGameWarning)
-        return int(jericho.FrotzEnv(str(path), seed=1).get_max_score())
-
-
-def _textworld_spec(env_id: str, path: Path) -> GameSpec:
-    """Settings from the ``.json`` beside the story: objective, reward of each quest, walkthrough."""
-    record = path.with_suffix(".json")
-    try:
-        game = json.loads(record.read_text(encoding="utf-8"))
-        max_score = float(sum(quest["reward"] for quest in game["quests"]))
-        walkthrough = tuple(game.get("metadata", {}).get("walkthrough") or ())
-        goal = re.sub(r"\s+", " ", game.get("objective") or "").strip()
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise PriorZeroError(
-            f"{record} is not a game record of TextWorld ({error!r}); a story built by tw-make needs the .json written"
-            " with it; delete the folder of a generated game to build it again"
-        ) from error
-    return GameSpec(
-        env_id=env_id,
-        kind="textworld",
-        path=str(path),
-        title=path.stem,
-        goal=goal or "Explore, and raise your score.",
-        max_score=max_score,
-        max_steps=min(500, max(50, 4 * len(walkthrough))),
-        score_range=(0.0, max_score),
-        story_key=_story_key(path, "textworld"),
-        walkthrough=walkthrough,
-    )
-
-
-def _story_key(path: Path, package: str) -> str:
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:32]
-    try:
-        version = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError as error:
-        raise PriorZeroError(
-            f"{path.name} needs the package {package}, which is not installed; pip install {package}"
-        ) from error
-    return f"{digest}/{package}-{version}/v{_DETAILS_VERSION}"

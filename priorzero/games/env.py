@@ -16,10 +16,16 @@ from ding.envs import BaseEnv, BaseEnvTimestep
 from ding.utils import ENV_REGISTRY
 from easydict import EasyDict
 
-from priorzero.games.catalogue import GameSpec, resolve_game
+from priorzero.games.catalogue import resolve_game
 from priorzero.games.process import GameProcess
-from priorzero.games.records import GameState, StateDetails, WorkerFault, WorkerTimeout
-from priorzero.games.valid_actions import default_cache_path, shared_cache
+from priorzero.games.records import (
+    GameSpec,
+    GameState,
+    StateDetails,
+    WorkerFault,
+    WorkerTimeout,
+)
+from priorzero.games.valid_actions import ValidActionCache, default_cache_path, shared_cache
 from priorzero.settings.env import OBSERVATION_PARTS, EnvSettings
 from priorzero.types import PriorZeroError
 
@@ -27,6 +33,18 @@ logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "eval")
 FIRST_SEED = 1_000  # Frotz treats smaller ones specially, and every walkthrough's seed is smaller
+_COUNTERS = (
+    "episodes",
+    "steps",
+    "hangs",
+    "deaths",
+    "state_hits",
+    "state_misses",
+    "fallback_states",
+    "step_s",
+    "describe_s",
+    "reset_s",
+)
 
 
 def episode_seed(seed: int, env_index: int, episode: int, split: str) -> int:
@@ -45,10 +63,8 @@ def episode_seed(seed: int, env_index: int, episode: int, split: str) -> int:
 class TextGameEnv(BaseEnv):
     """One game, one interpreter process. Nothing is started before the first ``reset``.
 
-    What a seed changes: in Jericho games the interpreter's random numbers (fights, thieves, random
-    texts); a game without randomness, such as detective, plays the same under every seed.
-    TextWorld's randomness lies in the generation of the game, so it is set by the game's id
-    (``tw-coin:seed=3``); a generated game plays the same in every episode.
+    What a seed changes is the kind of game's matter: the random numbers of a Jericho game (fights,
+    thieves), nothing in detective or in a game that TextWorld generated.
 
     If no valid action is known in a state that does not end the game (darkness, a scripted scene),
     ``fallback_actions`` are offered, counted in ``stats()["fallback_states"]``.
@@ -62,7 +78,8 @@ class TextGameEnv(BaseEnv):
         "extra_actions": [],  # commands offered in every state besides the valid ones
         "fallback_actions": ["look", "wait"],  # commands offered where there would be none
         "reset_attempts": 3,  # episodes tried, each with its own seed, before reset gives up
-        "cache_path": "auto",  # SQLite file of known states; "auto": in the cache folder; None: memory only
+        # SQLite file of known states; "auto": in the cache folder; None: memory only.
+        "cache_path": "auto",
     }
 
     @classmethod
@@ -88,33 +105,25 @@ class TextGameEnv(BaseEnv):
         ]
 
     def __init__(self, cfg: dict | None = None) -> None:
-        """Resolves the game (a generated one is built here) and checks the settings. Raises
-        PriorZeroError.
+        """Resolves the game; one that is generated is built here.
+
+        Args:
+            cfg: settings that differ from `config`.
+        Raises:
+            PriorZeroError: there is no such game, or a setting is impossible.
         """
         self._cfg = EasyDict({**copy.deepcopy(self.config), **(cfg or {})})
         self._check_settings()
         self._game = resolve_game(self._cfg.env_id, self._cfg.games_dir)
         self._max_steps = int(self._cfg.max_steps or self._game.max_steps)
-        path = default_cache_path() if self._cfg.cache_path == "auto" else self._cfg.cache_path
-        self._cache = shared_cache(path) if self._game.kind == "jericho" else None
+
         self._process = GameProcess(self._game.kind, self._game.path)
+        self._cache: ValidActionCache | None = None
+        self._counts: dict[str, float] = dict.fromkeys(_COUNTERS, 0)
+
         # Text spaces have no gym equivalent that DI-engine understands; its managers accept None.
         self._observation_space = self._action_space = self._reward_space = None
-        self._counts: dict[str, float] = dict.fromkeys(
-            (
-                "episodes",
-                "steps",
-                "hangs",
-                "deaths",
-                "state_hits",
-                "state_misses",
-                "fallback_states",
-                "step_s",
-                "describe_s",
-                "reset_s",
-            ),
-            0,
-        )
+
         self.seed(int(self._cfg.seed), env_index=int(self._cfg.env_index))
         self._obs: dict[str, Any] | None = None
 
@@ -129,6 +138,7 @@ class TextGameEnv(BaseEnv):
 
     @property
     def max_steps(self) -> int:
+        """Actions before an episode is truncated."""
         return self._max_steps
 
     @property
@@ -136,12 +146,18 @@ class TextGameEnv(BaseEnv):
         """The interpreter's seed of the current episode."""
         return self._episode_seed
 
+    def use_state_cache(self, cache: ValidActionCache) -> None:
+        """Take known states from ``cache`` instead of this process's shared one."""
+        self._cache = cache
+
     def seed(self, seed: int, dynamic_seed: bool = True, env_index: int | None = None) -> None:
         """Set the run's seed and start counting episodes anew; takes effect at the next ``reset``.
 
-        ``dynamic_seed=False`` gives every episode the seed of the first. DI-engine's managers pass
-        ``seed + index``; a ``GameEnvGroup`` passes the run's seed and the index apart, so that run
-        0's second environment is not run 1's first.
+        Args:
+            seed: the run's. (DI-engine's managers pass ``seed + index``.)
+            dynamic_seed: False gives every episode the seed of the first.
+            env_index: this environment's, apart from the seed so that run 0's second environment
+                is not run 1's first; None: as in the settings.
         """
         self._seed = int(seed)
         self._dynamic_seed = dynamic_seed
@@ -154,42 +170,62 @@ class TextGameEnv(BaseEnv):
 
         Keys: ``text`` (str), ``valid_actions`` (sorted tuple of str, never empty unless the episode
         is over), ``timestep`` (int, actions taken so far), ``score`` (float, the game's),
-        ``state_hash`` (str, of the world state). Raises PriorZeroError if ``reset_attempts``
-        workers in a row hang or die.
+        ``state_hash`` (str, of the world state).
+
+        Raises:
+            PriorZeroError: two fresh workers in a row failed the same way, or ``reset_attempts``
+                workers in a row hung or died.
         """
-        start = time.perf_counter()
         self._obs = None
+        last_way = ""
         for attempt in range(1, self._cfg.reset_attempts + 1):
-            self._episode += 1
-            self._episode_seed = episode_seed(
-                self._seed,
-                self._env_index,
-                self._episode if self._dynamic_seed else 0,
-                self._cfg.split,
-            )
-            self._timestep = 0
-            self._running = True
+            # A worker that has played before may be worn out; a fresh one tells about the game.
+            fresh = self._process.pid is None
             try:
-                state = self._process.call(
-                    "reset", self._episode_seed, timeout_s=self._cfg.step_timeout_s
-                )
-                self._first_score = state.score
-                self._score = state.score
-                self._obs = self._observe(state)
+                return self._start_episode()
             except WorkerFault as fault:
                 self._count_fault(fault, f"reset, attempt {attempt} of {self._cfg.reset_attempts}")
                 last_fault = fault
-                continue
-            finally:
-                self._counts["reset_s"] += time.perf_counter() - start
-                start = time.perf_counter()
-            self._counts["episodes"] += 1
-            return self._obs
+
+            if fresh and last_fault.way and last_fault.way == last_way:
+                raise PriorZeroError(
+                    f"{self._game.env_id} cannot be played: its interpreter failed at the start,"
+                    f" twice in a row by {last_way}. As a rule this is a fault of the"
+                    f" {self._game.kind} interpreter with {self._game.path}, which no setting"
+                    " mends: choose another game"
+                ) from last_fault
+            last_way = last_fault.way if fresh else ""
+
         raise PriorZeroError(
-            f"{self._game.env_id} could not be started in {self._cfg.reset_attempts} attempts, last: {last_fault}. Try"
-            f" a larger step_timeout_s ({self._cfg.step_timeout_s:g}) or describe_timeout_s"
-            f" ({self._cfg.describe_timeout_s:g}), or another game"
+            f"{self._game.env_id} could not be started in {self._cfg.reset_attempts} attempts,"
+            f" last: {last_fault}. Try a larger step_timeout_s ({self._cfg.step_timeout_s:g}) or"
+            f" describe_timeout_s ({self._cfg.describe_timeout_s:g}), or another game"
         )
+
+    def _start_episode(self) -> dict[str, Any]:
+        """One attempt of ``reset``, with a seed of its own. Raises WorkerFault."""
+        start = time.perf_counter()
+        self._episode += 1
+        self._episode_seed = episode_seed(
+            self._seed,
+            self._env_index,
+            self._episode if self._dynamic_seed else 0,
+            self._cfg.split,
+        )
+        self._timestep = 0
+        self._running = True
+
+        try:
+            state = self._process.call(
+                "reset", self._episode_seed, timeout_s=self._cfg.step_timeout_s
+            )
+            self._first_score = self._score = state.score
+            self._obs = self._observe(state)
+        finally:
+            self._counts["reset_s"] += time.perf_counter() - start
+
+        self._counts["episodes"] += 1
+        return self._obs
 
     def step(self, action: str) -> BaseEnvTimestep:
         """Type ``action``. Reward: the change of the game's score (float).
@@ -198,22 +234,26 @@ class TextGameEnv(BaseEnv):
         "hang"), score, max_score, won, steps, fault (text or ""), and when done eval_episode_return
         (float, sum of the episode's rewards). After a fault of the worker (done_kind "hang",
         truncated) the observation is the previous one, since the next state is unknown, and the
-        reward is 0. Raises PriorZeroError if ``action`` is not among the present valid actions; the
-        game is untouched then.
+        reward is 0.
+
+        Raises:
+            ValueError: ``action`` is not among the present valid actions; the game is untouched.
+            RuntimeError: there is no episode under way.
         """
         if self._obs is None or not self._running:
             raise RuntimeError("step() outside an episode: call reset() first")
         if action not in self._obs["valid_actions"]:
-            raise PriorZeroError(
-                f"action {action!r} is not valid in the present state of {self._game.env_id} (step {self._timestep});"
-                f" valid are {list(self._obs['valid_actions'])}. Choose one of these; it is an error of the caller and"
-                " nothing was replaced"
+            raise ValueError(
+                f"action {action!r} is not valid in the present state of {self._game.env_id} (step"
+                f" {self._timestep}); valid are {list(self._obs['valid_actions'])}"
             )
+
         start = time.perf_counter()
         self._timestep += 1
         self._counts["steps"] += 1
         state: GameState | None = None
         fault_text = ""
+
         try:
             state = self._process.call("step", action, timeout_s=self._cfg.step_timeout_s)
             self._counts["step_s"] += time.perf_counter() - start
@@ -223,28 +263,29 @@ class TextGameEnv(BaseEnv):
             fault_text = str(fault)
             obs = {**self._obs, "timestep": self._timestep}
             state = None
+
         return self._timestep_record(obs, state, fault_text)
 
     def _timestep_record(
         self, obs: dict[str, Any], state: GameState | None, fault: str
     ) -> BaseEnvTimestep:
-        terminated = state is not None and state.terminated
-        hang = state is None
-        truncated = hang or (not terminated and self._timestep >= self._max_steps)
+        """Reward and info of one step; ``state`` is None after a fault."""
+        if state is None:
+            done_kind = "hang"
+        elif state.terminated:
+            done_kind = "terminated"
+        else:
+            done_kind = "truncated" if self._timestep >= self._max_steps else "running"
+
         reward = obs["score"] - self._score
         self._score = obs["score"]
         self._obs = obs
-        self._running = not (terminated or truncated)
+        self._running = done_kind == "running"
+
         info = {
-            "terminated": terminated,
-            "truncated": truncated,
-            "done_kind": "hang"
-            if hang
-            else "terminated"
-            if terminated
-            else "truncated"
-            if truncated
-            else "running",
+            "terminated": done_kind == "terminated",
+            "truncated": done_kind in ("truncated", "hang"),
+            "done_kind": done_kind,
             "score": self._score,
             "max_score": self._game.max_score,
             "won": state is not None and state.won,
@@ -258,12 +299,14 @@ class TextGameEnv(BaseEnv):
     def _observe(self, state: GameState) -> dict[str, Any]:
         details = state.details if state.details is not None else self._details(state.state_hash)
         actions = details.valid_actions
+
         if not state.terminated:
             if not actions:
                 self._counts["fallback_states"] += 1
                 actions = tuple(sorted(set(self._cfg.fallback_actions)))
             if self._cfg.extra_actions:
                 actions = tuple(sorted({*actions, *self._cfg.extra_actions}))
+
         return {
             "text": compose_text(state, details, self._cfg.observation_parts),
             "valid_actions": actions,
@@ -273,11 +316,16 @@ class TextGameEnv(BaseEnv):
         }
 
     def _details(self, state_hash: str) -> StateDetails:
-        """From the shared cache, else from the worker; only a miss costs a round trip."""
+        """From the cache, else from the worker; only a miss costs a round trip."""
+        if self._cache is None:
+            path = default_cache_path() if self._cfg.cache_path == "auto" else self._cfg.cache_path
+            self._cache = shared_cache(path)
+
         details = self._cache.get(self._game.story_key, state_hash)
         if details is not None:
             self._counts["state_hits"] += 1
             return details
+
         self._counts["state_misses"] += 1
         start = time.perf_counter()
         try:
@@ -296,12 +344,6 @@ class TextGameEnv(BaseEnv):
             fault,
         )
 
-    def walkthrough(self) -> tuple[str, ...]:
-        """Commands that reach the best known score, for tests; for a Jericho game with randomness
-        only under its own seed.
-        """
-        return self._game.walkthrough
-
     def stats(self) -> dict[str, float]:
         """Counters since construction: episodes, steps, hangs (time limit), deaths (crashes),
         respawns, state_hits and state_misses (lookups of valid actions), fallback_states, and
@@ -314,9 +356,7 @@ class TextGameEnv(BaseEnv):
         }
 
     def interrupt(self) -> None:
-        """From another thread: end a ``step`` or ``reset`` under way at once, as if the worker had
-        died.
-        """
+        """From another thread: end a ``step`` or ``reset`` under way, as if the worker had died."""
         self._process.interrupt()
 
     def close(self) -> None:
@@ -324,50 +364,56 @@ class TextGameEnv(BaseEnv):
         self._process.close()
         self._obs = None
 
-    def random_action(self) -> str:
-        """A valid action of the present state, drawn uniformly."""
-        return str(np.random.choice(self._obs["valid_actions"]))
-
     def __repr__(self) -> str:
-        return f"TextGameEnv({self._game.env_id}, {self._game.kind}, split={self._cfg.split}, env_index={self._env_index})"
+        return (
+            f"TextGameEnv({self._game.env_id}, {self._game.kind}, split={self._cfg.split},"
+            f" env_index={self._cfg.env_index})"
+        )
 
     def _check_settings(self) -> None:
         cfg = self._cfg
         parts = set(cfg.observation_parts)
         if not parts or parts - set(OBSERVATION_PARTS):
             raise PriorZeroError(
-                f"observation_parts={list(cfg.observation_parts)} is not allowed; name at least one of"
-                f" {OBSERVATION_PARTS}"
-            )
-        if cfg.split not in SPLITS:
-            raise PriorZeroError(f"split={cfg.split!r} is not allowed; use one of {SPLITS}")
-        if not cfg.fallback_actions:
-            raise PriorZeroError(
-                "fallback_actions is empty; name at least one command, e.g. 'look', for states without a valid action"
+                f"observation_parts={list(cfg.observation_parts)} is not allowed; name at least one"
+                f" of {OBSERVATION_PARTS}"
             )
         if cfg.max_steps is not None and cfg.max_steps < 1:
             raise PriorZeroError(
-                f"max_steps={cfg.max_steps} is not allowed; give at least 1, or None for the game's own limit"
+                f"max_steps={cfg.max_steps} is not allowed; give at least 1, or None for the game's"
+                " own limit"
             )
+
+        # No setting of a run leads here.
+        assert cfg.split in SPLITS, cfg.split
+        assert cfg.fallback_actions, "a state without valid actions needs at least one fallback"
 
 
 def compose_text(
     state: GameState, details: StateDetails, parts: list[str] | tuple[str, ...]
 ) -> str:
-    """The observation's text: what the game answered, then room and inventory unless the answer
-    already says them.
+    """The observation's text, without saying anything twice.
 
-    After the end of a game there is the answer only.
+    What the game answered, then room and inventory unless the answer already says them. After the
+    end of a game there is the answer only.
+
+    Args:
+        parts: which of `OBSERVATION_PARTS` to use.
     """
     if state.terminated:
         return state.feedback
+
+    sources = {
+        "feedback": state.feedback,
+        "look": details.look,
+        "inventory": details.inventory,
+    }
     texts: list[str] = []
     for name in OBSERVATION_PARTS:
-        text = {"feedback": state.feedback, "look": details.look, "inventory": details.inventory}[
-            name
-        ].strip()
+        text = sources[name].strip()
         if name not in parts or not text or any(_flat(text) in _flat(seen) for seen in texts):
             continue
+
         # A visited room answers with its name alone, with which the full description starts.
         texts = [seen for seen in texts if not _flat(text).startswith(_flat(seen))]
         texts.append(text)

@@ -15,37 +15,20 @@ from priorzero.games.env import TextGameEnv
 from priorzero.types import PriorZeroError
 
 
-class EnvGroupError(PriorZeroError):
-    """Some environments raised. ``results`` holds what the others returned, ``errors`` the
-    exceptions, both by env id.
-    """
-
-    def __init__(
-        self, what: str, results: dict[int, Any], errors: dict[int, BaseException]
-    ) -> None:
-        super().__init__(
-            f"{what} failed in {len(errors)} of {len(errors) + len(results)} environments: "
-            + "; ".join(f"env {i}: {error}" for i, error in errors.items())
-        )
-        self.results = results
-        self.errors = errors
-
-
 class GameEnvGroup:
-    """Wraps environments by id 0..n-1: given as factories, or as the environments themselves
-    (``manager._envs`` too).
-
-    ``seed`` is the run's seed; environment i gets ``(seed, i)``, so its episodes depend on nothing
-    else. None leaves the seeds as they are. One thread may use a group at a time.
-    """
+    """Environments by id 0..n-1. One thread may use a group at a time."""
 
     def __init__(
         self, envs: Sequence[Callable[[], TextGameEnv] | TextGameEnv], seed: int | None = None
     ) -> None:
-        if not envs:
-            raise PriorZeroError(
-                "a GameEnvGroup needs at least one environment; set the number of environments to 1 or more"
-            )
+        """Starts no interpreter yet.
+
+        Args:
+            envs: the environments, or functions that make them.
+            seed: the run's. Environment i gets ``(seed, i)``, so its episodes depend on nothing
+                else. None leaves the seeds as they are.
+        """
+        assert envs, "a GameEnvGroup needs at least one environment"
         self.envs: list[TextGameEnv] = [env if hasattr(env, "step") else env() for env in envs]
         self._pool = ThreadPoolExecutor(max_workers=len(self.envs), thread_name_prefix="game-env")
         if seed is not None:
@@ -55,20 +38,28 @@ class GameEnvGroup:
         return len(self.envs)
 
     def seed(self, seed: int, dynamic_seed: bool = True) -> None:
+        """See `TextGameEnv.seed`; each environment gets its own index."""
         for index, env in enumerate(self.envs):
             env.seed(seed, dynamic_seed, env_index=index)
 
     def reset(self, env_ids: Iterable[int] | None = None) -> dict[int, dict[str, Any]]:
-        """First observations of new episodes, by env id; all environments if ``env_ids`` is None."""
+        """First observations of new episodes, by env id.
+
+        Args:
+            env_ids: which environments; None: all.
+        Raises:
+            PriorZeroError: some could not be started; raised after all have answered.
+        """
         ids = range(len(self.envs)) if env_ids is None else list(env_ids)
-        return self._gather("reset", {i: self._pool.submit(self.envs[i].reset) for i in ids})
+        return _gather("reset", {i: self._pool.submit(self.envs[i].reset) for i in ids})
 
     def step(self, actions: Mapping[int, str]) -> dict[int, BaseEnvTimestep]:
         """Type one action in each named environment, all at once. No automatic reset.
 
-        Raises EnvGroupError, after all have answered, if one raised (an invalid action, say).
+        Raises:
+            ValueError: an action is not valid; raised after all environments have answered.
         """
-        return self._gather(
+        return _gather(
             "step",
             {i: self._pool.submit(self.envs[i].step, action) for i, action in actions.items()},
         )
@@ -89,16 +80,22 @@ class GameEnvGroup:
         for env in self.envs:
             env.close()
 
-    @staticmethod
-    def _gather(what: str, futures: dict[int, Future]) -> dict[int, Any]:
-        results: dict[int, Any] = {}
-        errors: dict[int, BaseException] = {}
-        for i, future in futures.items():
-            error = future.exception()
-            if error is None:
-                results[i] = future.result()
-            else:
-                errors[i] = error
-        if errors:
-            raise EnvGroupError(what, results, errors) from next(iter(errors.values()))
-        return results
+
+def _gather(what: str, futures: dict[int, Future]) -> dict[int, Any]:
+    """Results by env id, once all are there. What failed alike is told once."""
+    errors = {i: error for i, future in futures.items() if (error := future.exception())}
+    for i, error in errors.items():
+        if not isinstance(error, PriorZeroError):
+            error.add_note(f"raised by {what} of environment {i}")
+            raise error
+
+    if errors:
+        alike: dict[str, list[str]] = {}
+        for i, error in errors.items():
+            alike.setdefault(str(error), []).append(str(i))
+        told = "; ".join(f"env {', '.join(ids)}: {text}" for text, ids in alike.items())
+        raise PriorZeroError(
+            f"{what} failed in {len(errors)} of {len(futures)} environments: {told}"
+        ) from next(iter(errors.values()))
+
+    return {i: future.result() for i, future in futures.items()}

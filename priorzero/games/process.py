@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -23,7 +24,6 @@ from priorzero.games.records import WorkerDied, WorkerError, WorkerFault, Worker
 from priorzero.games.worker import REPLY, REQUEST
 from priorzero.types import PriorZeroError
 
-__all__ = ["GameProcess", "WorkerDied", "WorkerError", "WorkerFault", "WorkerTimeout"]
 logger = logging.getLogger(__name__)
 
 NURSERY_START_S = 180.0
@@ -32,16 +32,13 @@ _THREAD_LIMITS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_
 
 
 class Nursery:
-    """The process workers of one kind are forked from; started at the first need, restarted if it
-    died.
-    """
+    """The process workers of one kind are forked from; started when needed, also after a death."""
 
     _all: dict[tuple[int, str], Nursery] = {}
     _all_lock = threading.Lock()
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        self.restarts = 0
         self._lock = threading.Lock()
         self._control: socket.socket | None = None
         self._process: subprocess.Popen | None = None
@@ -57,7 +54,14 @@ class Nursery:
             return cls._all[key]
 
     def spawn(self) -> tuple[int, Connection]:
-        """Fork a worker: (its pid, our end of its connection). Raises PriorZeroError or WorkerDied."""
+        """Fork a worker.
+
+        Returns:
+            Its pid, and our end of its connection.
+        Raises:
+            PriorZeroError: a part that games of this kind need is missing.
+            WorkerDied: the nursery failed twice.
+        """
         with self._lock:
             for attempt in (1, 2):
                 ours, theirs = socket.socketpair()
@@ -70,7 +74,6 @@ class Nursery:
                     raise PriorZeroError(self._read(self._reply()).decode())
                 except OSError as error:
                     self._stop()
-                    self.restarts += 1
                     logger.warning(
                         "the nursery of %s workers failed (%r), attempt %d of 2",
                         self.kind,
@@ -80,16 +83,24 @@ class Nursery:
                 finally:
                     theirs.close()
                     ours.close()
-        raise WorkerDied(f"no {self.kind} worker could be started; see the warnings above")
+        raise WorkerDied(
+            f"no {self.kind} worker could be started; see the warnings above",
+            way="a nursery that does not fork",
+        )
 
-    def kill(self, pid: int) -> None:
-        """Kill and reap a worker. If the nursery is gone, so are its workers."""
+    def kill(self, pid: int) -> int | None:
+        """Kill and reap a worker. If the nursery is gone, so are its workers.
+
+        Returns:
+            How it ended, which it may have done before: its exit status, or minus the number of the
+            signal. None where the nursery is gone.
+        """
         with self._lock:
             if self._control is None:
-                return
+                return None
             try:
                 self._control.sendall(REQUEST.pack(b"k", pid))
-                self._reply()
+                return self._reply()
             except OSError as error:
                 logger.warning(
                     "the nursery of %s workers is gone (%r) and its workers with it",
@@ -97,6 +108,7 @@ class Nursery:
                     error,
                 )
                 self._stop()
+                return None
 
     def close(self) -> None:
         """End the nursery and every worker it forked."""
@@ -109,6 +121,7 @@ class Nursery:
         ours, theirs = socket.socketpair()
         path = os.pathsep.join(p for p in (_PACKAGE_ROOT, os.environ.get("PYTHONPATH", "")) if p)
         with theirs:
+            # The C interpreters print to stdout.
             self._process = subprocess.Popen(
                 [
                     sys.executable,
@@ -124,7 +137,7 @@ class Nursery:
                 env={**os.environ, **_THREAD_LIMITS, "PYTHONPATH": path},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-            )  # the C interpreter prints to stdout
+            )
         ours.settimeout(NURSERY_START_S)
         self._control = ours
 
@@ -154,20 +167,28 @@ class GameProcess:
     """One game in one interpreter process."""
 
     def __init__(self, kind: str, path: str, *, open_timeout_s: float = 60.0) -> None:
+        """Starts nothing yet.
+
+        Args:
+            kind: file name of the game's kind.
+            path: what its class opens.
+            open_timeout_s: time limit of opening it.
+        """
         self.kind = kind
         self.path = path
         self.spawns = 0
         self.spawn_s = 0.0
+        self.pid: int | None = None
         self._open_timeout_s = open_timeout_s
         self._connection: Connection | None = None
-        self.pid: int | None = None
         self._interrupted = False
 
     def call(self, method: str, *arguments: Any, timeout_s: float) -> Any:
-        """Run ``method`` in the worker, starting one if need be.
+        """Run ``method`` of the game in the worker, starting one if need be.
 
-        Raises WorkerTimeout, WorkerDied or WorkerError after killing the worker, and PriorZeroError
-        for what the user can mend.
+        Raises:
+            WorkerTimeout, WorkerDied, WorkerError: the worker is gone, the next call starts one.
+            PriorZeroError: something is missing that the user can mend.
         """
         if self._interrupted:
             raise WorkerDied(
@@ -182,45 +203,50 @@ class GameProcess:
         return self._exchange(method, arguments, timeout_s)
 
     def _exchange(self, method: str, arguments: tuple, timeout_s: float) -> Any:
+        call = f"{method}{arguments!r} of {self.path}"
         try:
             self._connection.send((method, arguments))
             if not self._connection.poll(timeout_s):
-                raise WorkerTimeout(
-                    f"{method}{arguments!r} of {self.path} did not return within {timeout_s:g} s"
-                )
+                raise WorkerTimeout(f"{call} did not return within {timeout_s:g} s")
+
             kind, result = self._connection.recv()
             if kind == "error":
-                raise WorkerError(f"{method}{arguments!r} of {self.path} failed:\n{result}")
+                last_line = result.strip().rpartition("\n")[2]
+                raise WorkerError(f"{call} failed:\n{result}", way=f"{last_line} in {method}")
         except WorkerFault:
             self.kill()
             raise
         except (EOFError, OSError) as error:
-            self.kill()
-            raise WorkerDied(
-                f"the worker of {self.path} ended during {method}{arguments!r}: {error!r}"
-            ) from error
-        except (
-            BaseException
-        ):  # e.g. KeyboardInterrupt between send and recv: the pipe is out of step from here on
+            # Nobody has looked at the process yet: killing it tells how it had ended.
+            ending = _in_words(self.kill())
+            way = "" if self._interrupted else f"{ending} in {method}"
+            raise WorkerDied(f"the worker ended during {call}: {ending}", way) from error
+        except BaseException:
+            # E.g. KeyboardInterrupt between send and recv: from here on the pipe is out of step.
             self.kill()
             raise
+
         if kind == "user":
             self.kill()
             raise PriorZeroError(result)
         return result
 
-    def kill(self) -> None:
-        """End the worker now; the next call starts a new one."""
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-            Nursery.of(self.kind).kill(self.pid)
-            self.pid = None
+    def kill(self) -> int | None:
+        """End the worker now; the next call starts a new one.
+
+        Returns:
+            How it ended, see `Nursery.kill`; None also where there was none.
+        """
+        if self._connection is None:
+            return None
+        self._connection.close()
+        self._connection = None
+        ended = Nursery.of(self.kind).kill(self.pid)
+        self.pid = None
+        return ended
 
     def interrupt(self) -> None:
-        """From another thread: make calls raise WorkerDied at once, the one under way too, until
-        ``close``.
-        """
+        """From another thread: calls raise WorkerDied at once, until ``close``."""
         self._interrupted = True
         pid = self.pid
         if pid is not None:
@@ -230,3 +256,12 @@ class GameProcess:
         """End the worker and lift an interruption; no call may be under way."""
         self.kill()
         self._interrupted = False
+
+
+def _in_words(ended: int | None) -> str:
+    """How a process ended, from `Nursery.kill`."""
+    if ended is None:
+        return "the end of its nursery"
+    if ended < 0:
+        return f"{signal.Signals(-ended).name} ({signal.strsignal(-ended)})"
+    return f"exit status {ended}"

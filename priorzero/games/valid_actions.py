@@ -1,9 +1,8 @@
 """What is known of a world state (valid actions, room, inventory), in memory and in a SQLite file.
 
-Jericho needs 0.03 to 2 s to find the valid actions of a state, and they depend on the world state
-alone, so all environments of a run, and later runs, share one file. Keys: story (hash of the file
-and version of Jericho) and world-state hash. The first writer wins, so that every reader sees the
-same list.
+Finding the valid actions of a state is what a Jericho game costs, and they depend on the world
+state alone, so all environments of a run, and later runs, share one file. Keys: `story_key` of the
+game and the state's hash. The first writer wins, so that every reader sees the same list.
 
 A file that is damaged is set aside as ``<name>.damaged-<n>`` and rebuilt. A file that cannot be
 written (disk full, read-only, locked for too long) costs persistence only: it is counted, said
@@ -28,32 +27,32 @@ logger = logging.getLogger(__name__)
 BUSY_TIMEOUT_S = 20.0
 _DAMAGED_CODES = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT}
 _SCHEMA = (
-    "CREATE TABLE IF NOT EXISTS details (story TEXT NOT NULL, state TEXT NOT NULL, payload TEXT NOT NULL, "
-    "PRIMARY KEY (story, state)) WITHOUT ROWID"
+    "CREATE TABLE IF NOT EXISTS details (story TEXT NOT NULL, state TEXT NOT NULL,"
+    " payload TEXT NOT NULL, PRIMARY KEY (story, state)) WITHOUT ROWID"
 )
 
 
 def cache_root() -> Path:
-    """Where generated games and known states are kept: $PRIORZERO_CACHE/games, or
-    ~/.cache/priorzero/games.
-    """
+    """Folder of generated games and known states, by $PRIORZERO_CACHE or in the home's cache."""
     given = os.environ.get("PRIORZERO_CACHE")
     return (Path(given).expanduser() if given else Path.home() / ".cache" / "priorzero") / "games"
 
 
 def default_cache_path() -> Path:
+    """The file of known states that runs share."""
     return cache_root() / "states.sqlite"
 
 
 class ValidActionCache:
-    """See the module's text. Safe for several threads, and for several processes that use the same
-    file.
-
-    ``path=None`` keeps everything in memory. ``memory_entries`` bounds the memory part (least
-    recently used goes first).
-    """
+    """See the module's text. Safe for several threads, and for several processes with one file."""
 
     def __init__(self, path: str | Path | None, memory_entries: int = 50_000) -> None:
+        """Opens or creates the file.
+
+        Args:
+            path: the SQLite file; None keeps everything in memory.
+            memory_entries: bound of the memory part; the least recently used goes first.
+        """
         self.path = None if path is None else Path(path)
         self._memory: OrderedDict[tuple[str, str], StateDetails] = OrderedDict()
         self._memory_entries = memory_entries
@@ -85,8 +84,10 @@ class ValidActionCache:
             return found
 
     def put(self, story: str, state: str, details: StateDetails) -> StateDetails:
-        """Store the details of a state; returns what holds from now on, which is another writer's
-        if it was first.
+        """Store the details of a state.
+
+        Returns:
+            What holds from now on: another writer's if it was first.
         """
         key = (story, state)
         with self._lock:
@@ -109,6 +110,7 @@ class ValidActionCache:
             }
 
     def close(self) -> None:
+        """Close the file; the next access opens it again."""
         with self._lock:
             if self._db is not None:
                 self._db.close()
@@ -134,9 +136,7 @@ class ValidActionCache:
             return None
 
     def _run(self, what: str, arguments: tuple | None) -> tuple | None:
-        """One database operation; repairs a damaged file once, and survives one that cannot be
-        written.
-        """
+        """One database operation: repairs a damaged file once, survives one it cannot write."""
         if self.path is None:
             return None
         for attempt in (1, 2):
@@ -161,8 +161,9 @@ class ValidActionCache:
                 if not self._warned:
                     self._warned = True
                     logger.warning(
-                        "%s cannot be used (%r): known states stay in memory and are lost with this process; make the "
-                        "folder writable or set PRIORZERO_CACHE (said once, counted as store_errors)",
+                        "%s cannot be used (%r): known states stay in memory and are lost with this"
+                        " process; make the folder writable or set PRIORZERO_CACHE (said once,"
+                        " counted as store_errors)",
                         self.path,
                         error,
                     )
@@ -178,6 +179,7 @@ class ValidActionCache:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if _is_sound(self.path):
                 return
+
             number = 1
             while (aside := self.path.with_name(f"{self.path.name}.damaged-{number}")).exists():
                 number += 1
@@ -224,7 +226,7 @@ _shared_lock = threading.Lock()
 
 
 def shared_cache(path: str | Path | None) -> ValidActionCache:
-    """The one cache of this process for ``path``, so that environments share the memory part too."""
+    """The one cache of this process for ``path``: environments share the memory part too."""
     key = (os.getpid(), "" if path is None else os.path.abspath(path))
     with _shared_lock:
         if key not in _shared:

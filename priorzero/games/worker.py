@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import logging
 import os
 import select
 import signal
@@ -26,17 +25,14 @@ import sys
 import traceback
 from multiprocessing.connection import Connection
 
-from priorzero.games import backends
+from priorzero.games import kinds
 from priorzero.types import PriorZeroError
 
-logger = logging.getLogger(__name__)
-
-REQUEST = struct.Struct(
-    "!ci"
-)  # command and pid; b"n": fork a worker on the attached socket; b"k": kill and reap pid
-REPLY = struct.Struct(
-    "!i"
-)  # the pid; -1: the nursery could not load its parts, the message follows on the socket
+# Command and pid. b"n": fork a worker on the attached socket; b"k": kill and reap pid.
+REQUEST = struct.Struct("!ci")
+# To b"n" the pid, or -1 where the nursery could not load its parts; the length of a message and the
+# message follow. To b"k" how the process ended: its exit status, or minus the signal's number.
+REPLY = struct.Struct("!i")
 PARENT_CHECK_S = 2.0
 _PR_SET_PDEATHSIG = 1
 
@@ -49,13 +45,18 @@ def nursery_main(control_fd: int, kind: str) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     parent = os.getppid()
     control = socket.socket(fileno=control_fd)
+
     failure = ""
     try:
-        backends.preload(kind)
+        game_class = kinds.load(kind)
+        game_class.preload()
     except (PriorZeroError, ImportError) as error:
         failure = str(error)
+
+    # What is alive now is shared with every worker: a collection there must not copy its pages.
     gc.collect()
     gc.freeze()
+
     workers: set[int] = set()
     while True:
         readable, _, _ = select.select([control], [], [], PARENT_CHECK_S)
@@ -63,15 +64,17 @@ def nursery_main(control_fd: int, kind: str) -> None:
             if os.getppid() != parent:
                 return
             continue
+
         data, fds, _, _ = socket.recv_fds(control, REQUEST.size, 1)
         if len(data) < REQUEST.size:
             return
         command, pid = REQUEST.unpack(data)
+
         if command == b"k":
-            if pid in workers:
-                workers.remove(pid)
-                _kill_and_reap(pid)
-            control.sendall(REPLY.pack(pid))
+            # One that is not there any more was killed by an earlier request.
+            ended = _kill_and_reap(pid) if pid in workers else -signal.SIGKILL
+            workers.discard(pid)
+            control.sendall(REPLY.pack(ended))
         elif failure:
             os.close(fds[0])
             text = failure.encode()
@@ -80,27 +83,29 @@ def nursery_main(control_fd: int, kind: str) -> None:
             pid = os.fork()
             if pid == 0:
                 control.close()
-                _worker_main(fds[0], kind)
+                _worker_main(fds[0], game_class)
             os.close(fds[0])
             workers.add(pid)
             control.sendall(REPLY.pack(pid))
 
 
-def _kill_and_reap(pid: int) -> None:
-    """Only the nursery kills: until it has reaped a worker, the pid cannot belong to another
-    process.
+def _kill_and_reap(pid: int) -> int:
+    """How the process ended; a process that had died on its own keeps its own signal.
+
+    Only the nursery kills: until it has reaped a worker, the pid cannot belong to another process.
     """
     os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status)
 
 
-def _worker_main(fd: int, kind: str) -> None:
+def _worker_main(fd: int, game_class: type[kinds.GameKind]) -> None:
     """Serve one parent until it closes the connection. Never returns into the nursery's loop."""
     status = 1
     try:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         with Connection(fd) as connection:
-            _serve(connection, kind)
+            _serve(connection, game_class)
         status = 0
     except (EOFError, BrokenPipeError, ConnectionResetError):
         status = 0  # the parent closed its end, or is gone
@@ -109,31 +114,24 @@ def _worker_main(fd: int, kind: str) -> None:
         os._exit(status)
 
 
-def _serve(connection: Connection, kind: str) -> None:
-    """Answer ``(method, arguments)`` with ``("ok", result)``, ``("user", text)`` or ``("error",
+def _serve(connection: Connection, game_class: type[kinds.GameKind]) -> None:
+    """Answer requests ``(method, arguments)`` until the connection ends.
+
+    Answers are ``("ok", result)``, ``("user", text)`` for a PriorZeroError, and ``("error",
     traceback)``.
     """
-    game = None
-    hang_next = ""
+    game: kinds.GameKind | None = None
     while True:
         method, arguments = connection.recv()
         try:
-            if method == hang_next:
-                ctypes.PyDLL(None).sleep(
-                    3600
-                )  # PyDLL keeps the GIL, just as the C interpreter's endless loops do
             if method == "open":
-                game = backends.open_game(kind, *arguments)
-                result = None
-            elif method == "hang_next":  # for tests: the named method will not come back
-                hang_next, result = arguments[0], None
+                game, result = game_class(*arguments), None
             else:
                 result = getattr(game, method)(*arguments)
             answer = ("ok", result)
         except PriorZeroError as error:
             answer = ("user", str(error))
-        except (
-            Exception
-        ):  # the parent decides what to do: the traceback crosses the pipe and is raised there
+        except Exception:
+            # What to do about it is the parent's to decide.
             answer = ("error", traceback.format_exc())
         connection.send(answer)

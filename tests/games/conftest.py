@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
 import pytest
 
 _CHECKOUT = Path(__file__).resolve().parents[2]
+_STAND_INS = Path(__file__).with_name("stand_ins")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory):
-    """Generated games and known states of this test session: nothing from an earlier run can help a
-    test to pass.
-    """
+    """Generated games and known states of this session: nothing earlier can help a test to pass."""
     folder = tmp_path_factory.mktemp("priorzero-cache")
     patch = pytest.MonkeyPatch()
     patch.setenv("PRIORZERO_CACHE", str(folder))
@@ -22,22 +22,27 @@ def cache_folder(tmp_path_factory):
     patch.undo()
 
 
-def _story(name: str) -> Path:
-    folders = [Path(p) for p in os.environ.get("PRIORZERO_GAMES", "").split(os.pathsep) if p]
-    for folder in (*folders, _CHECKOUT.parent / "shared" / "games"):
+def story_folders() -> list[Path]:
+    """Where story files may lie that the repository does not hold."""
+    named = [Path(p) for p in os.environ.get("PRIORZERO_GAMES", "").split(os.pathsep) if p]
+    return [*named, _CHECKOUT.parent / "shared" / "games"]
+
+
+def _story(name: str) -> str:
+    for folder in story_folders():
         if (folder / name).is_file():
-            return folder / name
+            return str(folder / name)
     pytest.skip(f"{name} is neither in $PRIORZERO_GAMES nor in ../shared/games")
 
 
 @pytest.fixture
 def detective() -> str:
-    return str(_story("detective.z5"))
+    return _story("detective.z5")
 
 
 @pytest.fixture
 def zork1() -> str:
-    return str(_story("zork1.z5"))
+    return _story("zork1.z5")
 
 
 @pytest.fixture
@@ -54,3 +59,27 @@ def make_env():
     yield make
     for env in envs:
         env.close()
+
+
+@pytest.fixture
+def failing_story(tmp_path, monkeypatch):
+    """Path of a Jericho story whose interpreter fails as the words say, e.g. ``"open:crash"``.
+
+    The parent believes it is detective; the interpreter processes load the stand-in for Jericho.
+    """
+    from jericho import defines
+
+    from priorzero.games.process import Nursery
+
+    monkeypatch.setenv("PYTHONPATH", str(_STAND_INS))
+    Nursery.of("jericho").close()
+
+    def make(words: str = "") -> str:
+        path = tmp_path / f"failing-{words.replace(':', '-').replace(' ', '-')}.z5"
+        path.write_text(f"story {words}")
+        digest = hashlib.md5(path.read_bytes()).hexdigest()
+        monkeypatch.setitem(defines.BINDINGS_DICT, digest, {"name": "detective"})
+        return str(path)
+
+    yield make
+    Nursery.of("jericho").close()

@@ -6,14 +6,16 @@ from __future__ import annotations
 
 import logging
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
-from priorzero.games import generate
+from priorzero.games import tw_make
 from priorzero.games.catalogue import list_games, resolve_game
-from priorzero.games.story_files import STORIES, default_settings
+from priorzero.games.jericho_stories import STORIES, default_settings
 from priorzero.types import PriorZeroError
 
 
@@ -50,12 +52,16 @@ def test_catalogue_agrees_with_jericho(detective, zork1):
 def test_unknown_supported_game_gets_settings_from_the_file(detective, monkeypatch):
     monkeypatch.delitem(STORIES, "detective")
     spec = resolve_game(detective)
-    assert (spec.max_score, spec.max_steps, spec.score_range) == (
-        360.0,
-        102,
-        (0.0, 360.0),
-    )  # twice 51 steps
+    assert (spec.max_score, spec.max_steps) == (360.0, 102)  # twice 51 steps
     assert default_settings("new", 10, 0).max_steps == 200
+
+
+def test_a_story_that_crashes_when_opened_leaves_the_parent_alive(failing_story, monkeypatch):
+    """Only the opened game tells the maximum of one that the table lacks."""
+    monkeypatch.delitem(STORIES, "detective")
+    assert resolve_game(failing_story()).max_score == 42.0
+    with pytest.raises(PriorZeroError, match="cannot open .*status -11.*choose another game"):
+        resolve_game(failing_story("open:crash"))
 
 
 def test_unknown_game_lists_what_there_is(detective, monkeypatch):
@@ -108,8 +114,8 @@ def test_wrong_options_are_named(env_id, message):
 
 
 def test_options_and_flags_are_parsed():
-    assert generate.parse_id("tw-coin:level=7, seed=3") == ("tw-coin", {"level": 7, "seed": 3})
-    _, options = generate.parse_id("tw-cooking:cook,cut=true,open=no,seed=0")
+    assert tw_make.parse_id("tw-coin:level=7, seed=3") == ("tw-coin", {"level": 7, "seed": 3})
+    _, options = tw_make.parse_id("tw-cooking:cook,cut=true,open=no,seed=0")
     assert (options["cook"], options["cut"], options["open"], options["drop"], options["seed"]) == (
         True,
         True,
@@ -117,16 +123,16 @@ def test_options_and_flags_are_parsed():
         False,
         0,
     )
-    assert generate.canonical_id("tw-coin", {"level": 7, "seed": 3}) == "tw-coin:level=7,seed=3"
+    assert tw_make.canonical_id("tw-coin", {"level": 7, "seed": 3}) == "tw-coin:level=7,seed=3"
 
 
 def test_concurrent_generators_build_once(monkeypatch):
     builds = []
-    build = generate._build
-    monkeypatch.setattr(generate, "_build", lambda *a: (builds.append(a), build(*a)))
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: (builds.append(a), run(*a, **k))[1])
     results: list[Path] = []
     threads = [
-        threading.Thread(target=lambda: results.append(generate.generate("tw-coin:level=2,seed=9")))
+        threading.Thread(target=lambda: results.append(tw_make.generate("tw-coin:level=2,seed=9")))
         for _ in range(3)
     ]
     for thread in threads:
@@ -135,19 +141,15 @@ def test_concurrent_generators_build_once(monkeypatch):
         thread.join()
     assert len(builds) == 1 and len(set(results)) == 1 and len(results) == 3
     spec = resolve_game("tw-coin:level=2,seed=9")
-    assert (
-        dict(spec.options) == {"level": 2, "seed": 9}
-        and spec.max_score == 1.0
-        and len(spec.walkthrough) == 2
-    )
+    assert spec.max_score == 1.0 and len(spec.walkthrough) == 2
     assert not list(results[0].parent.parent.glob(".building-*"))
 
 
 def test_failed_generation_leaves_nothing_and_quotes_tw_make(tmp_path, monkeypatch):
     monkeypatch.setenv("PRIORZERO_CACHE", str(tmp_path))
-    fake = tmp_path / "tw-make"
-    fake.write_text("import sys; sys.exit('no quest possible')")
-    monkeypatch.setattr(generate, "_tw_make", lambda: [generate.sys.executable, str(fake)])
+    (tmp_path / "tw-make").write_text("import sys; sys.exit('no quest possible')")
+    (tmp_path / "python").symlink_to(Path(sys.executable).resolve())
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     with pytest.raises(PriorZeroError, match="no quest possible"):
         resolve_game("tw-coin:level=3")
     assert not list(tmp_path.glob("textworld-*/*/game.z8")) and not list(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
-import signal
+import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -14,8 +14,9 @@ import pytest
 from easydict import EasyDict
 
 from priorzero.games.env import FIRST_SEED, TextGameEnv, compose_text, episode_seed
-from priorzero.games.group import EnvGroupError, GameEnvGroup
+from priorzero.games.group import GameEnvGroup
 from priorzero.games.records import GameState, StateDetails
+from priorzero.games.valid_actions import ValidActionCache
 from priorzero.types import PriorZeroError
 
 COIN = "tw-coin:level=3,seed=2"
@@ -34,8 +35,7 @@ def play(env, chooser: random.Random, steps: int) -> list[tuple]:
     return trace
 
 
-# --- whole games
-# ----------------------------------------------------------------------------------------------------
+# --- whole games ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -44,14 +44,17 @@ def play(env, chooser: random.Random, steps: int) -> list[tuple]:
 def test_walkthrough_wins_generated_games(make_env, env_id):
     env = make_env(env_id=env_id)
     obs = env.reset()
-    rewards = []
-    for command in env.walkthrough():
+    rewards, texts = [], [obs["text"]]
+    for command in env.game.walkthrough:
         assert command in obs["valid_actions"] and list(obs["valid_actions"]) == sorted(
             set(obs["valid_actions"])
         )
         timestep = env.step(command)
         obs = timestep.obs
         rewards.append(timestep.reward)
+        texts.append(obs["text"])
+    # Neither the banner in ASCII art, nor the status line, nor the closing menu.
+    assert not any(re.search(r"\$\$|\n>|RESTART|   ", text) for text in texts)
     assert (
         timestep.done
         and timestep.info["won"]
@@ -72,7 +75,7 @@ def test_walkthrough_of_detective_reaches_its_maximum(make_env, detective):
     """Through every check of step(); Jericho's list has "west" where the walkthrough types "W",
     hence extra_actions.
     """
-    commands = TextGameEnv({"env_id": detective}).walkthrough()
+    commands = TextGameEnv({"env_id": detective}).game.walkthrough
     env = make_env(env_id=detective, extra_actions=sorted(set(commands)))
     first = env.reset()
     assert first["score"] == 10 and {"take paper", "west"} <= set(first["valid_actions"])
@@ -90,8 +93,7 @@ def test_walkthrough_of_detective_reaches_its_maximum(make_env, detective):
     assert env.stats()["state_misses"] == misses and env.stats()["state_hits"] >= 51
 
 
-# --- seeds
-# ----------------------------------------------------------------------------------------------------------
+# --- seeds ----------------------------------------------------------------------------------------
 
 
 def test_stock_jericho_takes_seed_0_for_the_walkthroughs(zork1, make_env):
@@ -178,14 +180,13 @@ def test_random_play_is_reproducible_whatever_the_cache_holds(zork1, make_env, t
     assert traces[0] == traces[1] == traces[2]
 
 
-# --- steps
-# ----------------------------------------------------------------------------------------------------------
+# --- steps ----------------------------------------------------------------------------------------
 
 
 def test_invalid_action_raises_and_changes_nothing(make_env):
     env = make_env(env_id=COIN)
     obs = env.reset()
-    with pytest.raises(PriorZeroError, match="'sing' is not valid.*valid are"):
+    with pytest.raises(ValueError, match="'sing' is not valid.*valid are"):
         env.step("sing")
     assert env.step(obs["valid_actions"][0]).obs["timestep"] == 1
 
@@ -202,62 +203,109 @@ def test_step_outside_an_episode(make_env):
         env.step("look")
 
 
-def test_hang_truncates_the_episode_and_the_next_one_works(make_env):
-    env = make_env(env_id=COIN, step_timeout_s=0.7)
-    obs = env.reset()
-    env._process.call("hang_next", "step", timeout_s=5)
-    timestep = env.step("look")
+# --- faults of the interpreter --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("command", "count"), [("hang", "hangs"), ("crash", "deaths")])
+def test_a_fault_truncates_the_episode_and_the_next_one_works(
+    make_env, failing_story, command, count
+):
+    env = make_env(env_id=failing_story(), step_timeout_s=0.7, cache_path=None)
+    first = env.reset()
+    obs = env.step("east").obs
+    timestep = env.step(command)
     assert timestep.done and timestep.info["truncated"] and not timestep.info["terminated"]
-    assert timestep.info["done_kind"] == "hang" and "did not return" in timestep.info["fault"]
-    assert timestep.reward == 0 and timestep.info["eval_episode_return"] == 0
-    assert timestep.obs["text"] == obs["text"] and timestep.obs["timestep"] == 1
-    assert env.reset()["text"] == obs["text"] and not env.step("look").done
-    assert (env.stats()["hangs"], env.stats()["respawns"], env.stats()["deaths"]) == (1, 1, 0)
+    assert timestep.info["done_kind"] == "hang" and f"step('{command}',)" in timestep.info["fault"]
+    assert timestep.reward == 0 and timestep.info["eval_episode_return"] == 1.0
+    assert timestep.obs["text"] == obs["text"] and timestep.obs["timestep"] == 2
+    assert env.stats()[count] == 1 and env.stats()["hangs"] + env.stats()["deaths"] == 1
+
+    assert env.reset()["text"] == first["text"] and not env.step("east").done
+    assert env.stats()["respawns"] == 1
 
 
-def test_hang_while_finding_valid_actions(make_env, detective, tmp_path):
-    env = make_env(env_id=detective, cache_path=str(tmp_path / "c.sqlite"), describe_timeout_s=5)
+def test_repeated_faults_in_the_middle_are_survived(make_env, failing_story):
+    """A command that always crashes is no reason to end a run."""
+    env = make_env(env_id=failing_story(), cache_path=None)
+    for _ in range(3):
+        env.reset()
+        assert env.step("crash").info["done_kind"] == "hang"
+    assert env.reset()["valid_actions"] and env.stats()["deaths"] == 3
+
+
+def test_a_hang_while_finding_valid_actions_truncates_the_episode(make_env, failing_story):
+    env = make_env(
+        env_id=failing_story("describe_later:hang"), cache_path=None, describe_timeout_s=0.7
+    )
     env.reset()
-    env._process.call("hang_next", "describe", timeout_s=5)
-    env._cfg.describe_timeout_s = 0.5
-    assert env.step("west").info["done_kind"] == "hang"
-    env._cfg.describe_timeout_s = 30
-    env.reset()
-    assert env.step("west").obs["valid_actions"]
-
-
-def test_killed_worker_truncates_the_episode(make_env):
-    env = make_env(env_id=COIN)
-    env.reset()
-    os.kill(env._process.pid, signal.SIGKILL)
-    timestep = env.step("look")
-    assert timestep.info["done_kind"] == "hang" and env.stats()["deaths"] == 1
+    timestep = env.step("east")
+    assert timestep.info["done_kind"] == "hang" and "describe" in timestep.info["fault"]
     assert env.reset()["valid_actions"]
 
 
-def test_reset_that_cannot_work_gives_up_with_a_reason(make_env):
-    env = make_env(env_id=COIN, step_timeout_s=1e-6, reset_attempts=2)
-    with pytest.raises(PriorZeroError, match="2 attempts.*step_timeout_s"):
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("open:crash", "SIGSEGV (Segmentation fault) in open"),
+        ("reset:crash", "SIGSEGV (Segmentation fault) in reset"),
+        ("describe:crash", "SIGSEGV (Segmentation fault) in describe"),
+        ("open:raise", "OSError: the story is damaged in open"),
+    ],
+)
+def test_an_interpreter_that_fails_at_the_start_is_one_clear_error(
+    make_env, failing_story, words, reason
+):
+    """Twice the same way, so the story is the fault: no more attempts, no advice on time limits."""
+    story = failing_story(words)
+    env = make_env(env_id=story, cache_path=None, reset_attempts=50)
+    with pytest.raises(PriorZeroError, match=re.escape(reason)) as caught:
         env.reset()
+    message = str(caught.value)
+    assert story in message and "choose another game" in message and "timeout" not in message
+    assert env.stats()["deaths"] == 2 and env.stats()["respawns"] == 1
 
 
-def test_state_without_valid_actions_offers_the_fallback(make_env, detective, tmp_path):
-    env = make_env(
-        env_id=detective, cache_path=str(tmp_path / "c.sqlite"), fallback_actions=["wait", "look"]
+def test_a_group_tells_a_common_error_once(failing_story):
+    story = failing_story("open:crash")
+    group = GameEnvGroup(
+        [partial(TextGameEnv, {"env_id": story, "cache_path": None}) for _ in range(3)], seed=0
     )
+    try:
+        with pytest.raises(PriorZeroError, match="in 3 of 3 environments: env 0, 1, 2:") as caught:
+            group.reset()
+        assert str(caught.value).count("SIGSEGV") == 1
+    finally:
+        group.close()
+
+
+def test_a_reset_that_hangs_gives_up_after_its_attempts(make_env, failing_story):
+    env = make_env(
+        env_id=failing_story("reset:hang"), cache_path=None, step_timeout_s=0.3, reset_attempts=3
+    )
+    with pytest.raises(PriorZeroError, match="3 attempts.*step_timeout_s"):
+        env.reset()
+    assert env.stats()["hangs"] == 3
+
+
+# --- settings and texts ---------------------------------------------------------------------------
+
+
+def test_a_state_cache_of_ones_own_and_a_state_without_valid_actions(make_env, detective):
+    """The fallback commands are offered where the cache knows of none."""
+    env = make_env(env_id=detective, fallback_actions=["wait", "look"])
     start = env.reset()
-    env._cache.put(env.game.story_key, "dark", StateDetails((), "Dark.", ""))
-    state = GameState("You wait.", 10.0, terminated=False, won=False, moves=1, state_hash="dark")
-    assert env._observe(state)["valid_actions"] == ("look", "wait")
-    assert env.stats()["fallback_states"] == 1 and start["valid_actions"] != ("look", "wait")
+    cache = ValidActionCache(None)
+    cache.put(env.game.story_key, start["state_hash"], StateDetails((), "Dark.", ""))
+
+    env.use_state_cache(cache)
+    assert env.reset()["valid_actions"] == ("look", "wait") != start["valid_actions"]
+    assert env.stats()["fallback_states"] == 1
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        {"split": "test"},
         {"observation_parts": ["smell"]},
-        {"fallback_actions": []},
         {"max_steps": 0},
     ],
 )
@@ -282,8 +330,7 @@ def test_text_says_nothing_twice():
     )
 
 
-# --- several environments
-# -------------------------------------------------------------------------------------------
+# --- several environments -------------------------------------------------------------------------
 
 
 def test_di_engine_base_manager_runs_it():
@@ -309,32 +356,28 @@ def test_di_engine_base_manager_runs_it():
     obs = manager.ready_obs
     timesteps = manager.step({i: obs[i]["valid_actions"][0] for i in obs})
     assert set(timesteps) == {0, 1} and timesteps[1].obs["timestep"] == 1
-    group = GameEnvGroup(manager._envs)
-    assert group.step({0: "look", 1: "inventory"})[1].obs["timestep"] == 2
     assert np.isscalar(timesteps[0].reward)
-    group.close()
     manager.close()
 
 
-def test_group_overlaps_calls_and_keeps_the_others_results():
-    group = GameEnvGroup(
-        [partial(TextGameEnv, {"env_id": COIN, "step_timeout_s": 1.0}) for _ in range(4)], seed=3
-    )
+def test_group_overlaps_calls_and_keeps_apart_what_fails(failing_story):
+    settings = {"env_id": failing_story(), "cache_path": None, "step_timeout_s": 1.0}
+    group = GameEnvGroup([partial(TextGameEnv, settings) for _ in range(4)], seed=3)
     try:
         assert set(group.reset()) == {0, 1, 2, 3}
         assert len({env.episode_seed for env in group.envs}) == 4
-        for env in group.envs:
-            env._process.call("hang_next", "step", timeout_s=5)
+
         start = time.monotonic()
-        timesteps = asyncio.run(_in_thread(group.step, dict.fromkeys(range(4), "look")))
+        timesteps = asyncio.run(_in_thread(group.step, dict.fromkeys(range(4), "hang")))
         assert time.monotonic() - start < 3  # four hangs of one second each, at once
         assert [timesteps[i].info["done_kind"] for i in range(4)] == ["hang"] * 4
         assert group.stats()["hangs"] == 4
+
         assert set(group.reset([1, 2, 3])) == {1, 2, 3}
-        with pytest.raises(EnvGroupError, match="env 2: action 'sing'") as caught:
-            group.step({1: "look", 2: "sing", 3: "inventory"})
-        assert set(caught.value.results) == {1, 3} and set(caught.value.errors) == {2}
-        assert caught.value.results[3].obs["timestep"] == 1
+        with pytest.raises(ValueError, match="action 'sing'") as caught:
+            group.step({1: "east", 2: "sing", 3: "east"})
+        assert caught.value.__notes__ == ["raised by step of environment 2"]
+        assert group.step({1: "east"})[1].obs["timestep"] == 2  # the others had been stepped
     finally:
         group.close()
 
@@ -343,12 +386,14 @@ async def _in_thread(function, *arguments):
     return await asyncio.to_thread(function, *arguments)
 
 
-def test_closing_a_group_cuts_a_hanging_call_short():
-    group = GameEnvGroup([partial(TextGameEnv, {"env_id": COIN, "step_timeout_s": 60.0})], seed=0)
+def test_closing_a_group_cuts_a_hanging_call_short(failing_story):
+    settings = {"env_id": failing_story(), "cache_path": None, "step_timeout_s": 60.0}
+    group = GameEnvGroup([partial(TextGameEnv, settings)], seed=0)
     group.reset()
-    group.envs[0]._process.call("hang_next", "step", timeout_s=5)
-    running = group._pool.submit(group.envs[0].step, "look")
-    time.sleep(0.5)
-    start = time.monotonic()
-    group.close()
-    assert time.monotonic() - start < 5 and running.result().info["done_kind"] == "hang"
+    with ThreadPoolExecutor() as pool:
+        running = pool.submit(group.step, {0: "hang"})
+        time.sleep(0.5)
+        start = time.monotonic()
+        group.close()
+        assert time.monotonic() - start < 5
+        assert running.result()[0].info["done_kind"] == "hang"

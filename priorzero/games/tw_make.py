@@ -28,8 +28,12 @@ GENERATE_TIMEOUT_S = 300.0
 
 @dataclass(frozen=True)
 class _Option:
-    """``parse`` raises ValueError for what is not allowed; ``default=None`` leaves the option out;
-    bool is a bare flag.
+    """One option of a game.
+
+    Attributes:
+        parse: from its text; ValueError for what is not allowed. Of a bool, a bare flag is True.
+        default: None leaves the option out.
+        allowed: the values in words.
     """
 
     parse: Callable[[str], object]
@@ -73,7 +77,9 @@ def _flag(text: str) -> bool:
 
 _SEED = _Option(_number(0, 2**31 - 1), 1, "0 to 2147483647")
 _FLAG = _Option(_flag, False, "true or false")
-GAMES: dict[str, tuple[str, dict[str, _Option]]] = {  # our name -> (tw-make's name, options)
+
+# Our name -> (tw-make's name, options).
+GAMES: dict[str, tuple[str, dict[str, _Option]]] = {
     "tw-simple": (
         "tw-simple",
         {
@@ -112,10 +118,15 @@ GAMES: dict[str, tuple[str, dict[str, _Option]]] = {  # our name -> (tw-make's n
 
 
 def parse_id(env_id: str) -> tuple[str, dict[str, object]]:
-    """``"tw-coin:level=3"`` -> ``("tw-coin", {"level": 3, "seed": 1})``. Raises PriorZeroError."""
+    """``"tw-coin:level=3"`` -> ``("tw-coin", {"level": 3, "seed": 1})``.
+
+    Raises:
+        PriorZeroError: an option is unknown or has an impossible value.
+    """
     name, _, text = env_id.partition(":")
     options = GAMES[name][1]
     chosen = {key: option.default for key, option in options.items()}
+
     for item in filter(None, (part.strip() for part in text.split(","))):
         key, _, value = item.partition("=")
         if key not in options:
@@ -128,9 +139,11 @@ def parse_id(env_id: str) -> tuple[str, dict[str, object]]:
             raise PriorZeroError(
                 f"{env_id!r}: {key}={value} is not allowed ({error}); give {options[key].allowed}"
             ) from error
+
     if name == "tw-cooking" and chosen["take"] > chosen["recipe"]:
         raise PriorZeroError(
-            f"{env_id!r}: take={chosen['take']} ingredients must not exceed recipe={chosen['recipe']}"
+            f"{env_id!r}: take={chosen['take']} ingredients must not exceed"
+            f" recipe={chosen['recipe']}"
         )
     return name, chosen
 
@@ -142,23 +155,22 @@ def describe_options(name: str) -> str:
 
 def canonical_id(name: str, options: dict[str, object]) -> str:
     """The id with every option spelled out: the game's identity."""
-    return (
-        name
-        + ":"
-        + ",".join(
-            f"{key}={str(value).lower() if isinstance(value, bool) else value}"
-            for key, value in options.items()
-            if value is not None
-        )
+    spelled = (
+        f"{key}={str(value).lower() if isinstance(value, bool) else value}"
+        for key, value in options.items()
+        if value is not None
     )
+    return f"{name}:{','.join(spelled)}"
 
 
 def generate(env_id: str) -> Path:
-    """The story file of a generated game; builds it at the first request (about 5 s). Its ``.json``
-    lies beside it.
+    """The story file of a generated game; its ``.json`` lies beside it.
 
-    Safe with several processes: a lock lets one build while the others wait, and the finished
-    folder appears by one rename.
+    It is built at the first request, which takes some seconds. Safe with several processes: a lock
+    lets one build while the others wait, and the finished folder appears by one rename.
+
+    Raises:
+        PriorZeroError: TextWorld is missing, or cannot build this game.
     """
     name, options = parse_id(env_id)
     try:
@@ -167,62 +179,72 @@ def generate(env_id: str) -> Path:
         raise PriorZeroError(
             f"{env_id!r} needs TextWorld, which is not installed; pip install textworld"
         ) from error
+
     label = canonical_id(name, options).replace(":", "-").replace(",", "-").replace("=", "_")
     root = cache_root() / f"textworld-{version}"
-    final = root / label
-    story = final / "game.z8"
-    if story.is_file() and story.with_suffix(".json").is_file():
+    story = root / label / "game.z8"
+    if _is_complete(story):
         return story
+
     try:
         root.mkdir(parents=True, exist_ok=True)
         with open(root / f"{label}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not (story.is_file() and story.with_suffix(".json").is_file()):
-                _build(name, options, root, final)
+            if not _is_complete(story):
+                _build(name, options, story.parent)
     except OSError as error:
         raise PriorZeroError(
-            f"{env_id!r} cannot be generated into {root}: {error}; set PRIORZERO_CACHE to a writable folder"
+            f"{env_id!r} cannot be generated into {root}: {error}; set PRIORZERO_CACHE to a"
+            " writable folder"
         ) from error
     return story
 
 
-def _build(name: str, options: dict[str, object], root: Path, final: Path) -> None:
-    scratch = Path(tempfile.mkdtemp(prefix=".building-", dir=root))
-    command = [*_tw_make(), GAMES[name][0], "--output", str(scratch / "game.z8"), "--silent"]
-    for key, value in options.items():
-        if value is not None and value is not False:
-            command.append("--" + key.replace("_", "-"))
-            command += [] if value is True else [str(value)]
-    logger.info("generating %s with tw-make", canonical_id(name, options))
+def _is_complete(story: Path) -> bool:
+    return story.is_file() and story.with_suffix(".json").is_file()
+
+
+def _build(name: str, options: dict[str, object], final: Path) -> None:
+    """Run tw-make and move what it built to the folder ``final``."""
+    game_id = canonical_id(name, options)
+    scratch = Path(tempfile.mkdtemp(prefix=".building-", dir=final.parent))
+    logger.info("generating %s with tw-make", game_id)
     try:
         done = subprocess.run(
-            command,
+            _command(name, options, scratch / "game.z8"),
             capture_output=True,
             text=True,
             timeout=GENERATE_TIMEOUT_S,
             stdin=subprocess.DEVNULL,
             check=False,
         )
-        if (
-            done.returncode
-            or not (scratch / "game.z8").is_file()
-            or not (scratch / "game.json").is_file()
-        ):
+        if done.returncode or not _is_complete(scratch / "game.z8"):
             tail = (done.stdout + done.stderr)[-1500:]
             raise PriorZeroError(
-                f"tw-make could not build {canonical_id(name, options)} (exit {done.returncode}); other options or "
-                f"another seed may work. Its last words:\n{tail}"
+                f"tw-make could not build {game_id} (exit {done.returncode}); other options or"
+                f" another seed may work. Its last words:\n{tail}"
             )
-        if final.exists():  # an incomplete folder of an earlier, interrupted removal
+
+        # What is there is incomplete: a removal that was interrupted.
+        if final.exists():
             shutil.rmtree(final)
         os.replace(scratch, final)
     except subprocess.TimeoutExpired as error:
         raise PriorZeroError(
-            f"tw-make did not finish {canonical_id(name, options)} within {GENERATE_TIMEOUT_S:g} s; choose smaller "
-            "options"
+            f"tw-make did not finish {game_id} within {GENERATE_TIMEOUT_S:g} s; choose smaller"
+            " options"
         ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _command(name: str, options: dict[str, object], output: Path) -> list[str]:
+    command = [*_tw_make(), GAMES[name][0], "--output", str(output), "--silent"]
+    for key, value in options.items():
+        if value is not None and value is not False:
+            command.append("--" + key.replace("_", "-"))
+            command += [] if value is True else [str(value)]
+    return command
 
 
 def _tw_make() -> list[str]:
@@ -231,6 +253,7 @@ def _tw_make() -> list[str]:
     found = str(beside) if beside.is_file() else shutil.which("tw-make")
     if not found:
         raise PriorZeroError(
-            f"TextWorld's tw-make was found neither beside {sys.executable} nor on PATH; reinstall textworld"
+            f"TextWorld's tw-make was found neither beside {sys.executable} nor on PATH; reinstall"
+            " textworld"
         )
     return [sys.executable, found]

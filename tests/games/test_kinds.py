@@ -1,0 +1,131 @@
+"""Every kind of game against the contract of `priorzero.games.kinds`, in interpreter processes."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from priorzero.games import kinds
+from priorzero.games.catalogue import list_games, resolve_game
+from priorzero.games.process import GameProcess
+from priorzero.games.records import GameSpec, GameState, StateDetails
+from priorzero.games.story_files import search_folders
+from tests.games.conftest import story_folders
+
+LIMIT = 60.0
+SEED = 5000
+STEPS = 15
+
+
+class Player:
+    """A game in its process; every state comes with its details."""
+
+    def __init__(self, spec: GameSpec) -> None:
+        self._process = GameProcess(spec.kind, spec.path)
+
+    def reset(self, seed: int) -> GameState:
+        return self._process.call("reset", seed, timeout_s=LIMIT)
+
+    def step(self, action: str) -> GameState:
+        return self._process.call("step", action, timeout_s=LIMIT)
+
+    def describe(self) -> StateDetails:
+        return self._process.call("describe", timeout_s=LIMIT)
+
+    def close(self) -> None:
+        self._process.close()
+
+
+@pytest.fixture(params=kinds.names())
+def spec(request, monkeypatch) -> GameSpec:
+    folders = ":".join(map(str, story_folders()))
+    monkeypatch.setenv("PRIORZERO_GAMES", folders)
+    example = kinds.load(request.param).example
+    found = kinds.load(request.param).find(example, search_folders())
+    if found is None:
+        pytest.skip(f"{example}, the example of {request.param}, is not at hand")
+    return found
+
+
+@pytest.fixture
+def player(spec):
+    players = []
+
+    def make() -> Player:
+        players.append(Player(spec))
+        return players[-1]
+
+    yield make
+    for one in players:
+        one.close()
+
+
+def test_both_kinds_are_found():
+    assert {"jericho", "textworld"} <= set(kinds.names())
+
+
+def test_a_kind_finds_its_example_and_nothing_else(spec):
+    game_class = kinds.load(spec.kind)
+    assert resolve_game(game_class.example) == spec
+    assert spec.max_score > 0 and spec.max_steps > 0 and spec.goal and spec.story_key
+    assert game_class.find("no such game at all", search_folders()) is None
+    assert game_class.how_to_get and set(game_class.available(search_folders())) <= set(
+        list_games()
+    )
+
+
+def test_equal_seeds_and_actions_give_equal_traces(player):
+    """A twin that is described at no step plays like the one that is described at every step."""
+    described, twin = player(), player()
+    choice = random.Random(3)
+
+    # The second episode begins in the middle of the first.
+    for _ in range(2):
+        state = described.reset(SEED)
+        assert state == twin.reset(SEED) and not state.terminated
+
+        for _ in range(STEPS):
+            details = described.describe()
+            action = choice.choice(details.valid_actions or ("look",))
+            state = described.step(action)
+            assert state == twin.step(action)
+            if state.terminated:
+                break
+
+
+def test_details_are_sorted_without_duplicates_and_belong_to_the_hash(player):
+    """Equal hash, equal details, whatever led to the state and whatever was drawn on the way."""
+    game = player()
+    known: dict[str, StateDetails] = {}
+    met_again = 0
+
+    for episode in range(3):
+        choice = random.Random(episode)
+        state = game.reset(SEED + episode)
+        for _ in range(STEPS):
+            details = game.describe()
+            assert details.valid_actions == tuple(sorted(set(details.valid_actions)))
+            assert all(a == a.strip() != "" for a in details.valid_actions)
+            if state.details is not None:
+                assert state.details == details
+
+            met_again += state.state_hash in known
+            assert known.setdefault(state.state_hash, details) == details
+
+            state = game.step(choice.choice(details.valid_actions or ("look",)))
+            if state.terminated:
+                break
+    assert met_again and len(known) > 1
+
+
+def test_the_walkthrough_ends_the_game_with_its_maximum(spec, player):
+    game = player()
+    game.reset(spec.walkthrough_seed)
+    assert spec.walkthrough
+    for command in spec.walkthrough:
+        state = game.step(command)
+
+    assert state.terminated and state.won and state.score == spec.max_score
+    assert state.details is not None and state.details.valid_actions == ()
+    assert not game.reset(SEED).terminated
