@@ -135,6 +135,10 @@ class PolicySettings(Settings):
     """Share of that noise in the root's prior."""
     root_prior: RootPriorSettings = field(default_factory=RootPriorSettings)
     """How the LLM enters at the root."""
+    policy_target: str = "regularised"
+    """What policies are trained on. regularised: what visit counts tend to, from the prior without
+    noise and all values found (priorzero/search/targets.py); visits: the shares of the visit
+    counts. lightzero's tree knows visits only."""
     fixed_temperature_value: float = 1.0
     """Temperature of visit counts when an action is drawn in collect; lower ones repeat what earns
     a little."""
@@ -184,6 +188,7 @@ class PolicySettings(Settings):
         """See `Settings.rules`."""
         yield from one_of(self, "device", "auto", "cpu", "cuda")
         yield from one_of(self, "value_bootstrap", "target_network", "search")
+        yield from one_of(self, "policy_target", "regularised", "visits")
         yield from a_file_of(self, "root_policy", "priorzero.search.root_policies")
         yield from positive(
             self,

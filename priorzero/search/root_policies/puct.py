@@ -11,8 +11,8 @@ import numpy as np
 
 from priorzero.search.root_prior import RootPrior
 from priorzero.search.roots import Root, SearchResult
-from priorzero.search.rules import puct
-from priorzero.search.targets import visit_shares
+from priorzero.search.rules import exploration_factor, normalised_q, puct
+from priorzero.search.targets import regularised, visit_shares
 from priorzero.search.tree import Tree
 from priorzero.settings.policy import PolicySettings
 
@@ -40,14 +40,24 @@ def begin(
 
     nodes = settings.num_simulations + 1
     tree = Tree(probabilities, valid, values, nodes, settings.discount_factor)
-    return PuctSearch(tree, valid_ids)
+    clean = [np.exp(prior.log_mixed) for prior in priors]
+    return PuctSearch(tree, valid_ids, clean, settings.policy_target)
 
 
 class PuctSearch:
-    """The tree under the PUCT rule."""
+    """The tree under the PUCT rule.
 
-    def __init__(self, tree: Tree, valid_ids: list[np.ndarray]) -> None:
-        self._tree, self._valid_ids = tree, valid_ids
+    Args:
+        tree: Begun, with noise in its roots' priors or without.
+        valid_ids: `[A]` per root.
+        priors: `[A]` per root, without noise.
+        target: "regularised" or "visits", see `priorzero/search/targets.py`.
+    """
+
+    def __init__(
+        self, tree: Tree, valid_ids: list[np.ndarray], priors: list[np.ndarray], target: str
+    ) -> None:
+        self._tree, self._valid_ids, self._priors, self._target = tree, valid_ids, priors, target
 
     def select(self) -> tuple[np.ndarray, np.ndarray]:
         return self._tree.select(puct, puct)
@@ -58,11 +68,14 @@ class PuctSearch:
 
     def results(self) -> list[SearchResult]:
         root = self._tree.root_statistics()
-        return [
-            SearchResult(
-                visit_counts=root.visits[row, ids],
-                value=float(root.value[row]),
-                target_policy=visit_shares(root.visits[row, ids]),
-            )
-            for row, ids in enumerate(self._valid_ids)
-        ]
+        q, factor = normalised_q(root), exploration_factor(root.total)
+
+        results = []
+        for row, (ids, prior) in enumerate(zip(self._valid_ids, self._priors, strict=True)):
+            visits = root.visits[row, ids]
+            if self._target == "visits":
+                target = visit_shares(visits)
+            else:
+                target = regularised(prior, q[row, ids], visits.sum(), factor[row])
+            results.append(SearchResult(visits, float(root.value[row]), target))
+        return results
