@@ -1,5 +1,4 @@
-"""The batches the buffer hands out, and the pure function that makes one row of a world-model
-batch.
+"""The world model's batches, and the pure function that makes one row of one.
 
 Letters: `B` rows, `T` unroll steps, `n` bootstrap steps (td_steps), `E` embedding dimension, `V`
 vocabulary size.
@@ -13,7 +12,6 @@ import numpy as np
 
 from priorzero.data.returns import n_step_return
 from priorzero.data.segment import Window
-from priorzero.types import TextState
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,28 +99,6 @@ class LearnOutput:
 
     metrics: dict[str, float]
     priorities: np.ndarray
-
-
-@dataclass(frozen=True)
-class LLMSample:
-    """One decision at text level, for the LLM's SFT (target_policy) and RFT (advantage).
-
-    target_policy `[A]` visit distribution and behaviour `[A]` sampling probabilities over
-    `state.valid_actions`; action_index the executed one; target_value: n-step return bootstrapped
-    with the search's value; advantage: target_value - predicted_value; prior_logprobs: token
-    log-probabilities when it was scored, prior_version by whom.
-    """
-
-    state: TextState
-    valid_actions: tuple[str, ...]
-    target_policy: np.ndarray
-    behaviour: np.ndarray
-    action_index: int
-    target_value: float
-    advantage: float
-    prior_logprobs: tuple[tuple[float, ...], ...] | None
-    prior_version: int
-    reasoning: str = ""
 
 
 def fill_row(

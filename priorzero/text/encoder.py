@@ -1,7 +1,7 @@
 """Frozen sentence encoder: each distinct text becomes one vector, once.
 
-LightZero's text path runs a whole BERT forward and backward over every observation of every
-training batch. Here the encoder's weights never change, so a text's vector never changes, is kept
+LightZero's text path runs a whole BERT over every observation of every training batch
+(docs/LIGHTZERO.md). Here the encoder's weights never change, so a text's vector never changes, is kept
 in memory, and the world model sees observations as plain vectors of width `SentenceEncoder.dim`.
 
 The pooling is that of the sentence-transformers library (Reimers and Gurevych, 2019,

@@ -1,9 +1,8 @@
 """Action texts to integer ids, so that a policy logit means the same command everywhere.
 
-LightZero's usual indexing is positional: id i is "the i-th valid action here", so the same logit
-means another command in each state and means nothing at all in the inner nodes of a search tree.
-`ActionVocabulary` gives each action text one id for the whole run instead; `PositionalVocabulary`
-keeps the usual indexing available for comparison.
+`ActionVocabulary` gives each action text one id for the whole run. `PositionalVocabulary` keeps
+LightZero's usual indexing available for comparison: id i is "the i-th valid action here", so a
+logit means another command in each state, and nothing at all in the inner nodes of a search tree.
 
 Called by the collector (ids of a state's valid actions), the policy (which ids exist) and the
 checkpoint code.
@@ -145,6 +144,8 @@ class ActionVocabulary:
                 continue
             taken.add(home)
             result[index] = self._ordinary + home
+
+        # Linear probing for those whose home went to another action of this state.
         dropped: list[str] = []
         for index in homeless:
             home = self._home(actions[index])
@@ -156,6 +157,7 @@ class ActionVocabulary:
             taken.add(slot)
             self._probed += 1
             result[index] = self._ordinary + slot
+
         self._overflow_used[list(taken)] = True
         if dropped:
             self._report_drop(dropped)

@@ -1,10 +1,7 @@
 """Inference of the world model for tree search: one arena of keys and values per search, no hashes,
 no trimming.
 
-LightZero keeps past keys and values in dictionaries keyed by a hash of the latent state, per
-environment slot, and shifts their position embeddings when the window slides. Its caches survive
-weight updates, mix environments when the ready ids are not 0..n-1, and the shift is exact for the
-first layer only. Here nothing survives a search:
+Nothing survives a search (what LightZero's caches do instead is told in docs/LIGHTZERO.md):
 
 * the root recomputes the last few real steps of each environment (at most 2C-1 tokens, cheaper than
   any bookkeeping);
@@ -75,9 +72,14 @@ class SearchMemory:
             lengths: `[B]`, 1..C.
         """
         wm, (batch, steps) = self._wm, observations.shape[:2]
+        assert actions.shape == (batch, steps) and lengths.shape == (batch,)
+
+        # o_0 a_0 o_1 a_1 … o_c: the last observation is the root.
         tokens = torch.empty(batch, 2 * steps - 1, wm.embed_dim, device=observations.device)
         tokens[:, 0::2] = self._model.encode(observations)
         tokens[:, 1::2] = wm.act_embedding_table(actions[:, :-1])
+
+        # The arena: the contexts' slots first, then two for each simulation.
         context = 2 * steps - 1
         slots = context + 2 * self._num_simulations
         shape = (
@@ -91,6 +93,7 @@ class SearchMemory:
         self._values = torch.zeros(shape, device=tokens.device)
         self._context = context
         self._rows = torch.arange(batch, device=tokens.device)
+
         # mask[b, n, j]: may node n of root b see slot j? Node 0 is the root, node s + 1 comes from
         # simulation s.
         self._mask = torch.zeros(
@@ -103,6 +106,7 @@ class SearchMemory:
             batch, self._num_simulations + 1, dtype=torch.long, device=tokens.device
         )
         self._position[:, 0] = 2 * (lengths - 1)
+
         x = self._forward(
             tokens, torch.arange(context, device=tokens.device).expand(batch, -1), 0, None
         )
@@ -115,22 +119,30 @@ class SearchMemory:
         `simulation + 1`.
 
         Args:
-            parents: `[B]` node indices, 0 = root. actions: `[B]` ids.
+            simulation: 0, 1, … in the order of the calls.
+            parents: `[B]` node indices, 0 = root.
+            actions: `[B]` ids.
         """
+        assert 0 <= simulation < self._num_simulations
         wm, node = self._wm, simulation + 1
         slot = self._context + 2 * simulation
         mask = self._mask[self._rows, parents]
         position = self._position[self._rows, parents]
+
+        # The action's token: what it earns and where it leads.
         mask[:, slot] = True
         x = self._forward(
             wm.act_embedding_table(actions)[:, None], self._clamp(position + 1)[:, None], slot, mask
         )[:, 0]
         reward = wm.head_rewards.head_module(x)
         latent = wm.head_observations.head_module(x)
+
+        # The predicted state's token: what it is worth and what to do there.
         mask[:, slot + 1] = True
         x = self._forward(latent[:, None], self._clamp(position + 2)[:, None], slot + 1, mask)[:, 0]
         self._mask[:, node] = mask
         self._position[:, node] = position + 2
+
         return NodeOutput(reward, wm.head_value.head_module(x), wm.head_policy.head_module(x))
 
     def _clamp(self, position: Tensor) -> Tensor:
@@ -154,6 +166,7 @@ class SearchMemory:
         wm = self._wm
         batch, n, width = tokens.shape
         x = tokens + wm.pos_emb(positions)
+
         for layer, block in enumerate(wm.transformer.blocks):
             attn, h = block.attn, block.ln1(x)
             q, k, v = (
@@ -162,6 +175,7 @@ class SearchMemory:
             )
             self._keys[layer, :, :, slot : slot + n] = k
             self._values[layer, :, :, slot : slot + n] = v
+
             if mask is None:
                 y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             else:
@@ -172,6 +186,8 @@ class SearchMemory:
                     self._values[layer, :, :, :end],
                     attn_mask=mask[:, None, None, :end],
                 )
+
             x = x + attn.proj(y.transpose(1, 2).reshape(batch, n, width))
             x = x + block.mlp(block.ln2(x))
+
         return wm.transformer.ln_f(x)
