@@ -102,6 +102,15 @@ def test_both_objectives_in_one_update(byte_model):
     assert metrics["rft_ratio"] == pytest.approx(1.0, abs=1e-4)
 
 
+def test_a_loss_that_is_no_number_ends_the_run_with_advice(byte_model):
+    trainer = trainer_of(byte_model)
+    with torch.no_grad():
+        byte_model.model.norm.weight.fill_(math.nan)
+    with pytest.raises(PriorZeroError, match=r"nan.*llm\.train\.learning_rate"):
+        trainer.update({"sft": SAMPLES})
+    assert trainer.version == 0
+
+
 async def test_shared_engine_answers_with_the_trained_weights(trainer, tokeniser, reference):
     engine = TransformersEngine(
         trainer.weights().module, tokeniser, max_batch_tokens=4096, lock=trainer.lock
