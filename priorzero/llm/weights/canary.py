@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+from typing import TYPE_CHECKING
 
 import torch
 
-from priorzero.llm.engines.base import LLMEngine, LLMEngineError
-from priorzero.llm.update.protocol import LLMTrainer
 from priorzero.types import TokenisedRequest
+
+if TYPE_CHECKING:  # both rooms use this one
+    from priorzero.llm.engines.base import LLMEngine
+    from priorzero.llm.update.protocol import LLMTrainer
 
 # Allowed difference of an action's summed log-probability: a constant and a share of its size.
 # bfloat16 rounds differently in every engine, so there only gross faults are found.
 _TOLERANCE = {(torch.float32, "cpu"): (2e-3, 1e-4), (torch.float32, "cuda"): (0.02, 1e-3)}
 _COARSE_TOLERANCE = (0.8, 0.03)
+
+
+class StaleWeightsError(RuntimeError):
+    """An engine does not answer with the weights it was given."""
 
 
 async def canary_difference(
@@ -39,14 +46,15 @@ async def canary_difference(
         are within the tolerance.
 
     Raises:
-        LLMEngineError: The engine answers with another version, or not at all.
+        StaleWeightsError: The engine answers with another version.
+        LLMEngineError: It does not answer.
     """
     assert not request.reasoning, "a canary must not generate"
     # Not through a score cache: its answer would prove nothing about the engine.
     source = getattr(engine, "inner", engine)
     answer = (await source.score([request]))[0]
     if answer.weights_version != trainer.version:
-        raise LLMEngineError(
+        raise StaleWeightsError(
             f"the engine answers with weights {answer.weights_version}, the trainer has "
             f"{trainer.version}"
         )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
-from priorzero.llm.engines.base import LLMEngine, LLMEngineError
-from priorzero.llm.update.protocol import LLMTrainer
-from priorzero.llm.weights.canary import canary_difference
+from priorzero.llm.weights.canary import StaleWeightsError, canary_difference
 from priorzero.types import TokenisedRequest
+
+if TYPE_CHECKING:  # both rooms use this one
+    from priorzero.llm.engines.base import LLMEngine
+    from priorzero.llm.update.protocol import LLMTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -33,14 +36,15 @@ async def publish(
         engine reports.
 
     Raises:
-        LLMEngineError: The engine does not take the weights, or answers with others.
+        StaleWeightsError: The engine answers with other weights.
+        LLMEngineError: It does not take them, or does not answer.
     """
     report = dict(await engine.push_weights(trainer.weights(), trainer.version))
 
     if canary is not None:
         report["canary_diff"], good = await canary_difference(engine, trainer, canary, tolerance)
         if not good:
-            raise LLMEngineError(
+            raise StaleWeightsError(
                 f"after weights {trainer.version} were pushed, the {engine.name} engine "
                 f"({engine.dtype}) differs from the trainer by {report['canary_diff']:.4f} in a "
                 "summed log-probability; its weights are stale or damaged"

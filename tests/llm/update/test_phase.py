@@ -7,6 +7,7 @@ import torch
 
 from priorzero.llm.engines.base import LLMEngineError
 from priorzero.llm.update.phase import LLMPhase
+from priorzero.llm.weights.canary import StaleWeightsError
 from priorzero.types import ActionScores, PriorZeroError
 from tests.llm.decisions import REQUESTS, SAMPLES, settings
 
@@ -107,7 +108,17 @@ async def test_an_engine_with_other_weights_ends_the_run_with_advice():
     phase = phase_of([], value=-3.0)
     with pytest.raises(PriorZeroError, match=r"stale or damaged.*--resume") as caught:
         await phase.run(lambda count, recent: SAMPLES[:1])
-    assert isinstance(caught.value.__cause__, LLMEngineError)
+    assert isinstance(caught.value.__cause__, StaleWeightsError)
+
+
+async def test_an_engine_that_takes_no_weights_ends_the_run_with_advice():
+    class Refusing(FakeEngine):
+        async def push_weights(self, weights, version):
+            raise LLMEngineError("gone")
+
+    phase = LLMPhase(settings(), FakeTrainer([]), Refusing([]))
+    with pytest.raises(PriorZeroError, match=r"gone.*--resume"):
+        await phase.publish()
 
 
 async def test_weights_are_published_before_anything_was_drawn():

@@ -10,9 +10,9 @@ import math
 import pytest
 import torch
 
-from priorzero.llm.engines.base import LLMEngineError
 from priorzero.llm.engines.transformers_engine import TransformersEngine
 from priorzero.llm.update.trainers import builtin
+from priorzero.llm.weights.canary import StaleWeightsError
 from priorzero.llm.weights.publish import publish
 from priorzero.settings.llm import LoraSettings
 from priorzero.types import PriorZeroError
@@ -102,8 +102,19 @@ def test_both_objectives_in_one_update(byte_model):
     assert metrics["rft_ratio"] == pytest.approx(1.0, abs=1e-4)
 
 
-async def test_shared_engine_answers_with_the_trained_weights(trainer, byte_text, reference):
-    engine = TransformersEngine(trainer.weights().module, byte_text, lock=trainer.lock)
+def test_a_loss_that_is_no_number_ends_the_run_with_advice(byte_model):
+    trainer = trainer_of(byte_model)
+    with torch.no_grad():
+        byte_model.model.norm.weight.fill_(math.nan)
+    with pytest.raises(PriorZeroError, match=r"nan.*llm\.train\.learning_rate"):
+        trainer.update({"sft": SAMPLES})
+    assert trainer.version == 0
+
+
+async def test_shared_engine_answers_with_the_trained_weights(trainer, tokeniser, reference):
+    engine = TransformersEngine(
+        trainer.weights().module, tokeniser, max_batch_tokens=4096, lock=trainer.lock
+    )
     stale = (await engine.score(REQUESTS[:1]))[0]
     trainer.update({"sft": SAMPLES})
     report = await publish(engine, trainer, REQUESTS[0])
@@ -114,24 +125,24 @@ async def test_shared_engine_answers_with_the_trained_weights(trainer, byte_text
     assert fresh.totals() != pytest.approx(stale.totals(), abs=1e-3)
 
 
-async def test_canary_catches_stale_weights(trainer, tiny, byte_text):
+async def test_canary_catches_stale_weights(trainer, tiny, tokeniser):
     class Stale(TransformersEngine):
         async def push_weights(self, weights, version):
             self.weights_version = version
             return {"seconds": 0.0, "bytes": 0.0}
 
-    engine = Stale(tiny(vocab=262), byte_text)
+    engine = Stale(tiny(vocab=262), tokeniser, max_batch_tokens=4096)
     trainer.update({"sft": SAMPLES})
-    with pytest.raises(LLMEngineError, match="stale or damaged"):
+    with pytest.raises(StaleWeightsError, match="stale or damaged"):
         await publish(engine, trainer, REQUESTS[0])
 
 
-async def test_lora_trains_adapters_only_and_an_engine_follows(tiny, byte_text):
+async def test_lora_trains_adapters_only_and_an_engine_follows(tiny, tokeniser):
     trainer = trainer_of(tiny(vocab=262), lora=ADAPTERS, learning_rate=2e-2)
     history = [trainer.update({"sft": SAMPLES}) for _ in range(10)]
     assert history[-1]["sft_kl"] < 0.5 * history[0]["sft_kl"]
     assert all("lora_" in name for name in trained_parameters(trainer))
-    engine = TransformersEngine(tiny(vocab=262), byte_text)
+    engine = TransformersEngine(tiny(vocab=262), tokeniser, max_batch_tokens=4096)
     report = await publish(engine, trainer, REQUESTS[0])
     assert report["canary_diff"] < 1e-3
 
