@@ -15,9 +15,10 @@ from priorzero.llm.engines.resilient import ResilientEngine
 from priorzero.llm.engines.transformers_engine import TransformersEngine
 from priorzero.llm.prior import LLMPrior
 from priorzero.llm.weights.export import Weights
+from priorzero.settings.llm import LoraSettings
 from priorzero.types import PriorZeroError, TextState
 from tests.llm.decisions import REQUESTS as ROOMS
-from tests.llm.decisions import request
+from tests.llm.decisions import request, sample, trainer_of
 
 REQUESTS = [
     request("A dark room.\nAction:", ("go north", "go north east", "look", "go north")),
@@ -288,3 +289,31 @@ async def test_without_fallback_the_error_says_what_to_do(tokeniser):
     engine, _ = _resilient(tokeniser, [LLMEngineDead("gone")], [], max_restarts=0)
     with pytest.raises(PriorZeroError, match="llm.required=False"):
         await engine.score(REQUESTS[:1])
+
+
+# ---- adapters in a copy ----------------------------------------------------------------------
+
+
+def totals(answers) -> torch.Tensor:
+    return torch.tensor([total for answer in answers for total in answer.totals()])
+
+
+async def test_a_16_bit_copy_sees_small_updates_of_adapters(tiny, tokeniser):
+    """Merged into bfloat16 weights, a part of every small update was rounded away."""
+    from priorzero.llm.model import store_layers_in
+
+    lora = LoraSettings(enable=True, rank=4, alpha=8)
+    trainer = trainer_of(tiny(vocab=262), lora=lora, dtype="bfloat16", learning_rate=2e-4)
+    own = tiny(vocab=262)
+    store_layers_in(own, torch.bfloat16)
+    engine = TransformersEngine(own, tokeniser, compute_dtype=torch.bfloat16)
+    before = totals(trainer.score(ROOMS))
+    for _ in range(2):
+        trainer.update({"sft": [sample(r) for r in ROOMS]})
+        report = await engine.push_weights(trainer.weights(), trainer.version)
+        after = totals(trainer.score(ROOMS))
+        assert (after - before).abs().max() > 1e-3  # small, and there
+        torch.testing.assert_close(totals(await engine.score(ROOMS)), after, rtol=0, atol=1e-6)
+    # The adapters alone travel.
+    adapters = sum(p.numel() for p in trainer.state_dict()["model"].values())
+    assert report["bytes"] == 4 * adapters
