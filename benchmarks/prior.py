@@ -1,9 +1,10 @@
 """States scored per second by each way of asking an LLM for the log-probability of every valid
 action.
 
-    python -m benchmarks.prior                                             # embedded model, CPU or
-    GPU as found python -m benchmarks.prior --model random:qwen2.5-3b --prompt-tokens 4000 --actions
-    30 --states 16 --device cuda python -m benchmarks.prior --sweep --out results/prior
+    python -m benchmarks.prior              # embedded model, CPU or GPU as found
+    python -m benchmarks.prior --model random:qwen2.5-3b --prompt-tokens 4000 --actions 30 \\
+        --states 16 --device cuda
+    python -m benchmarks.prior --sweep --out results/prior
 
 Ways (`--methods`):
 
@@ -15,10 +16,8 @@ Ways (`--methods`):
   `trie_again` is the same states a second time, with their prompts in the prefix cache;
 * shared: this project's transformers engine, each prompt computed once for all its actions: layers
   in `--dtype`, norms and residual stream in float32, as a run computes on a CPU; `shared_pure` is
-  the same with everything in `--dtype`, as a run computes on CUDA (`llm.residual_dtype`), and keeps
-  no prompts;
-* grown: `shared` and vLLM one step later, when the first nine tenths of each prompt are those of a
-  state just scored (as `grown` and, with vLLM, `trie_grown`);
+  the same with everything in `--dtype`, as a run computes on CUDA (`llm.residual_dtype`);
+  `shared_packed`, `shared_padded` and `shared_two_pass` force one way of computing a batch;
 * cached: the score cache around it, states seen before.
 
 Prompts are built as in a run, from random play of a real game, then filled up to the length asked
@@ -44,7 +43,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import finish, machine_facts, quiet_logging, say
-from benchmarks.prior_methods import METHODS, Measurement, measure
+from benchmarks.prior_methods import METHODS, USUAL, Measurement, measure
 
 logger = logging.getLogger("priorzero.benchmarks.prior")
 SWEEP = {
@@ -59,7 +58,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--model", default="embedded", help="auto, embedded, a folder, a hub name, or random:SHAPE"
     )
-    parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated")
+    parser.add_argument(
+        "--methods", default=",".join(USUAL), help=f"of {', '.join(METHODS)}; comma-separated"
+    )
     parser.add_argument("--prompt-tokens", type=int, default=600)
     parser.add_argument("--actions", type=int, default=12)
     parser.add_argument("--states", type=int, default=8)
@@ -77,9 +78,6 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--max-batch-tokens", type=int, default=8192, help="of the transformers engine"
-    )
-    parser.add_argument(
-        "--prefix-cache-mib", type=int, default=1024, help="of the transformers engine, for `grown`"
     )
     parser.add_argument(
         "--gpu-memory", type=float, default=0.4, help="share of the GPU vLLM may take"
@@ -191,11 +189,11 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
         points = sweep_points(args)
         # Other texts at every point: what a cache still holds of an earlier one must not help.
         inputs = {
-            p: make_requests(bench.text, played, *p[1:], seed=args.seed + 1000 * i)
+            p: make_requests(bench.tokeniser, played, *p[1:], seed=args.seed + 1000 * i)
             for i, p in enumerate(points)
         }
         say(
-            f"{bench.resolved.name}, {dtype} on {device}; prompts of {inputs[points[0]].describe(bench.text)}"
+            f"{bench.resolved.name}, {dtype} on {device}; prompts of {inputs[points[0]].describe()}"
         )
         results, failed = await measure(args, bench, inputs, say)
     rows = [

@@ -6,13 +6,14 @@ ready.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import gc
 import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -22,13 +23,14 @@ from priorzero.llm.engines.base import LLMEngine, LLMEngineError
 from priorzero.llm.engines.cached import CachedEngine
 from priorzero.llm.engines.transformers_engine import TransformersEngine
 from priorzero.llm.model import store_layers_in
-from priorzero.llm.scoring.requests import ScoreRequest
-from priorzero.settings.engine_old import EngineSettings, VLLMSettings
-from priorzero.types import ActionScores
+from priorzero.settings.llm import VLLMSettings
+from priorzero.types import ActionScores, TokenisedRequest
 
 logger = logging.getLogger("priorzero.benchmarks.prior")
 
-METHODS = ("per_action", "vllm_per_action", "trie", "shared", "shared_pure", "grown", "cached")
+USUAL = ("per_action", "vllm_per_action", "trie", "shared", "shared_pure", "cached")
+FORCED = {f"shared_{way}": way for way in ("packed", "padded", "two_pass")}
+METHODS = (*USUAL, *FORCED)
 Totals = list[list[float]]  # per state, per action: summed log-probability
 Point = tuple[str, int, int, int]
 
@@ -72,7 +74,7 @@ async def measure(
     if "per_action" in args.methods:
         for point, data in inputs.items():
             keep(point, "per_action", per_action(bench, data, args.seconds))
-    if {"shared", "shared_pure", "grown", "cached"} & set(args.methods):
+    if {"shared", "shared_pure", "cached", *FORCED} & set(args.methods):
         await _transformers_ways(args, bench, inputs, keep)
     if {"trie", "vllm_per_action"} & set(args.methods):
         try:
@@ -99,13 +101,16 @@ def per_action(bench: BenchmarkModel, data: Inputs, seconds: float) -> Measureme
 
 @torch.no_grad()
 def forward_per_action(
-    bench: BenchmarkModel, model: torch.nn.Module, request: ScoreRequest, limit: int | None = None
+    bench: BenchmarkModel,
+    model: torch.nn.Module,
+    request: TokenisedRequest,
+    limit: int | None = None,
 ) -> list[float]:
     """Summed log-probability of each of the first `limit` actions."""
-    tokens, device = bench.text.tokenise(request), next(model.parameters()).device
+    device = next(model.parameters()).device
     totals = []
-    for action in tokens.action_ids[:limit]:
-        ids = torch.tensor([tokens.prompt_ids + action], device=device)
+    for action in request.action_ids[:limit]:
+        ids = torch.tensor([request.prompt_ids + action], device=device)
         # Logits for the action's tokens only; all of them would make this baseline look slower than
         # it must be.
         logits = model(ids, logits_to_keep=len(action) + 1).logits[0, :-1].float().log_softmax(-1)
@@ -113,7 +118,7 @@ def forward_per_action(
     return totals
 
 
-def reference(bench: BenchmarkModel, requests: Sequence[ScoreRequest]) -> Totals:
+def reference(bench: BenchmarkModel, requests: Sequence[TokenisedRequest]) -> Totals:
     """float32, one forward per action."""
     model = bench.model
     if requests and next(model.parameters()).dtype != torch.float32:
@@ -145,28 +150,46 @@ async def _transformers_ways(
     args, bench: BenchmarkModel, inputs: dict[Point, Inputs], keep
 ) -> None:
     dtype = next(bench.model.parameters()).dtype
-    names = [m for m in ("shared", "grown", "cached") if m in args.methods]
+    names = [m for m in ("shared", "cached", *FORCED) if m in args.methods]
     if names:
         model = bench.model
         if dtype != torch.float32:
             model = copy.deepcopy(model).float()
             store_layers_in(model, dtype)
-        engine = CachedEngine(
-            TransformersEngine(
-                model,
-                bench.text,
-                max_batch_tokens=args.max_batch_tokens,
-                prefix_cache_mib=args.prefix_cache_mib,
-                compute_dtype=None if dtype == torch.float32 else dtype,
-            )
-        )
-        await _time_engine(engine, names, inputs, keep)
-        del model, engine
+        compute = None if dtype == torch.float32 else dtype
+        usual = [name for name in names if name not in FORCED]
+        if usual:
+            await _time_engine(_engine(args, bench, model, compute), usual, inputs, keep)
+        for name in FORCED.keys() & set(names):
+            with _forced(FORCED[name]):
+                await _time_engine(_engine(args, bench, model, compute), [name], inputs, keep)
+        del model
     if "shared_pure" in args.methods and dtype != torch.float32:
-        engine = CachedEngine(
-            TransformersEngine(bench.model, bench.text, max_batch_tokens=args.max_batch_tokens)
-        )
+        engine = _engine(args, bench, bench.model, None)
         await _time_engine(engine, ["shared_pure"], inputs, keep)
+
+
+def _engine(args, bench: BenchmarkModel, model, compute_dtype) -> CachedEngine:
+    inner = TransformersEngine(
+        model,
+        bench.tokeniser,
+        max_batch_tokens=args.max_batch_tokens,
+        compute_dtype=compute_dtype,
+    )
+    return CachedEngine(inner, capacity=20_000)
+
+
+@contextlib.contextmanager
+def _forced(way: str):
+    """Let all batches be computed this way for a while."""
+    from priorzero.llm.engines import transformers_engine
+
+    choose = transformers_engine.choose_way
+    transformers_engine.choose_way = lambda model, items: way
+    try:
+        yield
+    finally:
+        transformers_engine.choose_way = choose
 
 
 async def _time_engine(
@@ -176,14 +199,8 @@ async def _time_engine(
         for point, data in inputs.items():
             await engine.inner.score(data.warm_up)
             first = await timed(lambda data=data: engine.score(data.states))
-            if names[0].startswith("shared"):
+            if names[0] != "cached":
                 keep(point, names[0], first)
-            if "grown" in names:
-                keep(
-                    point,
-                    "grown",
-                    replace(await timed(lambda data=data: engine.score(data.grown)), totals=[]),
-                )
             if "cached" in names:
                 keep(point, "cached", await timed(lambda data=data: engine.score(data.states)))
     finally:
@@ -198,25 +215,21 @@ async def _vllm_ways(args, bench: BenchmarkModel, inputs: dict[Point, Inputs], k
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # vLLM counts memory that torch keeps for itself as taken
     longest = max(p[1] for p in inputs) + 64
-    settings = EngineSettings(
-        kind="vllm",
-        vllm=VLLMSettings(
-            dtype=str(model.dtype).removeprefix("torch."),
-            max_model_len=longest,
-            gpu_memory_utilization=args.gpu_memory,
-            enforce_eager=True if args.enforce_eager else None,
-        ),
+    settings = VLLMSettings(
+        dtype=str(model.dtype).removeprefix("torch."),
+        max_model_len=longest,
+        gpu_memory_utilization=args.gpu_memory,
+        enforce_eager=True if args.enforce_eager else None,
     )
-    engine = await VLLMEngine.start(bench.resolved, settings, text=bench.text, device=model.device)
+    engine = await VLLMEngine.start(
+        bench.resolved, settings, tokeniser=bench.tokeniser, device=model.device
+    )
     try:
         for point, data in inputs.items():
             if "trie" in args.methods:
                 await engine.score(data.warm_up)
                 keep(point, "trie", await timed(lambda data=data: engine.score(data.states)))
                 keep(point, "trie_again", await timed(lambda data=data: engine.score(data.states)))
-                if "grown" in args.methods:
-                    later = await timed(lambda data=data: engine.score(data.grown))
-                    keep(point, "trie_grown", replace(later, totals=[]))
             if "vllm_per_action" in args.methods:
                 keep(point, "vllm_per_action", await vllm_per_action(engine, data, args.seconds))
     finally:
@@ -245,13 +258,11 @@ async def vllm_per_action(engine: LLMEngine, data: Inputs, seconds: float) -> Me
 
 
 async def _prompt_logprobs(
-    engine: LLMEngine, request: ScoreRequest, limit: int | None = None
+    engine: LLMEngine, request: TokenisedRequest, limit: int | None = None
 ) -> list[float]:
     from vllm import SamplingParams
     from vllm.inputs.engine import tokens_input
     from vllm.sampling_params import RequestOutputKind
-
-    tokens = engine.text.tokenise(request)
 
     async def one(action: tuple[int, ...]) -> float:
         params = SamplingParams(
@@ -263,10 +274,10 @@ async def _prompt_logprobs(
         )
         final = None
         # The engine of a run has no such method, and should not get one: this is what it replaces.
-        prompt = tokens_input(list(tokens.prompt_ids + action))
+        prompt = tokens_input(list(request.prompt_ids + action))
         async for output in engine._engine.generate(prompt, params, uuid.uuid4().hex):
             final = output
         rows = final.prompt_logprobs[-len(action) :]
         return sum(row[token].logprob for row, token in zip(rows, action, strict=True))
 
-    return list(await asyncio.gather(*(one(a) for a in tokens.action_ids[:limit])))
+    return list(await asyncio.gather(*(one(a) for a in request.action_ids[:limit])))

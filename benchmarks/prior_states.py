@@ -7,15 +7,15 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from benchmarks.common import PlayedStep, random_play
 from priorzero.llm.model import ResolvedModel, load_llm, resolve_llm
-from priorzero.llm.scoring.requests import ScoreRequest, TextTokeniser, model_max_tokens
-from priorzero.types import PriorZeroError
+from priorzero.llm.scoring.requests import Tokeniser, model_max_tokens
+from priorzero.types import PriorZeroError, TokenisedRequest
 
 logger = logging.getLogger("priorzero.benchmarks.prior")
 
@@ -35,7 +35,7 @@ class BenchmarkModel:
     """A model in the benchmark's dtype, its tokeniser, and where vLLM finds it."""
 
     model: torch.nn.Module
-    text: TextTokeniser
+    tokeniser: Tokeniser
     resolved: ResolvedModel
 
 
@@ -54,7 +54,7 @@ def load_benchmark_model(
     else:
         resolved = resolve_llm(name)
         model, tokenizer = load_llm(resolved, device, dtype)
-    return BenchmarkModel(model, TextTokeniser(tokenizer, model_max_tokens(model.config)), resolved)
+    return BenchmarkModel(model, Tokeniser(tokenizer, model_max_tokens(model.config)), resolved)
 
 
 def _random_model(shape: str, device: str, dtype: torch.dtype, work: Path, args, need_files: bool):
@@ -132,35 +132,29 @@ def random_states(args) -> list[PlayedStep]:
 
 @dataclass(frozen=True)
 class Inputs:
-    """`states` to time, the same ones a step later (`grown`: another last tenth), and others of the
-    kind to warm up with.
-    """
+    """`states` to time, and others of the kind to warm up with."""
 
-    states: tuple[ScoreRequest, ...]
-    grown: tuple[ScoreRequest, ...]
-    warm_up: tuple[ScoreRequest, ...]
+    states: tuple[TokenisedRequest, ...]
+    warm_up: tuple[TokenisedRequest, ...]
 
-    def describe(self, text: TextTokeniser) -> str:
-        tokens = [text.tokenise(r) for r in self.states]
-        lengths, actions = (
-            [t.num_prompt_tokens for t in tokens],
-            [len(a) for t in tokens for a in t.action_ids],
-        )
+    def describe(self) -> str:
+        lengths = [r.num_prompt_tokens for r in self.states]
+        actions = [len(a) for r in self.states for a in r.action_ids]
         return (
-            f"{min(lengths)} to {max(lengths)} tokens (head {len(tokens[0].head_ids)}), "
-            f"{len(tokens[0].action_ids)} actions of {min(actions)} to {max(actions)} tokens"
+            f"{min(lengths)} to {max(lengths)} tokens (head {len(self.states[0].head_ids)}), "
+            f"{len(self.states[0].action_ids)} actions of {min(actions)} to {max(actions)} tokens"
         )
 
 
 def make_requests(
-    text: TextTokeniser,
+    tokeniser: Tokeniser,
     played: Sequence[PlayedStep],
     prompt_tokens: int,
     actions: int,
     states: int,
     seed: int = 0,
 ) -> Inputs:
-    """`states` distinct requests (and the other ones of `Inputs`) with `actions` actions and
+    """`states` distinct requests (and as many to warm up) with `actions` actions and
     `prompt_tokens` tokens of prompt.
 
     Raises:
@@ -187,31 +181,9 @@ def make_requests(
         own += rng.sample([a for a in pool if a not in own], actions - len(own))
         filler = _rotated(transcript, rng.randrange(len(transcript)), prompt_tokens)
         requests.append(
-            _request(text, step, tuple(sorted(own)), prompt_tokens, f"({number})", filler)
+            _request(tokeniser, step, tuple(sorted(own)), prompt_tokens, f"({number})", filler)
         )
-    grown = [
-        _step_later(
-            text,
-            r,
-            _rotated(transcript, rng.randrange(len(transcript)), prompt_tokens),
-            prompt_tokens,
-        )
-        for r in requests[:states]
-    ]
-    return Inputs(tuple(requests[:states]), tuple(grown), tuple(requests[states:]))
-
-
-def _step_later(
-    text: TextTokeniser, request: ScoreRequest, words: list[str], prompt_tokens: int
-) -> ScoreRequest:
-    """The request with the last tenth of its body replaced, again at most `prompt_tokens` long."""
-    kept, head = request.body[: len(request.body) * 9 // 10], text.count_tokens(request.head)
-    count = _largest(
-        lambda n: head + text.count_tokens(f"{kept} {' '.join(words[:n])}") <= prompt_tokens,
-        0,
-        len(words),
-    )
-    return replace(request, body=f"{kept} {' '.join(words[:count])}")
+    return Inputs(tuple(requests[:states]), tuple(requests[states:]))
 
 
 def _rotated(words: list[str], start: int, length: int) -> list[str]:
@@ -220,13 +192,13 @@ def _rotated(words: list[str], start: int, length: int) -> list[str]:
 
 
 def _request(
-    text: TextTokeniser,
+    tokeniser: Tokeniser,
     step: PlayedStep,
     actions: tuple[str, ...],
     prompt_tokens: int,
     mark: str,
     filler: list[str],
-) -> ScoreRequest:
+) -> TokenisedRequest:
     from priorzero_prompts import PromptSettings, build_prompt
 
     settings = PromptSettings(
@@ -235,14 +207,17 @@ def _request(
         include_valid_actions=True,
         max_prompt_tokens=prompt_tokens - 8,
     )
-    parts = build_prompt(step.state, settings, text.tokenizer)
+    parts = build_prompt(step.state, settings, tokeniser.tokenizer)
 
     def body(count: int) -> str:
         return f"{mark} {' '.join(filler[:count])}\n\n{parts.body}"
 
-    head = text.count_tokens(parts.head)
-    count = _largest(lambda n: head + text.count_tokens(body(n)) <= prompt_tokens, 0, len(filler))
-    return ScoreRequest(parts.head, body(count), actions, " ")
+    def fits(count: int) -> bool:
+        return head + len(tokeniser.ids(body(count))) <= prompt_tokens
+
+    head = len(tokeniser.ids(parts.head))
+    count = _largest(fits, 0, len(filler))
+    return tokeniser.requests([(parts.head, body(count))], [actions])[0]
 
 
 def _largest(holds: Callable[[int], bool], low: int, high: int) -> int:

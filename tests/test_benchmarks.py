@@ -165,7 +165,7 @@ def test_prior_benchmark_and_its_sweep(capsys, tmp_path):
 def test_prompts_have_the_length_asked_for():
     from benchmarks.common import PlayedStep
     from benchmarks.prior_states import make_requests
-    from priorzero.llm.scoring.requests import TextTokeniser
+    from priorzero.llm.scoring.requests import Tokeniser
     from priorzero.types import TextState
 
     class Words:
@@ -189,17 +189,18 @@ def test_prompts_have_the_length_asked_for():
     played = [
         PlayedStep(state, "go east", 0.0, "running", "next", 0, i) for i, state in enumerate(states)
     ]
-    text = TextTokeniser(Words(), 2000)
-    inputs = make_requests(text, played, 700, 5, 4)
+    tokeniser = Tokeniser(Words(), 2000)
+    inputs = make_requests(tokeniser, played, 700, 5, 4)
     requests = [*inputs.states, *inputs.warm_up]
-    assert len(requests) == 8 and len({r.body for r in requests}) == 8
+    assert len(requests) == 8 and len({r.body_ids for r in requests}) == 8
+    both = tokeniser.requests([("", "x")], [("go east", "go west")])[0].action_ids
     for request in requests:
-        assert 690 <= text.tokenise(request).num_prompt_tokens <= 700
-        assert len(set(request.actions)) == 5 and {"go east", "go west"} <= set(request.actions)
+        assert 690 <= request.num_prompt_tokens <= 700
+        assert len(set(request.action_ids)) == 5 and set(both) <= set(request.action_ids)
     # Nothing but the head is common to two prompts, so no prefix cache is served more than in a
     # run.
-    first, second = (r.body for r in requests[:2])
-    assert first[:4] != second[:4]
+    first, second = (r.body_ids for r in requests[:2])
+    assert first[:2] != second[:2]
 
 
 # ---- learning check ------------------------------------------------------------------------------

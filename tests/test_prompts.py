@@ -1,6 +1,4 @@
-"""Prompts with a real tokenizer and its own chat template: exact splits, truncation in order,
-answers read back.
-"""
+"""Prompts with a real tokenizer and its own chat template: exact splits, truncation in order."""
 
 from __future__ import annotations
 
@@ -17,14 +15,14 @@ from priorzero_prompts import (
     CUT_MARK,
     PromptSettings,
     PromptTruncation,
-    action_continuation,
-    build_messages,
     build_prompt,
-    parse_action,
-    with_reasoning,
+    system_text,
+    user_text,
 )
 
-ROOM = "West of House\nYou are standing in an open field west of a white house, with a boarded front door."
+ROOM = (
+    "West of House\nYou are standing in an open field west of a white house, with a boarded door."
+)
 STATE = TextState(
     observation=ROOM + "\nThere is a small mailbox here.",
     valid_actions=("go north", "go south", "open mailbox"),
@@ -37,11 +35,16 @@ STATE = TextState(
     goal="Find the treasure.",
 )
 NO_SYSTEM = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-    "{% for m in messages %}<start_of_turn>{{ m['role'] }}\n{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('no system role') }}{% endif %}"
+    "{% for m in messages %}<start_of_turn>{{ m['role'] }}\n"
+    "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
     "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
-SILENT_SYSTEM = "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] | trim }} [/INST]{% endif %}{% endfor %}"
+SILENT_SYSTEM = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}"
+    "[INST] {{ m['content'] | trim }} [/INST]{% endif %}{% endfor %}"
+)
 SYSTEM_AFTER_COUNT = (  # earlier text depends on the content: nothing can be shared
     "length {{ messages[-1]['content'] | length }}|"
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -57,6 +60,13 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(folder, gguf_file=next(folder.glob("*.gguf")).name)
 
 
+def messages(settings: PromptSettings) -> list[dict[str, str]]:
+    return [
+        {"role": "system", "content": system_text(STATE, settings)},
+        {"role": "user", "content": user_text(STATE, settings)},
+    ]
+
+
 def with_template(tokenizer, template):
     other = copy.deepcopy(tokenizer)
     other.chat_template = template
@@ -65,23 +75,19 @@ def with_template(tokenizer, template):
 
 def test_user_part_is_exactly_what_the_settings_say():
     settings = PromptSettings(history_length=2, max_observation_chars=20)
-    system, user = build_messages(
-        replace(STATE, observation="  A cave.  \n\n\n\nA lamp.\r\n"), settings
-    )
-    assert (system["role"], user["role"]) == ("system", "user")
-    assert user["content"] == (
+    shown = replace(STATE, observation="  A cave.  \n\n\n\nA lamp.\r\n")
+    system, user = system_text(shown, settings), user_text(shown, settings)
+    assert user == (
         "Recent steps, oldest first:\n\n"
         f"Observation: Place number 6. A lo{CUT_MARK}\nAction: walk 6\nReward: 6\n\n"
         f"Observation: Place number 7. A lo{CUT_MARK}\nAction: walk 7\nReward: 7\n\n"
         "Current observation:\nA cave.\n\nA lamp.\n\n"
         "Valid actions: go north; go south; open mailbox"
     )
-    assert "Find the treasure." in system["content"] and "Action:" in system["content"]
-    assert "Reasoning:" not in system["content"]
-    assert "Reasoning:" in build_messages(STATE, PromptSettings(use_cot=True))[0]["content"]
-    bare = build_messages(STATE, PromptSettings(history_length=0, include_valid_actions=False))[1][
-        "content"
-    ]
+    assert "Find the treasure." in system and "Action:" in system
+    assert "Reasoning:" not in system
+    assert "Reasoning:" in system_text(STATE, PromptSettings(use_cot=True))
+    bare = user_text(STATE, PromptSettings(history_length=0, include_valid_actions=False))
     assert bare == "Current observation:\n" + STATE.observation
 
 
@@ -90,7 +96,7 @@ def test_head_and_body_are_the_tokenizers_own_template_text(tokenizer, use_cot):
     settings = PromptSettings(use_cot=use_cot)
     parts = build_prompt(STATE, settings, tokenizer)
     whole = tokenizer.apply_chat_template(
-        build_messages(STATE, settings), tokenize=False, add_generation_prompt=True
+        messages(settings), tokenize=False, add_generation_prompt=True
     )
     assert parts.text == whole + ("Reasoning:" if use_cot else "Action:")
     assert parts.head.endswith("<|im_start|>user\n") and parts.body.startswith("Recent steps")
@@ -100,7 +106,7 @@ def test_head_and_body_are_the_tokenizers_own_template_text(tokenizer, use_cot):
     ]
     assert parts.num_tokens == len(ids[0]) + len(ids[1])
     # The cut is no unnatural one here: the joined ids are those of the whole text, action included.
-    action = tokenizer(action_continuation("open mailbox"), add_special_tokens=False)["input_ids"]
+    action = tokenizer(" open mailbox", add_special_tokens=False)["input_ids"]
     assert (
         ids[0] + ids[1] + action
         == tokenizer(parts.text + " open mailbox", add_special_tokens=False)["input_ids"]
@@ -126,7 +132,7 @@ def test_templates_without_a_system_role_still_get_the_goal_into_the_head(tokeni
     assert "Find the treasure." in parts.head and STATE.observation in parts.body
     assert "Recent steps" not in parts.head and parts.body.endswith("Action:")
     if template:
-        system, user = (m["content"] for m in build_messages(STATE, PromptSettings()))
+        system, user = (m["content"] for m in messages(PromptSettings()))
         folded = [{"role": "user", "content": f"{system}\n\n{user}"}]
         expected = other.apply_chat_template(folded, tokenize=False, add_generation_prompt=True)
         assert parts.text == expected + "Action:"
@@ -135,11 +141,8 @@ def test_templates_without_a_system_role_still_get_the_goal_into_the_head(tokeni
 def test_a_template_that_cannot_be_split_has_no_head(tokenizer):
     other = with_template(tokenizer, SYSTEM_AFTER_COUNT)
     parts = build_prompt(STATE, PromptSettings(), other)
-    messages = build_messages(STATE, PromptSettings())
-    assert (
-        parts.head == ""
-        and parts.body == other.apply_chat_template(messages, tokenize=False) + "Action:"
-    )
+    whole = other.apply_chat_template(messages(PromptSettings()), tokenize=False)
+    assert parts.head == "" and parts.body == whole + "Action:"
     assert parts.num_tokens == len(other(parts.body, add_special_tokens=False)["input_ids"])
 
 
@@ -184,56 +187,6 @@ def test_too_small_a_limit_and_impossible_settings_are_refused(tokenizer):
         {"max_observation_chars": 0},
         {"max_prompt_tokens": 1.5},
         {"history_length": True},
-        {"history_drop": 0},
-        {"history_drop": 4, "history_length": 3},
     ):
         with pytest.raises(PriorZeroError, match=next(iter(bad))):
             PromptSettings(**bad)
-
-
-@pytest.mark.parametrize(
-    ("text", "action", "reasoning", "marker"),
-    [
-        (" go north", "go north", "", False),
-        ("Action: go north", "go north", "", True),
-        ("action:  Open Mailbox.\nAction: go north", "open mailbox", "", True),
-        (
-            'Reasoning: The Action: idea is bad.\nSo, mail.\n**Action:** "open mailbox"',
-            "open mailbox",
-            "The Action: idea is bad.\nSo, mail.",
-            True,
-        ),
-        ("I think, Action: go south", "go south", "I think,", True),
-        ("Action:\ngo south\n", "go south", "", True),
-        ("Action: dance", None, "", True),
-        ("Action:", None, "", True),
-        ("Because of the mail.\nopen mailbox\n", "open mailbox", "Because of the mail.", False),
-        ("No idea at all", None, "No idea at all", False),
-        ("", None, "", False),
-    ],
-)
-def test_answers_are_read_or_refused_never_guessed(text, action, reasoning, marker):
-    answer = parse_action(text, STATE.valid_actions)
-    assert (answer.action, answer.reasoning, answer.marker_found) == (action, reasoning, marker)
-
-
-def test_exact_spelling_wins_over_normalised():
-    assert parse_action("Action: Go North", ("Go North", "go north")).action == "Go North"
-    assert parse_action("Action: GO NORTH", ("Go North", "go north")).action == "Go North"
-    assert parse_action("Action: prends la clé", ("prends la clé",)).action == "prends la clé"
-
-
-@pytest.mark.parametrize(
-    ("generated", "found"),
-    [(" It is dark.\nAction: go north", True), (" It is dark.", False), ("", False)],
-)
-def test_reasoning_is_closed_with_the_marker_once(tokenizer, generated, found):
-    parts = build_prompt(STATE, PromptSettings(use_cot=True), tokenizer)
-    closed, answer = with_reasoning(parts, generated, tokenizer)
-    assert answer.marker_found is found and closed.head == parts.head
-    expected = "Reasoning: It is dark.\nAction:" if generated else "Reasoning:\nAction:"
-    assert closed.body == parts.body.removesuffix("Reasoning:") + expected
-    assert closed.num_tokens == sum(
-        len(tokenizer(text, add_special_tokens=False)["input_ids"])
-        for text in (closed.head, closed.body)
-    )

@@ -13,54 +13,50 @@ import torch
 
 from priorzero.llm.engines.choice import create_engine
 from priorzero.llm.engines.transformers_engine import TransformersEngine
-from priorzero.llm.scoring.forward import TWO_PASS_TOKENS, prepare, tree_logprobs
-from priorzero.llm.scoring.requests import ScoreRequest, TextTokeniser
-from priorzero.llm.update.trainers.builtin import (
-    LLMTrainer,
-    LLMTrainerSettings,
-    LoraSettings,
-    SFTSample,
-)
-from priorzero.llm.weights.canary import push_and_verify
-from priorzero.settings.engine_old import EngineSettings, VLLMSettings
+from priorzero.llm.scoring.forward import TWO_PASS_TOKENS, choose_way, tree_logprobs
+from priorzero.llm.scoring.items import prepare
+from priorzero.llm.scoring.requests import Tokeniser
+from priorzero.llm.weights.publish import publish
+from priorzero.settings.llm import LLMSettings, LoraSettings, PromptSettings, VLLMSettings
+from priorzero.types import TokenisedRequest
+from tests.llm.decisions import sample, trainer_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vllm is not installed"
 )
+ACTIONS = ("go", "go on", "take lamp", "look")
 
 
 @pytest.fixture
-def requests() -> list[ScoreRequest]:
+def bodies() -> list[str]:
     rooms = [
         f" You are in room {i}, where a {noun} lies."
         for i, noun in enumerate("lamp rope box key egg".split())
     ]
-    return [
-        ScoreRequest(
-            "You play.",
-            "".join(rooms[: n + 1]) + " Now?",
-            ("go", "go on", "take lamp", "look"),
-            " ",
-        )
-        for n in range(5)
-    ]
+    return ["".join(rooms[: n + 1]) + " Now?" for n in range(5)]
+
+
+def tokenised(smollm, bodies: list[str]) -> list[TokenisedRequest]:
+    tokeniser = Tokeniser(smollm[1], 8192)
+    return tokeniser.requests([("You play.", b) for b in bodies], [ACTIONS] * len(bodies))
 
 
 @pytest.fixture
-def long_requests(requests) -> list[ScoreRequest]:
-    """One story that grows from step to step, longer than what one pass takes."""
-    story = " ".join(r.body for r in requests)
-    return [
-        ScoreRequest(r.head, story * (12 + n), r.actions, r.action_prefix)
-        for n, r in enumerate(requests[:3])
-    ]
+def requests(smollm, bodies) -> list[TokenisedRequest]:
+    return tokenised(smollm, bodies)
 
 
-@pytest.mark.parametrize("way", ["packed", "padded", "two_passes"])
+@pytest.fixture
+def long_requests(smollm, bodies) -> list[TokenisedRequest]:
+    """Longer than what one pass takes."""
+    story = " ".join(bodies)
+    return tokenised(smollm, [story * (12 + n) for n in range(3)])
+
+
+@pytest.mark.parametrize("way", ["packed", "padded", "two_pass", "plain"])
 def test_all_ways_equal_the_cpu(way, smollm, requests):
-    model, tokenizer, _ = smollm
-    items = prepare(TextTokeniser(tokenizer, 2048).tokenise_all(requests))
+    model, items = smollm[0], prepare(requests)
     with torch.no_grad():
         expected = tree_logprobs(model, items)
         got = tree_logprobs(copy.deepcopy(model).cuda(), items, way=way)
@@ -68,47 +64,66 @@ def test_all_ways_equal_the_cpu(way, smollm, requests):
         assert a.tolist() == pytest.approx(b.tolist(), abs=2e-3)
 
 
-def test_grown_prompts_equal_fresh_ones(smollm, long_requests):
-    model, tokenizer, _ = smollm
-    model, text = copy.deepcopy(model).cuda(), TextTokeniser(tokenizer, 8192)
-    assert text.tokenise(long_requests[0]).num_prompt_tokens > TWO_PASS_TOKENS
-
-    async def run() -> None:
-        growing = TransformersEngine(model, text, max_batch_tokens=32768, prefix_cache_mib=1024)
-        fresh = TransformersEngine(model, text, max_batch_tokens=32768)
-        for request in long_requests:
-            got, want = (await growing.score([request]))[0], (await fresh.score([request]))[0]
-            assert got.totals() == pytest.approx(want.totals(), abs=5e-3)
-        assert growing.stats()["prefix_tokens"] > 2 * TWO_PASS_TOKENS
-        assert growing.counters["tokens"] < 0.7 * fresh.counters["tokens"]
-        await growing.close()
-        await fresh.close()
-
-    asyncio.run(run())
+def test_long_prompts_take_two_passes(smollm, requests, long_requests):
+    model = copy.deepcopy(smollm[0]).cuda()
+    assert long_requests[0].num_prompt_tokens > TWO_PASS_TOKENS
+    assert choose_way(model, prepare(requests)) == "padded"
+    assert choose_way(model, prepare(long_requests)) == "two_pass"
 
 
 def test_bfloat16_stays_near_float32(smollm, requests, long_requests):
     model, tokenizer, _ = smollm
-    model, text = copy.deepcopy(model).cuda(), TextTokeniser(tokenizer, 8192)
+    model, tokeniser = copy.deepcopy(model).cuda(), Tokeniser(tokenizer, 8192)
 
     async def run() -> None:
-        exact, rounded = (
-            TransformersEngine(model, text),
-            TransformersEngine(model, text, compute_dtype=torch.bfloat16),
-        )
+        exact = TransformersEngine(model, tokeniser)
+        rounded = TransformersEngine(model, tokeniser, compute_dtype=torch.bfloat16)
         for asked in (requests, long_requests):
             for got, want in zip(await rounded.score(asked), await exact.score(asked), strict=True):
                 assert got.totals() == pytest.approx(want.totals(), abs=0.3)
+        assert rounded.stats()["plain_states"] == 0
 
     asyncio.run(run())
 
 
-def _settings(**vllm) -> EngineSettings:
-    return EngineSettings(
-        kind="vllm",
+def test_a_batch_too_large_for_the_gpu_is_split(smollm, long_requests):
+    """Real memory runs out: a process may take little more than the model."""
+    model, tokeniser = copy.deepcopy(smollm[0]).cuda(), Tokeniser(smollm[1], 8192)
+    expected = asyncio.run(TransformersEngine(model, tokeniser).score(long_requests))
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    room = torch.cuda.memory_allocated() + 600 * 2**20
+    torch.cuda.set_per_process_memory_fraction(room / total)
+    try:
+        engine = TransformersEngine(model, tokeniser, max_batch_tokens=10**6)
+        asked = [long_requests[i % 3].with_thought((5 + i,)) for i in range(24)]
+        answers = asyncio.run(engine.score(asked + long_requests))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert engine.stats()["oom_splits"] > 0
+    for got, want in zip(answers[24:], expected, strict=True):
+        assert got.totals() == pytest.approx(want.totals(), abs=0.01)
+
+
+def _settings(lora: LoraSettings | None = None, **vllm) -> LLMSettings:
+    return LLMSettings(
+        engine="vllm",
         required=True,
-        cache_size=0,
+        score_cache_size=0,
+        lora=lora or LoraSettings(),
         vllm=VLLMSettings(max_model_len=1024, enforce_eager=True, **vllm),
+    )
+
+
+async def _start(settings: LLMSettings, smollm, trainer):
+    return await create_engine(
+        settings,
+        smollm[2],
+        device="cuda",
+        marker="Action:",
+        seed=0,
+        tokeniser=Tokeniser(smollm[1], 2048),
+        lock=trainer.lock,
     )
 
 
@@ -117,42 +132,30 @@ def test_sleeping_engine_leaves_its_memory_to_the_trainer(smollm, requests):
     """Asleep it holds next to nothing, the trainer trains there, and awake it answers with the
     pushed weights.
     """
-    model, tokenizer, resolved = smollm
 
     def free_gib() -> float:
         return torch.cuda.mem_get_info()[0] / 2**30
 
     async def run() -> None:
-        trainer = LLMTrainer(
-            copy.deepcopy(model).cuda(),
-            tokenizer,
-            LLMTrainerSettings(learning_rate=1e-4, compute_dtype="float32"),
-        )
+        trainer = trainer_of(copy.deepcopy(smollm[0]).cuda(), learning_rate=1e-4, dtype="float32")
         before = free_gib()
-        engine = await create_engine(
-            _settings(dtype="float32", gpu_memory_utilization=0.6, sleep_mode=True),
-            resolved,
-            text=trainer.text,
-            lock=trainer.lock,
-            device="cuda",
-        )
+        settings = _settings(dtype="float32", gpu_memory_utilization=0.6, sleep_mode=True)
+        engine = await _start(settings, smollm, trainer)
         try:
             awake = free_gib()
             assert before - awake > 30
             await engine.sleep()
             asleep = free_gib()
-            print(
-                f"free GiB: {before:.1f} before vLLM, {awake:.1f} with it, {asleep:.1f} while it sleeps"
-            )
             assert before - asleep < 5
             room = torch.empty(
                 int((asleep - awake) * 0.8 * 2**30), dtype=torch.uint8, device="cuda"
             )
-            trainer.sft_update([SFTSample(r, (1.0, 0.0, 0.0, 0.0)) for r in requests])
+            target = (1.0, 0.0, 0.0, 0.0)
+            trainer.update({"sft": [sample(r, target_policy=target) for r in requests]})
             del room
             torch.cuda.empty_cache()
             await engine.wake()
-            report = await push_and_verify(engine, trainer, requests[0])
+            report = await publish(engine, trainer, requests[0])
             assert report["canary_diff"] < 0.02
             for got, want in zip(
                 await engine.score(requests), trainer.score(requests), strict=True
@@ -166,30 +169,21 @@ def test_sleeping_engine_leaves_its_memory_to_the_trainer(smollm, requests):
 
 @needs_vllm
 def test_adapters_are_hot_loaded_and_survive_sleep(smollm, requests):
-    model, tokenizer, resolved = smollm
+    lora = LoraSettings(enable=True, rank=8, alpha=16)
 
     async def run() -> None:
-        trainer = LLMTrainer(
-            copy.deepcopy(model).cuda(),
-            tokenizer,
-            LLMTrainerSettings(learning_rate=2e-3, lora=LoraSettings(rank=8)),
+        trainer = trainer_of(
+            copy.deepcopy(smollm[0]).cuda(), lora=lora, learning_rate=2e-3, dtype="bfloat16"
         )
-        engine = await create_engine(
-            _settings(gpu_memory_utilization=0.4, sleep_mode=True),
-            resolved,
-            text=trainer.text,
-            lock=trainer.lock,
-            device="cuda",
-            lora_rank=8,
-        )
+        settings = _settings(lora, gpu_memory_utilization=0.4, sleep_mode=True)
+        engine = await _start(settings, smollm, trainer)
         try:
             before = await engine.score(requests)
             for target in ((1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 1.0)):
                 await engine.sleep()
-                trainer.sft_update([SFTSample(r, target) for r in requests])
+                trainer.update({"sft": [sample(r, target_policy=target) for r in requests]})
                 await engine.wake()
-                report = await push_and_verify(engine, trainer, requests[0])
-                print("push", {k: round(v, 4) for k, v in report.items()})
+                await publish(engine, trainer, requests[0])
                 after = await engine.score(requests)
                 moved = max(
                     abs(a - b)
@@ -206,28 +200,23 @@ def test_adapters_are_hot_loaded_and_survive_sleep(smollm, requests):
 
 
 @needs_vllm
-def test_auto_measures_both_engines(smollm, requests, caplog):
-    _, tokenizer, resolved = smollm
+def test_chains_of_thought_get_vllm(smollm, requests, caplog):
     caplog.set_level("INFO")
 
     async def run() -> None:
-        settings = EngineSettings(
-            kind="auto",
-            max_batch_tokens=32768,
+        settings = LLMSettings(
+            prompt=PromptSettings(use_cot=True),
             vllm=VLLMSettings(max_model_len=2048, enforce_eager=True, gpu_memory_utilization=0.4),
         )
-        engine = await create_engine(
-            settings, resolved, text=TextTokeniser(tokenizer, 2048), device="cuda"
-        )
+        trainer = trainer_of(copy.deepcopy(smollm[0]).cuda())
+        engine = await _start(settings, smollm, trainer)
         try:
-            assert (
-                engine.name in ("transformers", "vllm") and engine.stats()["engine_fallbacks"] == 0
-            )
-            assert len(await engine.score(requests)) == len(requests)
+            assert engine.name == "vllm" and engine.stats()["engine_fallbacks"] == 0
+            asked = [TokenisedRequest(r.head_ids, r.body_ids, r.action_ids, True) for r in requests]
+            answers = await engine.score(asked)
+            assert all(a.thought_ids and len(a.token_logprobs) == 4 for a in answers)
         finally:
             await engine.close()
 
     asyncio.run(run())
-    chosen = [r.getMessage() for r in caplog.records if "it was faster just now" in r.getMessage()]
-    assert len(chosen) == 1
-    print(chosen[0])
+    assert "vllm, because chains of thought" in caplog.text

@@ -24,10 +24,11 @@ import torch
 
 from priorzero.llm.engines.choice import create_engine
 from priorzero.llm.engines.transformers_engine import TransformersEngine
-from priorzero.llm.scoring.requests import ReasoningSettings, ScoreRequest, TextTokeniser
-from priorzero.llm.update.trainers.builtin import LLMTrainer, LLMTrainerSettings, SFTSample
-from priorzero.llm.weights.canary import push_and_verify
-from priorzero.settings.engine_old import EngineSettings, VLLMSettings
+from priorzero.llm.scoring.requests import Tokeniser
+from priorzero.llm.weights.publish import publish
+from priorzero.settings.llm import LLMSettings, ReasoningSettings, VLLMSettings
+from priorzero.types import TokenisedRequest
+from tests.llm.decisions import sample, trainer_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,13 +43,28 @@ def check(answer, expected, limit: float) -> None:
                 assert got[i] > got[j]
 
 
+def first_actions(request: TokenisedRequest, count: int) -> TokenisedRequest:
+    return dataclasses.replace(request, action_ids=request.action_ids[:count])
+
+
+async def start(settings: LLMSettings, smollm):
+    _, tokenizer, resolved = smollm
+    return await create_engine(
+        settings,
+        resolved,
+        device="cpu",
+        marker="Action:",
+        seed=0,
+        tokeniser=Tokeniser(tokenizer, 1024),
+    )
+
+
 async def test_transformers_float32_and_bfloat16(smollm, requests, reference):
     model, tokenizer, _ = smollm
-    text = TextTokeniser(tokenizer, 2048)
-    few = [ScoreRequest(r.head, r.body, r.actions[:3], r.action_prefix) for r in requests]
-    expected = [reference(model, text.tokenise(r)) for r in few]
+    few = [first_actions(r, 3) for r in requests]
+    expected = [reference(model, r) for r in few]
     for dtype, limit in ((None, 0.001), (torch.bfloat16, 0.3)):
-        engine = TransformersEngine(model, text, compute_dtype=dtype)
+        engine = TransformersEngine(model, Tokeniser(tokenizer, 2048), compute_dtype=dtype)
         answers = await engine.score(few)
         for answer, want in zip(answers, expected, strict=True):
             check(answer, want, limit)
@@ -61,30 +77,27 @@ async def test_transformers_float32_and_bfloat16(smollm, requests, reference):
 )
 async def test_residual_dtype_of_the_engines_copy(residual, stored, smollm, requests):
     """Its copy is stored as asked, and either way near the float32 engine."""
-    model, tokenizer, resolved = smollm
-    text = TextTokeniser(tokenizer, 2048)
-    few = [ScoreRequest(r.head, r.body, r.actions[:3], r.action_prefix) for r in requests]
-    settings = EngineSettings(
-        kind="transformers", compute_dtype="bfloat16", residual_dtype=residual, cache_size=0
+    few = [first_actions(r, 3) for r in requests]
+    settings = LLMSettings(
+        engine="transformers", dtype="bfloat16", residual_dtype=residual, score_cache_size=0
     )
-    engine = await create_engine(settings, resolved, text=text)
+    engine = await start(settings, smollm)
     assert engine.model.model.norm.weight.dtype == stored and engine.dtype == torch.bfloat16
     assert engine.model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
-    exact = TransformersEngine(model, text)
+    exact = TransformersEngine(smollm[0], engine.tokeniser)
     for got, want in zip(await engine.score(few), await exact.score(few), strict=True):
         assert got.totals() == pytest.approx(want.totals(), abs=0.3)
     await engine.close()
     await exact.close()
 
 
-def _trained(smollm, requests) -> LLMTrainer:
+def _trained(smollm, requests):
     """A trainer on a copy of the real model after one update; its tied head differs from the
     published one.
     """
-    model, tokenizer, _ = smollm
-    trainer = LLMTrainer(copy.deepcopy(model), tokenizer, LLMTrainerSettings(learning_rate=1e-4))
-    target = (1.0,) + (0.0,) * (len(requests[0].actions) - 1)
-    trainer.sft_update([SFTSample(requests[0], target)])
+    trainer = trainer_of(copy.deepcopy(smollm[0]), learning_rate=1e-4, dtype="auto")
+    target = (1.0,) + (0.0,) * (len(requests[0].action_ids) - 1)
+    trainer.update({"sft": [sample(requests[0], target_policy=target)]})
     return trainer
 
 
@@ -93,10 +106,10 @@ vllm_tests = [
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed"),
     pytest.mark.asyncio(loop_scope="module"),
 ]
-SETTINGS = EngineSettings(
-    kind="vllm",
+SETTINGS = LLMSettings(
+    engine="vllm",
     required=True,
-    cache_size=0,
+    score_cache_size=0,
     max_restarts=1,
     reasoning=ReasoningSettings(max_new_tokens=8, temperature=0.0),
     vllm=VLLMSettings(dtype="float32", max_model_len=1024, kv_cache_gb=0.5),
@@ -105,8 +118,7 @@ SETTINGS = EngineSettings(
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def vllm(smollm):
-    model, tokenizer, resolved = smollm
-    engine = await create_engine(SETTINGS, resolved, text=TextTokeniser(tokenizer, 1024))
+    engine = await start(SETTINGS, smollm)
     yield engine
     await engine.close()
     assert engine._engine.process_ids == []
@@ -118,44 +130,45 @@ class TestVLLM:
     async def test_equals_reference_with_and_without_reasoning(
         self, vllm, smollm, requests, reference
     ):
-        thinking = ScoreRequest(
-            requests[1].head, requests[1].body, requests[1].actions[:2], " ", reasoning=True
+        model, t = smollm[0], vllm.tokeniser
+        thinking = dataclasses.replace(first_actions(requests[1], 2), reasoning=True)
+        buys = tuple(f"{w}{i}" for i in range(50) for w in ("buy ", "sell ", "", "x"))
+        odd, many, none = t.requests(
+            [("", "Go."), ("", "Pick."), ("", "The end.")],
+            [("öffne Tür", "", "go", "go north", "go"), buys, ()],
         )
-        odd = ScoreRequest(
-            requests[0].head, requests[0].body, ("öffne Tür", "", "go", "go north", "go"), " "
-        )
-        many = ScoreRequest(
-            "", "Pick.", tuple(f"{w}{i}" for i in range(50) for w in ("buy ", "sell ", "", "x"))
-        )
-        answers = await vllm.score(
-            [requests[0], thinking, odd, many, ScoreRequest("", "The end.", ())]
-        )
-        text = vllm.text
-        few = ScoreRequest(requests[0].head, requests[0].body, requests[0].actions[:4], " ")
-        check((await vllm.score([few]))[0], reference(smollm[0], text.tokenise(few)), 0.005)
-        assert "Action:" in answers[1].reasoning
-        thought = thinking.with_reasoning(answers[1].reasoning)
-        check(answers[1], reference(smollm[0], text.tokenise(thought)), 0.005)
+        answers = await vllm.score([requests[0], thinking, odd, many, none])
+        few = first_actions(requests[0], 4)
+        check((await vllm.score([few]))[0], reference(model, few), 0.005)
+        assert t.decode(answers[1].thought_ids).endswith("\nAction:")
+        thought = thinking.with_thought(answers[1].thought_ids)
+        check(answers[1], reference(model, thought), 0.005)
         assert answers[2].token_logprobs[2] == answers[2].token_logprobs[4]
-        others = await TransformersEngine(smollm[0], text).score([requests[0], odd, many])
+        others = await TransformersEngine(model, t).score([requests[0], odd, many])
         for answer, other in zip((answers[0], answers[2], answers[3]), others, strict=True):
             assert answer.totals() == pytest.approx(other.totals(), abs=0.005)
         assert answers[4].token_logprobs == ()
 
-    async def test_reasoning_is_the_same_text_as_transformers_writes(self, vllm, smollm, requests):
-        prompts = [r.head + r.body for r in requests]
-        greedy = await TransformersEngine(smollm[0], vllm.text).generate(prompts, 8, 0.0)
+    async def test_a_thought_is_the_same_ids_as_transformers_writes(self, vllm, smollm, requests):
+        prompts = [r.prompt_ids for r in requests]
+        own = TransformersEngine(smollm[0], vllm.tokeniser)
+        greedy = await own.generate(prompts, 8, 0.0)
         assert await vllm.generate(prompts, 8, 0.0) == greedy
+        # A stop text ends the answer with the token that completes it.
+        stop = (vllm.tokeniser.decode(greedy[0][2:3]),)
+        assert await vllm.generate(prompts, 8, 0.0, stop) == await own.generate(
+            prompts, 8, 0.0, stop
+        )
 
     async def test_new_weights_answer_and_survive_a_killed_engine(
         self, vllm, smollm, requests, reference
     ):
         before = (await vllm.score(requests))[0]
         trainer = _trained(smollm, requests)
-        report = await push_and_verify(vllm, trainer, requests[1])
+        report = await publish(vllm, trainer, requests[1])
         assert report["head_error"] == 0.0 and report["canary_diff"] < 0.005
-        few = ScoreRequest(requests[0].head, requests[0].body, requests[0].actions[:4], " ")
-        expected = reference(trainer.model, trainer.text.tokenise(few))
+        few = first_actions(requests[0], 4)
+        expected = reference(trainer.weights().module, few)
         fresh = (await vllm.score(requests))[0]
         check((await vllm.score([few]))[0], expected, 0.005)
         assert fresh.weights_version == 1
@@ -175,34 +188,28 @@ async def test_vllm_in_bfloat16_with_and_without_reasoning_and_after_an_update(
     """Within 0.3 of float32, the number format of a run; after an update, of float32 with the
     weights rounded alike.
     """
-    model, tokenizer, resolved = smollm
-    text = TextTokeniser(tokenizer, 1024)
+    model = smollm[0]
     settings = dataclasses.replace(
         SETTINGS, vllm=dataclasses.replace(SETTINGS.vllm, dtype="bfloat16")
     )
-    few = [ScoreRequest(r.head, r.body, r.actions[:3], " ") for r in requests]
+    few = [first_actions(r, 3) for r in requests]
     thinking = dataclasses.replace(few[1], reasoning=True)
-    engine = await create_engine(settings, resolved, text=text)
+    engine = await start(settings, smollm)
     try:
-        answers = await engine.score([*few, thinking])
-        asked = [*few, thinking.with_reasoning(answers[2].reasoning)]
-        for answer, request in zip(answers, asked, strict=True):
-            check(answer, reference(model, text.tokenise(request)), 0.3)
+        before = await engine.score([*few, thinking])
+        asked = [*few, thinking.with_thought(before[2].thought_ids)]
+        for answer, request in zip(before, asked, strict=True):
+            check(answer, reference(model, request), 0.3)
         trainer = _trained(smollm, requests)
-        await push_and_verify(engine, trainer, requests[1])
-        rounded = copy.deepcopy(trainer.model).bfloat16().float()
-        before = answers
+        await publish(engine, trainer, requests[1])
+        rounded = copy.deepcopy(trainer.weights().module).bfloat16().float()
         answers = await engine.score(few)
-        for answer, request in zip(answers, few, strict=True):
-            check(answer, reference(rounded, text.tokenise(request)), 0.3)
-        assert (
-            max(
-                abs(a - b)
-                for x, y in zip(answers, before, strict=False)
-                for a, b in zip(x.totals(), y.totals(), strict=True)
-            )
-            > 0.5
-        )
+        moved = 0.0
+        for answer, old, request in zip(answers, before[:2], few, strict=True):
+            check(answer, reference(rounded, request), 0.3)
+            pairs = zip(answer.totals(), old.totals(), strict=True)
+            moved = max(moved, *(abs(a - b) for a, b in pairs))
+        assert moved > 0.5
     finally:
         await engine.close()
 
@@ -214,13 +221,14 @@ def test_a_killed_trainer_leaves_no_engine_behind(smollm, tmp_path):
 
     script, report = tmp_path / "trainer.py", tmp_path / "pids"
     script.write_text(
-        "import asyncio, pathlib, time\n"
+        "import asyncio, pathlib, time, torch\n"
         "from priorzero.llm.model import resolve_llm\n"
-        "from priorzero.settings.engine_old import EngineSettings, VLLMSettings\n"
+        "from priorzero.settings.llm import VLLMSettings\n"
         "from priorzero.llm.engines.vllm_engine import VLLMEngine\n"
         "async def main():\n"
-        "    settings = EngineSettings(vllm=VLLMSettings(max_model_len=256, kv_cache_gb=0.25))\n"
-        "    engine = await VLLMEngine.start(resolve_llm('embedded'), settings)\n"
+        "    settings = VLLMSettings(max_model_len=256, kv_cache_gb=0.25)\n"
+        "    device = torch.device('cpu')\n"
+        "    engine = await VLLMEngine.start(resolve_llm('embedded'), settings, device=device)\n"
         f"    pathlib.Path({str(report)!r}).write_text(' '.join(map(str, engine.process_ids)))\n"
         "    time.sleep(600)\n"
         "if __name__ == '__main__':\n"
@@ -248,6 +256,9 @@ def test_a_killed_trainer_leaves_no_engine_behind(smollm, tmp_path):
 
 def test_asyncio_is_not_blocked_by_the_module():
     """The engines' modules import without vLLM and without a running loop."""
-    code = "import priorzero.llm.engines.choice, priorzero.llm.engines.vllm_engine, sys; assert 'vllm' not in sys.modules"
+    code = (
+        "import priorzero.llm.engines.choice, priorzero.llm.engines.vllm_engine, sys\n"
+        "assert 'vllm' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
     assert asyncio.iscoroutinefunction(create_engine)

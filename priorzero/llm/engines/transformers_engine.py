@@ -226,7 +226,11 @@ class TransformersEngine(LLMEngine):
         return [tuple(w) for w in written]
 
     async def push_weights(self, weights: Weights, version: int) -> dict[str, float]:
-        """Take over `weights`: nothing moves when the object is shared, else they are copied."""
+        """Take over `weights`: nothing moves when the object is shared, else they are copied.
+
+        A copy that computes in 16 bits keeps adapters unmerged, as the trainer does; merging would
+        round a part of them away.
+        """
 
         def work() -> int:
             shared = weights.module is not None and (
@@ -234,7 +238,7 @@ class TransformersEngine(LLMEngine):
             )
             moved = 0
             if not shared:
-                moved = weights.copy_into(self.model, merge=True)
+                moved = weights.copy_into(self.model, merge=self.dtype == torch.float32)
             self.heads.clear()
             self.weights_version = version
             return moved
