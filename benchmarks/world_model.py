@@ -117,7 +117,7 @@ def build_ours(args: argparse.Namespace, played: list[PlayedStep], folder: str):
     cfg, create = get_priorzero_config(
         env_id=args.env_id, seed=args.seed, exp_name=folder, enable_llm=False, overrides=overrides
     )
-    encoder = SentenceEncoder("auto", device=resolve_device(args.device))
+    encoder = SentenceEncoder("auto", device=resolve_device(args.device), cache_bytes=256 * 2**20)
     compiled = compile_priorzero(cfg, create, encoder.dim).policy
     policy = PriorZeroPolicy(compiled)
     policy.attach_encoder(encoder.encode)

@@ -84,6 +84,7 @@ class TextGameEnv(BaseEnv):
 
     @classmethod
     def default_config(cls) -> EasyDict:
+        """The settings as DI-engine asks for them."""
         return EasyDict({**copy.deepcopy(cls.config), "cfg_type": cls.__name__ + "Dict"})
 
     @staticmethod
@@ -110,10 +111,13 @@ class TextGameEnv(BaseEnv):
         Args:
             cfg: settings that differ from `config`.
         Raises:
-            PriorZeroError: there is no such game, or a setting is impossible.
+            PriorZeroError: there is no such game, or it cannot be played.
         """
         self._cfg = EasyDict({**copy.deepcopy(self.config), **(cfg or {})})
-        self._check_settings()
+        # What a user may set is checked by EnvSettings.
+        assert set(self._cfg.observation_parts) <= set(OBSERVATION_PARTS), self._cfg
+        assert self._cfg.split in SPLITS and self._cfg.fallback_actions, self._cfg
+
         self._game = resolve_game(self._cfg.env_id, self._cfg.games_dir)
         self._max_steps = int(self._cfg.max_steps or self._game.max_steps)
 
@@ -369,24 +373,6 @@ class TextGameEnv(BaseEnv):
             f"TextGameEnv({self._game.env_id}, {self._game.kind}, split={self._cfg.split},"
             f" env_index={self._cfg.env_index})"
         )
-
-    def _check_settings(self) -> None:
-        cfg = self._cfg
-        parts = set(cfg.observation_parts)
-        if not parts or parts - set(OBSERVATION_PARTS):
-            raise PriorZeroError(
-                f"observation_parts={list(cfg.observation_parts)} is not allowed; name at least one"
-                f" of {OBSERVATION_PARTS}"
-            )
-        if cfg.max_steps is not None and cfg.max_steps < 1:
-            raise PriorZeroError(
-                f"max_steps={cfg.max_steps} is not allowed; give at least 1, or None for the game's"
-                " own limit"
-            )
-
-        # No setting of a run leads here.
-        assert cfg.split in SPLITS, cfg.split
-        assert cfg.fallback_actions, "a state without valid actions needs at least one fallback"
 
 
 def compose_text(

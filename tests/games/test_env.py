@@ -302,18 +302,6 @@ def test_a_state_cache_of_ones_own_and_a_state_without_valid_actions(make_env, d
     assert env.stats()["fallback_states"] == 1
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"observation_parts": ["smell"]},
-        {"max_steps": 0},
-    ],
-)
-def test_wrong_settings_are_refused(settings):
-    with pytest.raises(PriorZeroError, match=next(iter(settings))):
-        TextGameEnv({"env_id": COIN, **settings})
-
-
 def test_text_says_nothing_twice():
     details = StateDetails(("n",), "Hall\nA hall.", "You carry nothing.")
 

