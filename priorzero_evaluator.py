@@ -3,7 +3,8 @@ keeps what was said.
 
 Modes: world_model (search, its own policy at the root), world_model_llm (search with the LLM's
 prior as the settings mix it), llm (the LLM's favourite action, no search), random (a uniformly
-drawn valid action). Environments, contexts and episode seeds are the evaluator's own.
+drawn valid action). Environments, contexts and episode seeds are the evaluator's own, and actions
+met only here are guests of the vocabulary: an evaluation leaves no trace in what is trained.
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ class PriorZeroEvaluator:
         self._envs.seed(self._seed)
         rng = np.random.default_rng((self._seed, env_steps))
 
-        done = await self._play(mode, episodes, env_steps, rng)
+        with self._policy.guests():
+            done = await self._play(mode, episodes, env_steps, rng)
 
         self._write_transcripts(f"{label}_{mode}", done)
         return _result(mode, [episode.info for episode in done])
@@ -194,12 +196,11 @@ class PriorZeroEvaluator:
     async def _ask_llm_alone(
         self, slots: Sequence[Slot], rng: np.random.Generator
     ) -> list[_Choice]:
-        """The LLM's choice among the actions that have an id."""
-        await asyncio.to_thread(self._encoder.encode, [slot.observation["text"] for slot in slots])
-        due = await asyncio.to_thread(decide, slots, self._policy.register_actions)
+        """The LLM chooses among all valid actions, those without an id in the vocabulary too."""
+        states = [slot.state for slot in slots]
         with self.watch("eval_llm_prior"):
             requests = await asyncio.to_thread(
-                self._prior.requests, [d.state for d in due], [d.valid_actions for d in due]
+                self._prior.requests, states, [state.valid_actions for state in states]
             )
             scores = await self._prior.ask(requests)
         if any(answer is None for answer in scores):
@@ -208,7 +209,7 @@ class PriorZeroEvaluator:
             )
 
         choices = []
-        for state, answer in zip(due, scores, strict=True):
+        for state, answer in zip(states, scores, strict=True):
             logprobs = np.asarray(answer.totals(self._settings.root_prior.reduction))
             action = state.valid_actions[self._pick(logprobs, rng)]
             top = np.argsort(-logprobs)[:4]

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from priorzero.games.group import GameEnvGroup
 from priorzero.types import PriorZeroError
@@ -86,6 +87,15 @@ async def test_a_failing_llm_cannot_play_alone(parts):
     assert result.lengths == (3,)
 
 
+async def test_a_full_vocabulary_does_not_narrow_the_llms_choice(parts):
+    """The LLM alone, and random play, need no ids."""
+    crowd = dict(action_vocabulary=dict(capacity=3, overflow=1))
+    made = parts([ScriptedEnv(1, length=6)], **crowd)
+    await made.evaluator.evaluate("llm", 1, 0)
+    told = {actions for _, actions in made.prior.told}
+    assert told == {told_actions(1, t) for t in range(6)}
+
+
 async def test_random_evaluation_is_spread_over_the_valid_actions(parts):
     made = parts([ScriptedEnv(1, length=2)])
     await made.evaluator.evaluate("random", 60, 0)
@@ -107,6 +117,28 @@ async def test_every_evaluation_plays_the_same_seeds(parts):
     for _ in range(2):
         await made.evaluator.evaluate("world_model", 2, 0)
         assert made.envs[0].episode_seed == 2
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_an_evaluation_leaves_the_policy_as_it_was(parts, mode):
+    """It meets actions that training does not know yet; ids and texts of theirs are gone after."""
+    made = parts([ScriptedEnv(2, length=6)])
+    made.policy.register_actions(["wait"])
+    before = made.policy.learn_mode.state_dict()
+    before = {k: v if k == "vocabulary" else _copy(v) for k, v in before.items()}
+
+    await made.evaluator.evaluate(mode, 2, 0)
+    after = made.policy.learn_mode.state_dict()
+    assert after["vocabulary"] == before["vocabulary"]
+    for network in ("model", "target_model"):
+        assert all(torch.equal(v, after[network][k]) for k, v in before[network].items())
+
+    again = await made.evaluator.evaluate("world_model", 2, 0)
+    assert len(again.returns) == 2
+
+
+def _copy(state):
+    return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in state.items()}
 
 
 async def test_textworld(compiled_cfg, encoder, one_thread, tmp_path, monkeypatch):
