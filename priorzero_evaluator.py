@@ -3,97 +3,81 @@ keeps what was said.
 
 Modes: world_model (search, its own policy at the root), world_model_llm (search with the LLM's
 prior as the settings mix it), llm (the LLM's favourite action, no search), random (a uniformly
-drawn valid action). Environments, contexts and episode seeds are the evaluator's own.
+drawn valid action). Environments, contexts and episode seeds are the evaluator's own, and actions
+met only here are guests of the vocabulary: an evaluation leaves no trace in what is trained.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from priorzero.games.group import GameEnvGroup
-from priorzero.llm.prior import LLMPrior, reduced
-from priorzero.play.slot import Decision, HistoryWindow, Seat, decisions, roots_of
+from priorzero.llm.prior import LLMPrior
+from priorzero.play.results import EvalResult
+from priorzero.play.slot import Decision, Slot, decide
 from priorzero.run.metrics import Stopwatch
 from priorzero.search.root_prior import log_softmax
+from priorzero.search.roots import SearchOutput
+from priorzero.settings.evaluation import LLM_MODES, MODES
+from priorzero.settings.policy import PolicySettings
 from priorzero.text.encoder import SentenceEncoder
 from priorzero.types import PriorZeroError
 from priorzero_policy import PriorZeroPolicy
 
-logger = logging.getLogger(__name__)
-MODES = ("world_model", "world_model_llm", "llm", "random")
+
+@dataclass(frozen=True)
+class _Choice:
+    """What is played in a slot. action_id: None without a search. remark: for the transcript."""
+
+    action: str
+    action_id: int | None = None
+    remark: str = ""
 
 
 @dataclass(frozen=True)
-class EvalResult:
-    """Episodes of one mode. returns, lengths, kinds `[n]`; max_score of the game, or nan where it
-    is unknown.
-    """
+class _Episode:
+    """A finished one: the environment's last `info`, and its transcript."""
 
-    mode: str
-    returns: tuple[float, ...]
-    scores: tuple[float, ...]
-    lengths: tuple[int, ...]
-    kinds: tuple[str, ...]
-    max_score: float
-
-    def metrics(self) -> dict[str, float]:
-        """mean, std, best, worst, length, share of the maximal score, and episodes per way of
-        ending.
-        """
-        values = {
-            "return_mean": float(np.mean(self.returns)),
-            "return_std": float(np.std(self.returns)),
-            "return_best": float(np.max(self.returns)),
-            "return_worst": float(np.min(self.returns)),
-            "length": float(np.mean(self.lengths)),
-            "episodes": float(len(self.returns)),
-            "terminated": float(sum(k == "terminated" for k in self.kinds)),
-            "hangs": float(sum(k == "hang" for k in self.kinds)),
-        }
-        if np.isfinite(self.max_score) and self.max_score > 0:
-            values["score_share"] = float(np.mean(self.scores)) / self.max_score
-        return {f"{self.mode}/{name}": value for name, value in values.items()}
+    info: dict
+    transcript: list[str]
 
 
 class PriorZeroEvaluator:
     """See the module.
 
     Args:
-        policy, envs, encoder, prior, history: as the collector's; `envs` with evaluation seeds.
-        reduction: how an action's token log-probabilities become one number.
+        settings, policy, envs, encoder, prior, history_length, watch: as the collector's; `envs`
+            with evaluation seeds.
+        seed: of episodes and of every draw.
+        temperature: 0 plays the most visited action (LLM alone: the likeliest), a higher one draws
+            from visit counts ** (1 / temperature) (LLM alone: from softmax(log p / temperature)).
         transcripts: folder the episodes are written to, or None.
-        seed: of episodes and of every draw. temperature: 0 plays the most visited action (LLM
-            alone: the likeliest), a higher one draws from visit counts ** (1 / temperature) (LLM
-            alone: from softmax(log p / temperature)).
     """
 
     def __init__(
         self,
+        settings: PolicySettings,
         policy: PriorZeroPolicy,
         envs: GameEnvGroup,
         encoder: SentenceEncoder,
         prior: LLMPrior | None,
-        history: HistoryWindow | None = None,
-        reduction: str = "sum",
-        transcripts: Path | None = None,
-        seed: int = 0,
+        *,
+        history_length: int,
+        seed: int,
+        temperature: float,
+        transcripts: Path | None,
         watch: Stopwatch | None = None,
-        temperature: float = 0.0,
-        context_steps: int = 1,
     ) -> None:
-        self._context_steps = context_steps
-        self._policy, self._envs, self._encoder, self._prior = policy, envs, encoder, prior
-        self._history, self._reduction, self._transcripts = (
-            history or HistoryWindow(),
-            reduction,
-            transcripts,
-        )
+        self._settings, self._policy, self._envs = settings, policy, envs
+        self._encoder, self._prior = encoder, prior
+        self._history_length = history_length
         self._seed, self._temperature = seed, temperature
+        self._transcripts = transcripts
         self.watch = watch or Stopwatch()
 
     async def evaluate(
@@ -103,153 +87,184 @@ class PriorZeroEvaluator:
         be compared.
 
         Args:
-            env_steps: of the training so far, for the mixture's schedule. label: part of the
-                transcripts' names.
+            env_steps: of the training so far, for the mixture's schedule.
+            label: part of the transcripts' names.
         Raises:
-            PriorZeroError: an unknown mode, or a mode that needs an LLM where there is none.
+            PriorZeroError: the LLM failed while it was to play alone, or while it is required.
         """
-        if mode not in MODES:
-            raise PriorZeroError(
-                f"evaluation mode {mode!r} is unknown; there are {', '.join(MODES)}"
-            )
-        if mode in ("world_model_llm", "llm") and self._prior is None:
-            raise PriorZeroError(
-                f"evaluation mode {mode!r} needs an LLM, and this run has none (llm.enable)"
-            )
+        assert mode in MODES, f"evaluation mode {mode!r} is unknown; there are {MODES}"
+        assert mode not in LLM_MODES or self._prior is not None, f"{mode} needs an LLM"
+
         self._envs.seed(self._seed)
-        self._rng = np.random.default_rng((self._seed, env_steps))
-        done: list[tuple[dict, list[str]]] = []
-        seats: dict[int, Seat] = {}
-        scripts: dict[int, list[str]] = {}
+        rng = np.random.default_rng((self._seed, env_steps))
+
+        with self._policy.guests():
+            done = await self._play(mode, episodes, env_steps, rng)
+
+        self._write_transcripts(f"{label}_{mode}", done)
+        return _result(mode, [episode.info for episode in done])
+
+    async def _play(
+        self, mode: str, episodes: int, env_steps: int, rng: np.random.Generator
+    ) -> list[_Episode]:
+        """Whole episodes, in the order in which they end."""
+        slots: dict[int, Slot] = {}  # by environment
+        done: list[_Episode] = []
         started = 0
         while len(done) < episodes:
-            idle = [e for e in range(len(self._envs)) if e not in seats][: episodes - started]
+            idle = [e for e in range(len(self._envs)) if e not in slots][: episodes - started]
             if idle:
-                await self._start(idle, seats, scripts)
+                slots |= await self._start(idle)
                 started += len(idle)
-            env_ids = sorted(seats)
-            actions, remarks = await self._choose(mode, env_ids, seats, env_steps)
+
+            running = [slots[env_id] for env_id in sorted(slots)]
+            choices = await self._choose(mode, running, env_steps, rng)
             with self.watch("eval_env"):
-                timesteps = await asyncio.to_thread(self._envs.step, actions)
-            for env_id in env_ids:
-                outcome, seat = timesteps[env_id], seats[env_id]
-                scripts[env_id] += _script(
-                    seat, actions[env_id], float(outcome.reward), remarks[env_id]
+                timesteps = await asyncio.to_thread(
+                    self._envs.step,
+                    {s.env_id: c.action for s, c in zip(running, choices, strict=True)},
                 )
-                seat.advance(actions[env_id], float(outcome.reward), outcome.obs)
+
+            for slot, choice in zip(running, choices, strict=True):
+                outcome = timesteps[slot.env_id]
+                reward = float(outcome.reward)
+                slot.transcript += _script(slot, choice, reward)
+                slot.advance(choice.action, reward, outcome.obs, choice.action_id)
                 if outcome.done:
                     ending = f"[{outcome.info['done_kind']}, score {outcome.info['score']}]"
-                    scripts[env_id] += [outcome.obs["text"], "", ending]
-                    done.append((outcome.info, scripts.pop(env_id)))
-                    del seats[env_id]
-        return self._result(mode, done, label)
+                    slot.transcript += [outcome.obs["text"], "", ending]
+                    done.append(_Episode(outcome.info, slot.transcript))
+                    del slots[slot.env_id]
+        return done
 
-    async def _start(
-        self, idle: list[int], seats: dict[int, Seat], scripts: dict[int, list[str]]
-    ) -> None:
-        first = await asyncio.to_thread(self._envs.reset, idle)
-        for env_id in idle:
-            game = self._envs.envs[env_id].game
-            seats[env_id] = Seat(game.goal, self._history, self._context_steps)
-            seats[env_id].start(first[env_id])
-            scripts[env_id] = [
-                f"[{game.env_id}, episode seed {self._envs.envs[env_id].episode_seed}]",
-                "",
-            ]
+    async def _start(self, env_ids: Sequence[int]) -> dict[int, Slot]:
+        first = await asyncio.to_thread(self._envs.reset, env_ids)
+        slots = {}
+        for env_id in env_ids:
+            env = self._envs.envs[env_id]
+            slot = Slot(
+                env_id,
+                env.episode_seed,
+                first[env_id],
+                goal=env.game.goal,
+                history_length=self._history_length,
+                context_steps=self._settings.context_steps,
+            )
+            slot.transcript = [f"[{env.game.env_id}, episode seed {env.episode_seed}]", ""]
+            slots[env_id] = slot
+        return slots
 
     async def _choose(
-        self, mode: str, env_ids: list[int], seats: dict[int, Seat], env_steps: int
-    ) -> tuple[dict[int, str], dict[int, str]]:
-        """An action per environment, and a remark for the transcript."""
+        self, mode: str, slots: Sequence[Slot], env_steps: int, rng: np.random.Generator
+    ) -> list[_Choice]:
+        """What to play in each slot."""
         if mode == "random":
-            picks = {e: str(self._rng.choice(seats[e].state.valid_actions)) for e in env_ids}
-            return picks, {e: "" for e in env_ids}
-        due: list[Decision] = await asyncio.to_thread(
-            decisions,
-            [seats[e] for e in env_ids],
-            self._encoder.encode,
-            self._policy.register_actions,
-        )
-        scores = [None] * len(due)
-        if mode != "world_model":
-            with self.watch("eval_llm_prior"):
-                scores = await self._prior.ask(
-                    [d.state for d in due], [d.valid_actions for d in due]
-                )
-        logprobs = [reduced(s, self._reduction) for s in scores]
+            return [_Choice(str(rng.choice(slot.state.valid_actions))) for slot in slots]
         if mode == "llm":
-            return self._llm_alone(env_ids, due, logprobs)
+            return await self._ask_llm_alone(slots, rng)
+
+        due = await asyncio.to_thread(self._decide, slots)
+        if mode == "world_model_llm":
+            with self.watch("eval_llm_prior"):
+                requests = await asyncio.to_thread(
+                    self._prior.requests, [d.state for d in due], [d.valid_actions for d in due]
+                )
+                scores = await self._prior.ask(requests)
+            for decision, answer in zip(due, scores, strict=True):
+                decision.scores = answer
+
+        reduction = self._settings.root_prior.reduction
+        roots = [d.root(slot, reduction) for slot, d in zip(slots, due, strict=True)]
         prior_mode = "wm_logits" if mode == "world_model" else None
         with self.watch("eval_search"):
-            output = await asyncio.to_thread(
+            plans = await asyncio.to_thread(
                 self._policy.eval_mode.forward,
-                roots_of([seats[e] for e in env_ids], due, logprobs),
+                roots,
                 env_steps,
                 prior_mode,
                 self._temperature,
-                self._rng,
+                rng,
             )
-        picks, remarks = {}, {}
-        for env_id, d, plan in zip(env_ids, due, output, strict=True):
-            seats[env_id].context.act(int(d.valid_ids[plan.action_index]))
-            picks[env_id] = d.valid_actions[plan.action_index]
-            top = np.argsort(-plan.visit_counts)[:4]
-            prior = np.exp(plan.prior.log_mixed)
-            remarks[env_id] = f"value {plan.root_value:.2f}; " + ", ".join(
-                f"{d.valid_actions[i]}: {int(plan.visit_counts[i])} visits, prior {prior[i]:.2f}"
-                for i in top
-            )
-        return picks, remarks
+        return [_planned(decision, plan) for decision, plan in zip(due, plans, strict=True)]
 
-    def _llm_alone(
-        self, env_ids: list[int], due: list[Decision], logprobs
-    ) -> tuple[dict[int, str], dict[int, str]]:
-        if any(values is None for values in logprobs):
+    def _decide(self, slots: Sequence[Slot]) -> list[Decision]:
+        vectors = self._encoder.encode([slot.observation["text"] for slot in slots])
+        for slot, vector in zip(slots, vectors, strict=True):
+            slot.see(vector)
+        return decide(slots, self._policy.register_actions)
+
+    async def _ask_llm_alone(
+        self, slots: Sequence[Slot], rng: np.random.Generator
+    ) -> list[_Choice]:
+        """The LLM chooses among all valid actions, those without an id in the vocabulary too."""
+        states = [slot.state for slot in slots]
+        with self.watch("eval_llm_prior"):
+            requests = await asyncio.to_thread(
+                self._prior.requests, states, [state.valid_actions for state in states]
+            )
+            scores = await self._prior.ask(requests)
+        if any(answer is None for answer in scores):
             raise PriorZeroError(
                 "the LLM engine failed while the LLM alone was evaluated; see the log above"
             )
-        picks = {
-            e: d.valid_actions[self._pick(v)]
-            for e, d, v in zip(env_ids, due, logprobs, strict=True)
-        }
-        remarks = {
-            e: ", ".join(f"{d.valid_actions[i]}: {v[i]:.2f}" for i in np.argsort(-v)[:4])
-            for e, d, v in zip(env_ids, due, logprobs, strict=True)
-        }
-        return picks, remarks
 
-    def _pick(self, logprobs: np.ndarray) -> int:
+        choices = []
+        for state, answer in zip(states, scores, strict=True):
+            logprobs = np.asarray(answer.totals(self._settings.root_prior.reduction))
+            action = state.valid_actions[self._pick(logprobs, rng)]
+            top = np.argsort(-logprobs)[:4]
+            remark = ", ".join(f"{state.valid_actions[i]}: {logprobs[i]:.2f}" for i in top)
+            choices.append(_Choice(action, remark=remark))
+        return choices
+
+    def _pick(self, logprobs: np.ndarray, rng: np.random.Generator) -> int:
         if not self._temperature:
             return int(np.argmax(logprobs))
-        return int(
-            self._rng.choice(len(logprobs), p=np.exp(log_softmax(logprobs / self._temperature)))
-        )
+        p = np.exp(log_softmax(logprobs / self._temperature))
+        return int(rng.choice(len(logprobs), p=p))
 
-    def _result(self, mode: str, done: list[tuple[dict, list[str]]], label: str) -> EvalResult:
-        infos = [info for info, _ in done]
-        if self._transcripts is not None:
-            self._transcripts.mkdir(parents=True, exist_ok=True)
-            for number, (info, lines) in enumerate(done):
-                path = (
-                    self._transcripts
-                    / f"{label}_{mode}_{number}_return{info['eval_episode_return']:g}.txt"
-                )
-                path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        top = infos[0]["max_score"]
-        return EvalResult(
-            mode,
-            tuple(float(i["eval_episode_return"]) for i in infos),
-            tuple(float(i["score"]) for i in infos),
-            tuple(int(i["steps"]) for i in infos),
-            tuple(i["done_kind"] for i in infos),
-            float(top) if top is not None else float("nan"),
-        )
+    def _write_transcripts(self, label: str, done: Sequence[_Episode]) -> None:
+        if self._transcripts is None:
+            return
+        self._transcripts.mkdir(parents=True, exist_ok=True)
+        for number, episode in enumerate(done):
+            name = f"{label}_{number}_return{episode.info['eval_episode_return']:g}.txt"
+            text = "\n".join(episode.transcript) + "\n"
+            (self._transcripts / name).write_text(text, encoding="utf-8")
 
 
-def _script(seat: Seat, action: str, reward: float, remark: str) -> list[str]:
-    lines = [seat.observation["text"], "", f"> {action}"]
-    if remark:
-        lines.append(f"  ({remark})")
+def _planned(decision: Decision, plan: SearchOutput) -> _Choice:
+    """The search's choice, with its favourites as a remark."""
+    top = np.argsort(-plan.visit_counts)[:4]
+    prior = np.exp(plan.prior.log_mixed)
+    favourites = ", ".join(
+        f"{decision.valid_actions[i]}: {int(plan.visit_counts[i])} visits, prior {prior[i]:.2f}"
+        for i in top
+    )
+    return _Choice(
+        decision.valid_actions[plan.action_index],
+        int(decision.valid_ids[plan.action_index]),
+        f"value {plan.root_value:.2f}; {favourites}",
+    )
+
+
+def _script(slot: Slot, choice: _Choice, reward: float) -> list[str]:
+    """One step as the transcript tells it."""
+    lines = [slot.observation["text"], "", f"> {choice.action}"]
+    if choice.remark:
+        lines.append(f"  ({choice.remark})")
     if reward:
         lines.append(f"  [reward {reward:g}]")
-    return lines + [""]
+    return [*lines, ""]
+
+
+def _result(mode: str, infos: Sequence[dict]) -> EvalResult:
+    top = infos[0]["max_score"]
+    return EvalResult(
+        mode,
+        tuple(float(info["eval_episode_return"]) for info in infos),
+        tuple(float(info["score"]) for info in infos),
+        tuple(int(info["steps"]) for info in infos),
+        tuple(info["done_kind"] for info in infos),
+        float(top) if top is not None else float("nan"),
+    )

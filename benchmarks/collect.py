@@ -26,9 +26,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.common import finish, machine_facts, quiet_logging, say
+
+if TYPE_CHECKING:
+    from priorzero.games.group import GameEnvGroup
+    from priorzero.loop.parts import Parts
 
 WATCHED = ("env", "encode", "llm_prior", "search")  # the collector's stopwatch
 STAGES = ("env", "valid_actions", "encode", "llm_prior", "search", "other")
@@ -81,92 +85,101 @@ def make_config(args: argparse.Namespace, folder: Path, caches: bool):
     )
 
 
-def own_state_cache(run, path: Path | None) -> None:
-    """Give the environments a fresh cache of valid actions in `path`; None: one that remembers
-    nothing.
+def own_state_cache(envs: GameEnvGroup, path: Path | None) -> None:
+    """Give the environments a fresh cache of valid actions.
 
     There is no setting for this: outside a benchmark nobody wants it off, or forgotten.
+
+    Args:
+        path: of the cache's file; None: one that remembers nothing.
     """
     from priorzero.games.valid_actions import ValidActionCache
 
-    cache = ValidActionCache(path, **({} if path else {"memory_entries": 0}))
-    for env in run.collect_envs.envs:
-        if env.game.kind == "jericho":
-            env._cache = cache
+    cache = ValidActionCache(path) if path else ValidActionCache(None, memory_entries=0)
+    for env in envs.envs:
+        env.use_state_cache(cache)
 
 
-async def block(run, segments: int) -> dict[str, Any]:
+async def block(parts: Parts, segments: int) -> dict[str, Any]:
     """Collect `segments` segments and say where the time went."""
-    before, env_before, steps_before = (
-        dict(run.watch.seconds),
-        run.collect_envs.stats(),
-        run.collector.envstep,
-    )
+    parts.watch.lap()
+    env_before = parts.collect_envs.stats()
+    played = parts.progress.env_steps
+
     started = time.perf_counter()
-    await run.collector.collect(segments)
+    result = await parts.collector.collect(
+        segments, played, parts.settings.policy.fixed_temperature_value
+    )
     wall = time.perf_counter() - started
-    steps = run.collector.envstep - steps_before
-    spent = {stage: run.watch.seconds[stage] - before.get(stage, 0.0) for stage in WATCHED}
-    env = {k: v - env_before[k] for k, v in run.collect_envs.stats().items()}
+    parts.progress.env_steps += result.steps
+
+    lap = parts.watch.lap()
+    spent = {stage: lap.get(stage, 0.0) for stage in WATCHED}
+    env = {k: v - env_before[k] for k, v in parts.collect_envs.stats().items()}
+
     # reset_s holds the listing of each first state too, so the rest is an upper bound of the
     # interpreter's own time.
     busy = env["step_s"] + env["reset_s"] + env["describe_s"]
     describing = spent["env"] * env["describe_s"] / busy if busy else 0.0
     spent |= {"env": spent["env"] - describing, "valid_actions": describing}
     spent["other"] = wall - sum(spent.values())
+
     lookups = env["state_hits"] + env["state_misses"]
     return {
-        "steps_per_second": steps / wall,
-        "steps": steps,
+        "steps_per_second": result.steps / wall,
+        "steps": result.steps,
         "seconds": wall,
-        "ms_per_step": {stage: 1000 * spent[stage] / steps for stage in STAGES},
+        "ms_per_step": {stage: 1000 * spent[stage] / result.steps for stage in STAGES},
         "valid_action_hit_rate": env["state_hits"] / lookups if lookups else None,
     }
 
 
-def hit_rates(run, result: dict[str, Any], before: dict[str, float]) -> dict[str, Any]:
-    """Add the hit rates of encoder and LLM scores over this block; `before` is updated for the next
-    one.
+def hit_rates(parts: Parts, result: dict[str, Any], before: dict[str, float]) -> dict[str, Any]:
+    """Add the hit rates of encoder and LLM scores over this block to `result`.
+
+    Args:
+        before: counters at the end of the last block; updated for the next one.
     """
-    encoder = run.encoder.stats()
-    llm = run.prior.stats() if run.prior is not None else {}
+    encoder = parts.encoder.stats()
+    llm = parts.llm.prior.stats() if parts.llm is not None else {}
     sources = (("encoder", "hits", "misses", encoder), ("llm", "cache_hits", "cache_misses", llm))
     for name, hits, misses, source in sources:
         new_hits = source.get(hits, 0.0) - before.get(f"{name}_hits", 0.0)
         new_misses = source.get(misses, 0.0) - before.get(f"{name}_misses", 0.0)
         before |= {f"{name}_hits": source.get(hits, 0.0), f"{name}_misses": source.get(misses, 0.0)}
-        result[f"{name}_hit_rate"] = (
-            new_hits / (new_hits + new_misses) if new_hits + new_misses else None
-        )
+
+        asked = new_hits + new_misses
+        result[f"{name}_hit_rate"] = new_hits / asked if asked else None
     return result
 
 
 async def measure(args: argparse.Namespace, caches: bool) -> dict[str, dict[str, Any]]:
     """`cold` and `warm` with caches, `no_caches` without."""
-    from priorzero_orz_entry import Run
+    from priorzero_orz_entry import build
 
     folder = Path(tempfile.mkdtemp(prefix="priorzero-benchmark-"))
-    run = Run(make_config(args, folder, caches), folder)
     try:
-        await run.build()
-        own_state_cache(run, None)
-        await asyncio.to_thread(
-            run.collect_envs.reset
-        )  # starts the interpreters, which is not what is measured
-        own_state_cache(run, folder / "states.sqlite" if caches else None)
-        results, counters = {}, {}
-        for name in ("cold", "warm") if caches else ("no_caches",):
-            results[name] = hit_rates(run, await block(run, args.segments), counters)
-            say(describe(name, results[name]))
-        return results
+        async with await build(make_config(args, folder, caches)) as parts:
+            # Starts the interpreters, which is not what is measured.
+            own_state_cache(parts.collect_envs, None)
+            await asyncio.to_thread(parts.collect_envs.reset)
+            own_state_cache(parts.collect_envs, folder / "states.sqlite" if caches else None)
+
+            results, counters = {}, {}
+            for name in ("cold", "warm") if caches else ("no_caches",):
+                results[name] = hit_rates(parts, await block(parts, args.segments), counters)
+                say(describe(name, results[name]))
+            return results
     finally:
-        await run.close()
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def describe(name: str, result: dict[str, Any]) -> str:
     parts = ", ".join(f"{stage} {ms:.1f}" for stage, ms in result["ms_per_step"].items())
-    return f"{name:9} {result['steps_per_second']:7.2f} env steps/s over {result['steps']} steps; ms per step: {parts}"
+    return (
+        f"{name:9} {result['steps_per_second']:7.2f} env steps/s over {result['steps']} steps; "
+        f"ms per step: {parts}"
+    )
 
 
 async def run_all(args: argparse.Namespace) -> dict[str, Any]:

@@ -120,16 +120,9 @@ def plan(args: argparse.Namespace, work: Path) -> list[Job]:
     for method in args.methods:
         for seed in args.seeds:
             for game in args.games:
-                name = f"{_file_name(game)}_{method}_seed{seed}"
-                jobs.append(
-                    Job(
-                        game,
-                        method,
-                        seed,
-                        work / name,
-                        entry_command(args, game, method, seed, work / name),
-                    )
-                )
+                folder = work / f"{_file_name(game)}_{method}_seed{seed}"
+                command = entry_command(args, game, method, seed, folder)
+                jobs.append(Job(game, method, seed, folder, command))
     return jobs
 
 
@@ -142,9 +135,9 @@ def entry_command(
     args: argparse.Namespace, game: str, method: str, seed: int, folder: Path
 ) -> list[str]:
     """The main job's command line for one run."""
-    modes = MODES[method] + (
-        ["random"] if method == args.methods[-1] else []
-    )  # the same play in either run
+    modes = list(MODES[method])
+    if method == args.methods[-1]:  # random play is the same in either run
+        modes.append("random")
     settings = [f"eval.modes={json.dumps(modes)}", f"env.n_evaluator_episode={args.episodes}"]
     command = [
         sys.executable,
@@ -177,6 +170,7 @@ def entry_command(
 
 
 def start(job: Job, args: argparse.Namespace) -> None:
+    """Start the run's process; its output goes to `output.txt` in its folder."""
     job.folder.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "DEBUG_MODE": str(args.debug)}
     with (job.folder / "output.txt").open("w", encoding="utf-8") as output:
@@ -205,6 +199,7 @@ def watch(job: Job, args: argparse.Namespace, deadline: float | None) -> bool:
             f"ended    {job.name} with status {status} after {(now - job.started) / 60:.1f} minutes"
         )
         return True
+
     limits = [job.started + 60 * args.minutes] if args.minutes else []
     limits += [deadline] if deadline else []
     if job.asked_to_stop is None and limits and now > min(limits):

@@ -149,23 +149,17 @@ def final_table(rows: list[Row]) -> list[dict[str, Any]]:
         for row in rows:
             if row.game == game:
                 by_method[row.method][row.seed].append(row)
+
         for method, seeds in by_method.items():
             if method == "random":
-                table.append(
-                    _entry(
-                        game,
-                        method,
-                        0,
-                        [mean(r.return_mean for r in s) for s in seeds.values()],
-                        None,
-                    )
-                )
+                means = [mean(r.return_mean for r in s) for s in seeds.values()]
+                table.append(_entry(game, method, 0, means, None))
                 continue
             if method == "LLM alone":
                 firsts = [min(s, key=lambda r: r.env_steps) for s in seeds.values()]
-                table.append(
-                    _entry(game, "LLM alone, untrained", 0, [r.return_mean for r in firsts], None)
-                )
+                means = [r.return_mean for r in firsts]
+                table.append(_entry(game, "LLM alone, untrained", 0, means, None))
+
             ends = [
                 max((r for r in s if r.env_steps <= end), key=lambda r: r.env_steps)
                 for s in seeds.values()
@@ -199,6 +193,7 @@ def write_report(out: Path, rows: list[Row]) -> list[dict[str, Any]]:
         for row in rows:
             seeds = {r.seed for r in rows if (r.game, r.method) == (row.game, row.method)}
             writer.writerow(asdict(row) | {"n": len(seeds)})
+
     (out / "summary.md").write_text(_markdown(table), encoding="utf-8")
     (out / "README.md").write_text(_readme(out, table), encoding="utf-8")
     if rows:
@@ -208,9 +203,10 @@ def write_report(out: Path, rows: list[Row]) -> list[dict[str, Any]]:
 
 def _markdown(table: list[dict[str, Any]]) -> str:
     lines = [
-        "Mean evaluation return, ± standard deviation over seeds. At the end: the last evaluation at or before "
-        "the environment steps that every learning run of the game reached. Best: each seed's best evaluation up "
-        "to then (chosen after the fact, so it flatters noisy methods).",
+        "Mean evaluation return, ± standard deviation over seeds. At the end: the last evaluation "
+        "at or before the environment steps that every learning run of the game reached. Best: "
+        "each seed's best evaluation up to then (chosen after the fact, so it flatters noisy "
+        "methods).",
         "",
         "| game | method | env steps | seeds | return at the end | best evaluation |",
         "| --- | --- | ---: | ---: | ---: | ---: |",
@@ -239,12 +235,13 @@ def _readme(out: Path, table: list[dict[str, Any]]) -> str:
             facts["command"],
             "```",
             "",
-            f"Commit {facts['commit']}, {facts['date']}, {facts['minutes']} minutes on {machine['cores']} cores of "
-            f"{machine['cpu']}, {gpu}; Python {machine['python']}, torch {machine['torch']}. "
+            f"Commit {facts['commit']}, {facts['date']}, {facts['minutes']} minutes on "
+            f"{machine['cores']} cores of {machine['cpu']}, {gpu}; Python {machine['python']}, "
+            f"torch {machine['torch']}. "
             f"Runs that failed or were not started: {unfinished}.",
             "",
-            "`runs.csv` has every evaluation (n: seeds of that method), `runs/` each run's settings and summary. The same "
-            "command with `--plot-only` makes tables and plot anew.",
+            "`runs.csv` has every evaluation (n: seeds of that method), `runs/` each run's "
+            "settings and summary. The same command with `--plot-only` makes tables and plot anew.",
             "",
             _markdown(table),
             "",

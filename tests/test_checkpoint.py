@@ -99,6 +99,7 @@ def test_a_save_that_dies_leaves_the_previous_checkpoint_untouched(
     after = snapshot(tmp_path / "ckpt")
     assert {k: v for k, v in after.items() if not k.startswith(".tmp-")} == before
     assert store.load()[2]["iteration"] == 7 and store.load("best")[2]["iteration"] == 7
+    assert store.saved_iteration == 7
     monkeypatch.undo()
     save(store, 9)  # and the rubbish goes with the next save
     assert names(tmp_path / "ckpt") == ["best", "iter_00000007", "iter_00000009", "latest"]
@@ -106,7 +107,11 @@ def test_a_save_that_dies_leaves_the_previous_checkpoint_untouched(
 
 def test_dying_before_the_pointer_moves_keeps_the_old_latest(store, monkeypatch):
     save(store, 1)
-    monkeypatch.setattr(store, "_point", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+
+    def dies(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", dies)
     with pytest.raises(KeyboardInterrupt):
         save(store, 2)
     assert store.load()[2]["iteration"] == 1

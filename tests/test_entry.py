@@ -229,10 +229,11 @@ def test_checkpoint_holds_the_run(finished):
     assert {p.name for p in folder.iterdir()} == {"latest", "best", *names.values()}
     state = torch.load(folder / names["latest"] / "state.pt", weights_only=True)
     summary = read_json(experiment(finished[0]) / "summary.json")
-    assert (
-        state["counters"]["iteration"] == 2
-        and state["counters"]["env_steps"] == summary["env_steps"]
-    )
+    progress = state["progress"]
+    assert progress["iteration"] == 2 and progress["env_steps"] == summary["env_steps"]
+    # Counted by the learner's optimiser too, which knows nothing of the progress record.
+    updates = sum(r["updates"] for r in metrics(experiment(finished[0])) if r["namespace"] == "wm")
+    assert progress["updates"] == updates > 0
     assert {"model", "target_model", "optimizer_world_model", "vocabulary"} <= set(state["policy"])
 
 
@@ -290,8 +291,8 @@ def test_sigterm_saves_and_resume_goes_on(tmp_path):
         and f"[Iter {done - 1}]" not in resumed.output
     )
     assert (
-        f"Resumed tw-simple at iteration {done}, {steps} environment steps; the replay buffer starts empty"
-        in resumed.lines
+        f"Resumed tw-simple at iteration {done}, {steps} environment steps; "
+        "the replay buffer starts empty" in resumed.lines
     )
     after = read_json(experiment(tmp_path) / "summary.json")
     assert after["iterations"] == done + 1 and after["env_steps"] > steps
@@ -472,6 +473,75 @@ async def test_subclass_in_process(tmp_path, monkeypatch):
     # are gone.
     left = set(psutil.Process().children(recursive=True)) - children
     assert len(left) <= 1 and not [p for p in left if p.children()]
+
+
+def tiny_config(**settings):
+    from priorzero_config import HybridTrainingConfig
+
+    return HybridTrainingConfig(
+        env_id="tw-simple",
+        exp_name=EXPERIMENT,
+        enable_llm=False,
+        debug_mode=True,
+        overrides=TINY,
+        **settings,
+    )
+
+
+async def test_one_part_that_does_not_close_keeps_no_other_open(tmp_path, monkeypatch, caplog):
+    from priorzero_orz_entry import build
+
+    monkeypatch.chdir(tmp_path)
+    children = set(psutil.Process().children(recursive=True))
+    parts = await build(tiny_config())
+    await parts.collector.collect(1, 0, 1.0)
+    closed = []
+    for name in ("metrics", "collect_envs"):
+        part = getattr(parts, name)
+        real = part.close
+        monkeypatch.setattr(part, "close", lambda n=name, r=real: closed.append(n) or r())
+
+    def jammed():
+        raise OSError("jammed")
+
+    # Of the evaluator's environments, which are the newest: the first to be closed.
+    monkeypatch.setattr("priorzero.games.group.GameEnvGroup.close", lambda self: jammed())
+    await parts.close()
+    assert closed == ["collect_envs", "metrics"]  # newest first
+    assert "closing GameEnvGroup failed; the rest is closed all the same" in caplog.text
+    left = set(psutil.Process().children(recursive=True)) - children
+    assert not [p for p in left if p.children()]
+
+
+async def test_a_build_that_fails_closes_what_it_opened(tmp_path, monkeypatch):
+    import priorzero_evaluator
+    from priorzero_orz_entry import build
+
+    closed = []
+    for path in ("priorzero.run.metrics.MetricsWriter", "priorzero.games.group.GameEnvGroup"):
+        name = path.rpartition(".")[2]
+        monkeypatch.setattr(f"{path}.close", lambda self, n=name: closed.append(n))
+
+    def broken(*_, **__):
+        raise RuntimeError("no evaluator today")
+
+    monkeypatch.setattr(priorzero_evaluator, "PriorZeroEvaluator", broken)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RuntimeError, match="no evaluator today"):
+        await build(tiny_config())
+    assert closed == ["GameEnvGroup", "GameEnvGroup", "MetricsWriter"]
+
+
+def test_the_entry_is_light_to_import():
+    """Processes that vLLM starts import the main module again: none of them may load torch for
+    that.
+    """
+    code = "import sys, priorzero_orz_entry; print('torch' in sys.modules, 'ding' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.split() == ["False", "False"]
 
 
 @pytest.mark.slow

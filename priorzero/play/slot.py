@@ -1,79 +1,62 @@
-"""What collector and evaluator share about an environment being played: its state as text, its
-history, its vector.
-"""
+"""A running episode, and what its player must decide next. Collector and evaluator share both."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from priorzero.data.segment import Segment
 from priorzero.search.context import EpisodeContext
 from priorzero.search.roots import Root
-from priorzero.types import HistoryItem, TextState
+from priorzero.types import ActionScores, HistoryItem, TextState, TokenisedRequest
 
 
-@dataclass(frozen=True, eq=False)
-class Decision:
-    """A state where an action is due: text for the LLM, vector and ids for the search.
+class Slot:
+    """One running episode; the next episode of the same environment gets a new one.
 
-    valid_actions: what the search may choose from, `A` of them, with `valid_ids` in the same order;
-    equal to `state.valid_actions` unless the vocabulary is full.
-    """
-
-    state: TextState
-    observation: np.ndarray
-    valid_actions: tuple[str, ...]
-    valid_ids: np.ndarray
-
-
-@dataclass(frozen=True)
-class HistoryWindow:
-    """Past steps kept in `TextState.history`: at most `length`, and the oldest `drop` leave
-    together when there are more.
-
-    Between two drops prompts only grow, so an engine computes what is new; with drop 1 a full
-    window moves every step.
-    """
-
-    length: int = 5
-    drop: int = 1
-
-
-class Seat:
-    """One environment's running episode.
+    Attributes:
+        env_id: of the environment it is played in.
+        episode_id: of the episode.
+        observation: the environment's present observation (`TextGameEnv.reset` names its keys).
+        vector: `[E]` embedding of the present text; None until `see`.
+        context: what a root looks back on.
+        timestep: actions played so far.
+        segment: where the collector writes; None where nothing is learnt from the episode.
+        transcript: lines of the episode as the evaluator writes it down.
 
     Args:
         goal: line of the game's goal for the prompts.
-        history: past steps kept in `TextState.history`.
+        history_length: past steps the LLM may see.
+        context_steps: `C`, observations a root looks back on.
     """
 
-    def __init__(self, goal: str, history: HistoryWindow, context_steps: int) -> None:
-        self._goal = goal
-        self._context_steps = context_steps
-        self._window = history
-        self.start({"text": "", "valid_actions": (), "score": 0.0})
-
-    def start(self, observation: dict) -> None:
-        """A new episode begins with this observation of the environment."""
-        self._history: list[HistoryItem] = []
+    def __init__(
+        self,
+        env_id: int,
+        episode_id: int,
+        observation: dict[str, Any],
+        *,
+        goal: str,
+        history_length: int,
+        context_steps: int,
+    ) -> None:
+        self.env_id, self.episode_id = env_id, episode_id
         self.observation = observation
-        self.context = EpisodeContext(self._context_steps)
+        self.vector: np.ndarray | None = None
+        self.context = EpisodeContext(context_steps)
         self.timestep = 0
-        self.episode_return = 0.0
-
-    def advance(self, action: str, reward: float, observation: dict) -> None:
-        """The action was played and earned `reward`."""
-        self._history.append(HistoryItem(self.observation["text"], action, reward))
-        if len(self._history) > self._window.length:
-            del self._history[: self._window.drop]
-        self.observation = observation
-        self.timestep += 1
-        self.episode_return += reward
+        self.segment: Segment | None = None
+        self.transcript: list[str] = []
+        self._goal = goal
+        self._history: deque[HistoryItem] = deque(maxlen=history_length)
 
     @property
     def state(self) -> TextState:
+        """All the LLM may know of the present state."""
         return TextState(
             self.observation["text"],
             tuple(self.observation["valid_actions"]),
@@ -82,35 +65,78 @@ class Seat:
             float(self.observation["score"]),
         )
 
+    def see(self, vector: np.ndarray) -> None:
+        """Give the present text its embedding `[E]`; once per state that is searched."""
+        assert self.vector is None, "each text is encoded once"
+        self.vector = vector
+        self.context.observe(vector)
 
-def decisions(
-    seats: Sequence[Seat],
-    encode: Callable[[Sequence[str]], np.ndarray],
-    register: Callable[[Sequence[str]], list[int | None]],
+    def advance(
+        self,
+        action: str,
+        reward: float,
+        observation: dict[str, Any],
+        action_id: int | None = None,
+    ) -> None:
+        """`action` was played, earned `reward` and led to `observation`.
+
+        Args:
+            action_id: of the action in the vocabulary; None where the episode is played without a
+                search.
+        """
+        self._history.append(HistoryItem(self.observation["text"], action, reward))
+        if action_id is not None:
+            self.context.act(action_id)
+        self.observation = observation
+        self.vector = None
+        self.timestep += 1
+
+
+@dataclass(eq=False)
+class Decision:
+    """A state where an action is due: text for the LLM, ids for the search.
+
+    Attributes:
+        state: the whole state, with every valid action.
+        valid_actions: what may be chosen from, `A` of them; those of the state, less any for which
+            a full vocabulary has no id.
+        valid_ids: `[A]` their ids.
+        request: what the LLM is asked; None where it is not asked.
+        scores: its answer; None where there is none.
+    """
+
+    state: TextState
+    valid_actions: tuple[str, ...]
+    valid_ids: np.ndarray
+    request: TokenisedRequest | None = None
+    scores: ActionScores | None = None
+
+    def root(self, slot: Slot, reduction: str) -> Root:
+        """What the search plans from.
+
+        Args:
+            slot: where the decision is due.
+            reduction: how token log-probabilities become one number per action.
+        """
+        llm = None
+        if self.scores is not None:
+            llm = np.asarray(self.scores.totals(reduction), dtype=np.float64)
+        context = slot.context
+        return Root(context.observations, context.actions, self.valid_ids, llm)
+
+
+def decide(
+    slots: Sequence[Slot], register: Callable[[Sequence[str]], Sequence[int | None]]
 ) -> list[Decision]:
-    """Vectors and ids for several seats; all texts go through the encoder in one call."""
-    states = [seat.state for seat in seats]
-    vectors = encode([s.observation for s in states])
-    result = []
-    for state, vector in zip(states, vectors, strict=True):
-        known = [
-            (a, i)
-            for a, i in zip(state.valid_actions, register(state.valid_actions), strict=True)
-            if i is not None
-        ]
-        result.append(
-            Decision(state, vector, tuple(a for a, _ in known), np.asarray([i for _, i in known]))
-        )
-    return result
+    """The decisions due in these slots.
 
-
-def roots_of(
-    seats: Sequence[Seat], due: Sequence[Decision], llm_logprobs: Sequence[np.ndarray | None]
-) -> list[Root]:
-    """What the search plans from; each decision's vector enters its episode's context."""
-    roots = []
-    for seat, decision, logprobs in zip(seats, due, llm_logprobs, strict=True):
-        seat.context.observe(decision.observation)
-        context = seat.context
-        roots.append(Root(context.observations, context.actions, decision.valid_ids, logprobs))
-    return roots
+    Args:
+        register: ids of valid actions, None for those the vocabulary had to drop.
+    """
+    due = []
+    for slot in slots:
+        state = slot.state
+        ids = register(state.valid_actions)
+        known = [(a, i) for a, i in zip(state.valid_actions, ids, strict=True) if i is not None]
+        due.append(Decision(state, tuple(a for a, _ in known), np.asarray([i for _, i in known])))
+    return due

@@ -1,7 +1,7 @@
 """Checkpoints: one folder each, written whole or not at all; the latest and the best are kept.
 
-    <exp>/ckpt/iter_00000040/{state.pt, llm.pt, meta.json}     <exp>/ckpt/latest, <exp>/ckpt/best:
-    names of folders
+    <exp>/ckpt/iter_00000040/{state.pt, llm.pt, meta.json}
+    <exp>/ckpt/latest, <exp>/ckpt/best                          names of folders
 
 A folder is filled under a temporary name, flushed to disk and renamed; the pointer file is replaced
 the same way. A run that dies while saving leaves the previous checkpoint as it was.
@@ -27,12 +27,16 @@ _TEMPORARY = ".tmp-"
 class CheckpointStore:
     """Saves and loads checkpoints of one experiment.
 
+    Attributes:
+        saved_iteration: of the newest checkpoint that this object wrote; None before the first.
+
     Args:
         folder: `<exp>/ckpt`.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self.saved_iteration: int | None = None
 
     def save(
         self,
@@ -46,18 +50,18 @@ class CheckpointStore:
         no longer named.
 
         Args:
-            state: world model, optimiser, target, vocabulary, counters. llm: weights and optimiser,
-                or None without one.
-            meta: small JSON facts (iteration, env steps, version, settings that must match on
-                resume).
+            iteration: the run's.
+            state: world model, optimiser, target, vocabulary, progress, history.
+            llm: weights and optimiser, or None without one.
+            meta: small JSON facts (progress, game, encoder, LLM) for a reader.
+            best: it is the best so far.
+        Returns:
+            The checkpoint's folder.
         """
-        name, repeat = f"iter_{iteration:08d}", 1
-        while (
-            self._folder / name
-        ).exists():  # this iteration again; the older one goes once nothing names it
-            repeat += 1
-            name = f"iter_{iteration:08d}_{repeat}"
+        name = self._free_name(iteration)
         final, temporary = self._folder / name, self._folder / f"{_TEMPORARY}{name}-{os.getpid()}"
+
+        # Fill a folder of another name, so that a half-written one is never taken for whole.
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         torch.save(state, temporary / "state.pt")
@@ -68,11 +72,23 @@ class CheckpointStore:
             with path.open("rb") as handle:
                 os.fsync(handle.fileno())
         temporary.rename(final)
+
         self._point("latest", name)
         if best:
             self._point("best", name)
         self._prune()
+        self.saved_iteration = iteration
         return final
+
+    def _free_name(self, iteration: int) -> str:
+        """A folder's name; the same iteration again gets another, and the older one goes once
+        nothing names it.
+        """
+        name, repeat = f"iter_{iteration:08d}", 1
+        while (self._folder / name).exists():
+            repeat += 1
+            name = f"iter_{iteration:08d}_{repeat}"
+        return name
 
     def mark_best(self) -> None:
         """Make the latest checkpoint the best."""
@@ -97,8 +113,12 @@ class CheckpointStore:
     def load(
         self, which: str = "latest", map_location: str = "cpu"
     ) -> tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any]]:
-        """(state, llm, meta) of `latest`, `best` or a folder's name.
+        """Read a checkpoint.
 
+        Args:
+            which: `latest`, `best` or a folder's name. map_location: device of the tensors.
+        Returns:
+            (state, llm, meta) as they were given to `save`.
         Raises:
             PriorZeroError: there is none, or it cannot be read; nothing is deleted.
         """
@@ -121,8 +141,8 @@ class CheckpointStore:
         except Exception as error:
             others = sorted(p.name for p in self._folder.iterdir() if p.is_dir() and p != path)
             raise PriorZeroError(
-                f"checkpoint {path} is damaged ({type(error).__name__}: {error}). It was left as it is. "
-                f"Other checkpoints here: {', '.join(others) or 'none'}; name one with --checkpoint, or "
-                "start anew without --resume"
+                f"checkpoint {path} is damaged ({type(error).__name__}: {error}). It was left as "
+                f"it is. Other checkpoints here: {', '.join(others) or 'none'}; name one with "
+                "--checkpoint, or start anew without --resume"
             ) from error
         return state, llm, meta

@@ -17,13 +17,14 @@ def set_aside(folder: Path) -> Path | None:
     """
     if not (folder / "ckpt" / "latest").exists():
         return None
+
     number = 1
     while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
         number += 1
     folder.rename(aside)
     logger.warning(
-        "%s holds an earlier run; it was renamed to %s and this run starts anew (to go on with it instead: "
-        "--resume)",
+        "%s holds an earlier run; it was renamed to %s and this run starts anew (to go on with it "
+        "instead: --resume)",
         folder,
         aside,
     )

@@ -9,6 +9,15 @@ import os
 import sys
 from pathlib import Path
 
+_OURS = (
+    "priorzero",
+    "priorzero_orz_entry",
+    "priorzero_collector",
+    "priorzero_evaluator",
+    "priorzero_policy",
+    "game_buffer_priorzero",
+    "priorzero_config",
+)
 _NOISY = (
     "httpx",
     "urllib3",
@@ -25,32 +34,29 @@ _NOISY = (
 
 
 def setup_logging(folder: Path | None, level: int = logging.INFO) -> None:
-    """Send our log to the terminal and, with a folder, to `<folder>/run.log`; keep other libraries
-    at WARNING.
+    """Send our log to the terminal; keep other libraries at WARNING.
+
+    Args:
+        folder: where `run.log` is written too, or None.
+        level: of our own loggers.
     """
     if not sys.stderr.isatty():  # bars of model loading fill a log file with control characters
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
     root = logging.getLogger()
     for handler in list(root.handlers):
         root.removeHandler(handler)
     root.setLevel(logging.WARNING)
-    for name in (
-        "priorzero",
-        "priorzero_orz_entry",
-        "priorzero_collector",
-        "priorzero_evaluator",
-        "priorzero_policy",
-        "game_buffer_priorzero",
-        "priorzero_config",
-    ):
+    for name in _OURS:
         logging.getLogger(name).setLevel(level)
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
+
     terminal = logging.StreamHandler(sys.stderr)
     terminal.setFormatter(logging.Formatter("%(message)s"))
     root.addHandler(terminal)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(folder / "run.log", encoding="utf-8")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        root.addHandler(handler)
+        file = logging.FileHandler(folder / "run.log", encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        root.addHandler(file)

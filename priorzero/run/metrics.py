@@ -27,6 +27,7 @@ class Stopwatch:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self.calls: dict[str, int] = defaultdict(int)
+        self._reported: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
@@ -36,6 +37,25 @@ class Stopwatch:
         finally:
             self.seconds[stage] += time.perf_counter() - started
             self.calls[stage] += 1
+
+    def lap(self) -> dict[str, float]:
+        """Seconds per stage since the last call of this method."""
+        now = dict(self.seconds)
+        since = {stage: spent - self._reported.get(stage, 0.0) for stage, spent in now.items()}
+        self._reported = now
+        return since
+
+
+class PeakMemory:
+    """The most memory seen so far; children are seen only when somebody looks."""
+
+    def __init__(self) -> None:
+        self._peak = 0.0
+
+    def update(self) -> float:
+        """Look, and return the peak in GiB."""
+        self._peak = max(self._peak, memory_gb())
+        return self._peak
 
 
 class MetricsWriter:
@@ -52,20 +72,22 @@ class MetricsWriter:
         from tensorboardX import SummaryWriter  # heavy; only where a run really writes
 
         folder.mkdir(parents=True, exist_ok=True)
-        self.tensorboard = SummaryWriter(str(folder))
+        self._tensorboard = SummaryWriter(str(folder))
         self._lines = (folder / "metrics.jsonl").open("a", encoding="utf-8")
 
     def scalars(self, namespace: str, values: Mapping[str, float], step: int) -> None:
-        """Write `namespace/name` for every finite value; what is not finite is named in the log
-        instead.
+        """Write `namespace/name` for every finite value; what is not finite is named in the log.
+
+        Args:
+            namespace: one of `NAMESPACES`. step: environment steps so far.
         """
-        if namespace not in self.NAMESPACES:
-            raise ValueError(f"metrics namespace {namespace!r} is not one of {self.NAMESPACES}")
-        finite = {}
+        assert namespace in self.NAMESPACES, f"{namespace!r} is not one of {self.NAMESPACES}"
+
+        finite: dict[str, float] = {}
         for name, value in values.items():
             if np.isfinite(value):
                 finite[name] = float(value)
-                self.tensorboard.add_scalar(f"{namespace}/{name}", float(value), step)
+                self._tensorboard.add_scalar(f"{namespace}/{name}", float(value), step)
             else:
                 logger.warning(
                     "metric %s/%s is %s at step %d and was not written",
@@ -77,14 +99,17 @@ class MetricsWriter:
         self._lines.write(json.dumps({"namespace": namespace, "step": step, **finite}) + "\n")
 
     def text(self, tag: str, text: str, step: int) -> None:
-        self.tensorboard.add_text(tag, text, step)
+        """Write a text (Markdown) for TensorBoard."""
+        self._tensorboard.add_text(tag, text, step)
 
     def flush(self) -> None:
-        self.tensorboard.flush()
+        """Let readers see what was written."""
+        self._tensorboard.flush()
         self._lines.flush()
 
     def close(self) -> None:
-        self.tensorboard.close()
+        """Write the rest and end."""
+        self._tensorboard.close()
         self._lines.close()
 
 
@@ -98,8 +123,10 @@ def memory_gb() -> float:
 
     import psutil
 
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
+    # ru_maxrss is in bytes on a Mac, in KiB elsewhere.
+    unit = 1 if sys.platform == "darwin" else 1024
     total = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):  # a worker may end while we look
             memory = process.memory_full_info()

@@ -5,32 +5,49 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from priorzero.games.catalogue import GameSpec
 
-def banner(config, folder: Path, game, llm: str, device: str, parameters: int, orz: bool) -> str:
+
+def banner(
+    config,
+    *,
+    folder: Path,
+    game: GameSpec,
+    llm: str,
+    device: str,
+    parameters: int,
+    orz: tuple[bool, str],
+) -> str:
     """What is about to run.
 
     Args:
-        config: schedule and settings. game: the resolved game. llm: model and engine in words.
-            device: of the world model. parameters: of the world model. orz: whether
-            Open-Reasoner-Zero was found.
+        config: schedule and settings (`HybridTrainingConfig`).
+        folder: of the experiment.
+        game: the resolved game.
+        llm: model and engine in words.
+        device: of the world model.
+        parameters: of the world model, their number.
+        orz: whether Open-Reasoner-Zero trains the LLM, and why or why not.
     """
-    policy = config.priorzero_cfg.policy
+    settings = config.priorzero_cfg
+    policy = settings.policy
+    line = "=" * 78
     return "\n".join(
         [
-            "=" * 78,
+            line,
             "PriorZero-ORZ",
-            "=" * 78,
+            line,
             f"Debug mode:      {config.debug_mode}",
-            f"ORZ available:   {orz} (not wired in yet: the built-in trainer trains the LLM)",
+            f"ORZ available:   {orz[0]} ({orz[1]})",
             f"Experiment:      {folder}",
             f"Iterations:      {config.iterations}",
-            f"Training mode:   {config.wm_training_mode}: world model every {config.wm_train_freq}, "
-            f"LLM every {config.llm_train_freq}",
-            f"Game:            {game.env_id} ({game.kind}), seed {config.priorzero_cfg.seed}",
+            f"Training mode:   {config.wm_training_mode}: "
+            f"world model every {config.wm_train_freq}, LLM every {config.llm_train_freq}",
+            f"Game:            {game.env_id} ({game.kind}), seed {settings.seed}",
             f"LLM:             {llm}",
-            f"World model:     UniZero, {parameters / 1e6:.1f} M parameters on {device}, {policy.num_simulations} simulations, "
-            f"root prior {policy.root_prior.mode}",
-            "=" * 78,
+            f"World model:     UniZero, {parameters / 1e6:.1f} M parameters on {device}, "
+            f"{policy.num_simulations} simulations, root prior {policy.root_prior.mode}",
+            line,
         ]
     )
 
@@ -39,9 +56,12 @@ def evaluation_line(iteration: int, mode: str, values: Mapping[str, float]) -> s
     """One mode's episodes in words; `values` as `EvalResult.metrics` names them."""
     share = values.get(f"{mode}/score_share")
     tail = "" if share is None else f", {100 * share:.1f} % of the maximum"
+    mean, std, best, length = (
+        values[f"{mode}/{name}"] for name in ("return_mean", "return_std", "return_best", "length")
+    )
     return (
-        f"[Eval {iteration}] {mode:<16} return {values[f'{mode}/return_mean']:.2f} ± {values[f'{mode}/return_std']:.2f} "
-        f"(best {values[f'{mode}/return_best']:.2f}), length {values[f'{mode}/length']:.1f}{tail}"
+        f"[Eval {iteration}] {mode:<16} return {mean:.2f} ± {std:.2f} (best {best:.2f}), "
+        f"length {length:.1f}{tail}"
     )
 
 

@@ -1,0 +1,133 @@
+"""The parts of a run, as the loop sees them. `build` in `priorzero_orz_entry.py` makes them.
+
+Who talks to whom: the collector plays (environments, the policy's collect mode, the LLM's prior)
+and fills the buffer; `policy.learn_mode` trains the world model from the buffer; the LLM's phase
+trains the LLM from the same buffer and publishes its weights to the engine behind the prior; the
+evaluator plays with what both have learned.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from priorzero.data.batch import WorldModelBatch
+from priorzero.data.segment import Segment
+from priorzero.games.catalogue import GameSpec
+from priorzero.games.group import GameEnvGroup
+from priorzero.llm.build import LLMParts
+from priorzero.llm.update.samples import LLMSample
+from priorzero.loop.progress import History, Progress
+from priorzero.play.results import CollectResult, EvalResult
+from priorzero.run.checkpoint import CheckpointStore
+from priorzero.run.metrics import MetricsWriter, PeakMemory, Stopwatch
+from priorzero.settings.experiment import ExperimentSettings
+from priorzero.text.encoder import SentenceEncoder
+
+
+class Schedule(Protocol):
+    """`HybridTrainingConfig`: how long, how often, in which order."""
+
+    wm_training_mode: str
+    wm_train_freq: int
+    llm_train_freq: int
+    iterations: int
+    eval_freq: int
+    save_freq: int
+    sample_prompt_freq: int
+
+    def as_dict(self) -> dict[str, Any]: ...
+
+
+class Policy(Protocol):
+    """`PriorZeroPolicy`: the world model, its training and its search."""
+
+    learn_mode: Any
+    vocabulary: Any
+    positions_clamped: int
+
+
+class Buffer(Protocol):
+    """`PriorZeroGameBuffer`: segments in; world-model batches and LLM samples out."""
+
+    def push_game_segments(self, segments: Sequence[Segment]) -> None: ...
+
+    def remove_oldest_data_to_fit(self) -> int: ...
+
+    def sample(self, batch_size: int) -> WorldModelBatch: ...
+
+    def update_priority(self, indices: np.ndarray, priorities: np.ndarray) -> None: ...
+
+    def sample_llm(self, count: int, recent: int | None = None) -> list[LLMSample]: ...
+
+
+class Collector(Protocol):
+    """`PriorZeroCollector`."""
+
+    async def collect(
+        self, num_segments: int, env_steps: int, temperature: float
+    ) -> CollectResult: ...
+
+
+class Evaluator(Protocol):
+    """`PriorZeroEvaluator`."""
+
+    async def evaluate(
+        self, mode: str, episodes: int, env_steps: int, label: str = ""
+    ) -> EvalResult: ...
+
+
+@dataclass
+class Parts:
+    """Everything a loop works with.
+
+    config: the schedule. settings: of all parts. folder: where everything of the run is written.
+    eval_only: the run evaluates a checkpoint and leaves the training run's files alone. device: of
+    the world model. llm: None for pure UniZero.
+    """
+
+    config: Schedule
+    settings: ExperimentSettings
+    folder: Path
+    eval_only: bool
+    device: str
+    game: GameSpec
+
+    encoder: SentenceEncoder
+    policy: Policy
+    buffer: Buffer
+    llm: LLMParts | None
+    collect_envs: GameEnvGroup
+    collector: Collector
+    evaluator: Evaluator
+
+    metrics: MetricsWriter
+    watch: Stopwatch
+    checkpoints: CheckpointStore
+    closing: AsyncExitStack
+
+    progress: Progress = field(default_factory=Progress)
+    history: History = field(default_factory=History)
+    memory: PeakMemory = field(default_factory=PeakMemory)
+    started: float = field(default_factory=time.time)
+
+    @property
+    def llm_name(self) -> str:
+        """Model and engine in words."""
+        return self.llm.name if self.llm is not None else "none (pure UniZero)"
+
+    async def close(self) -> None:
+        """End engine, interpreters and writers, newest first."""
+        await self.closing.aclose()
+
+    async def __aenter__(self) -> Parts:
+        return self
+
+    async def __aexit__(self, *_) -> None:
+        await self.close()

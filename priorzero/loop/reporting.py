@@ -1,0 +1,118 @@
+"""What a run tells of itself: an iteration's line and metrics, its settings, its summary."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from priorzero.data.segment import Segment
+from priorzero.llm.prior import prior_table
+from priorzero.loop.parts import Parts
+from priorzero.run.report import first_and_last
+
+logger = logging.getLogger(__name__)
+
+
+def log_losses(parts: Parts, wm: Mapping[str, float], llm: Mapping[str, float]) -> None:
+    """One line about the phases that ran in this iteration.
+
+    Args:
+        wm, llm: metrics as the stages return them; empty where nothing trained.
+    """
+    parts.history.add_losses(wm)
+    parts.history.add_losses(llm)
+
+    told = [f"wm_loss: {wm['wm_loss']:.4f}"] if wm else []
+    for kind in ("sft", "rft"):
+        if f"{kind}_loss" in llm:
+            told.append(f"llm_{kind}_loss: {llm[f'{kind}_loss']:.4f}")
+    if told:
+        logger.info("✓ %s training done - %s", "WM" if wm else "LLM", ", ".join(told))
+
+
+def log_sample_prompt(parts: Parts, segments: Sequence[Segment]) -> None:
+    """One decision as text: the prompt, and the prior against the visit counts."""
+    if parts.llm is None:
+        return
+    for step in (step for segment in segments for step in segment.steps):
+        if step.scores is not None and len(step.valid_actions) > 1:
+            break
+    else:
+        return
+
+    prompt = parts.llm.engine.tokeniser.decode(step.request.prompt_ids)
+    table = prior_table(step, parts.settings.policy.root_prior.reduction)
+    parts.metrics.text("prior/sample", f"```\n{prompt}\n```\n\n{table}", parts.progress.env_steps)
+
+
+def log_performance(parts: Parts, transitions: int, seconds: float) -> None:
+    """Seconds per stage since the last call, speed, and cache hit rates of the run so far.
+
+    Args:
+        transitions, seconds: of the iteration.
+    """
+    games, encoder = parts.collect_envs.stats(), parts.encoder.stats()
+    lookups = games["state_hits"] + games["state_misses"]
+    asked = encoder["hits"] + encoder["misses"]
+
+    perf = {f"seconds_{stage}": spent for stage, spent in parts.watch.lap().items()}
+    perf |= {
+        "seconds_iteration": seconds,
+        "env_steps_per_second": transitions / seconds,
+        "valid_action_hit_rate": games["state_hits"] / lookups if lookups else 1.0,
+        "encoder_hit_rate": encoder["hits"] / asked if asked else 0.0,
+        "positions_clamped": float(parts.policy.positions_clamped),
+        "memory_gb": parts.memory.update(),
+    }
+    perf |= {f"games_{k}": float(v) for k, v in games.items()}
+    perf |= {f"vocabulary_{k}": float(v) for k, v in parts.policy.vocabulary.stats().items()}
+    if parts.llm is not None:
+        llm = parts.llm.prior.stats() | parts.llm.phase.stats()
+        perf |= {f"llm_{k}": v for k, v in llm.items()}
+
+    parts.metrics.scalars("perf", perf, parts.progress.env_steps)
+    parts.metrics.flush()
+
+
+def write_config(parts: Parts) -> None:
+    """Keep the settings beside the run.
+
+    Only after a checkpoint was loaded: it may not fit these settings, and then the old ones stay.
+    """
+    text = json.dumps(parts.config.as_dict(), indent=1, default=str)
+    (parts.folder / "config.json").write_text(text, encoding="utf-8")
+    parts.metrics.text("config", f"```json\n{text}\n```", 0)
+
+
+def write_summary(parts: Parts) -> dict[str, Any]:
+    """Facts of the run; written to summary.json (evaluation.json with eval_only) and to the log."""
+    first, last = first_and_last(parts.history.losses)
+    summary = {
+        "experiment": str(parts.folder),
+        "game": parts.game.env_id,
+        "seed": parts.settings.seed,
+        "iterations": parts.progress.iteration,
+        "env_steps": parts.progress.env_steps,
+        "minutes": (time.time() - parts.started) / 60,
+        "memory_gb": parts.memory.update(),
+        "first_losses": first,
+        "last_losses": last,
+        "seconds_per_stage": {k: round(v, 2) for k, v in parts.watch.seconds.items()},
+        "llm": parts.llm_name,
+        "evaluations": parts.history.evaluations,
+    }
+    path = parts.folder / ("evaluation.json" if parts.eval_only else "summary.json")
+    path.write_text(json.dumps(summary, indent=1), encoding="utf-8")
+
+    logger.info(
+        "Done: %d iterations, %d environment steps in %.1f minutes, %.1f GB at most. %s",
+        summary["iterations"],
+        summary["env_steps"],
+        summary["minutes"],
+        summary["memory_gb"],
+        ", ".join(f"{k} {first[k]:.4f} → {last[k]:.4f}" for k in last),
+    )
+    return summary

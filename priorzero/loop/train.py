@@ -1,0 +1,59 @@
+"""The training loop: evaluate, iterate, save. Read this first.
+
+What an iteration does (collect, train the world model, train the LLM) is a schedule: a file of
+`priorzero/loop/schedules/` with one function `iterate(parts)`, chosen by `wm_training_mode`. What
+each stage does stands in `stages.py`, what is saved in `saving.py`, what is told in `reporting.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from priorzero import plugins
+from priorzero.loop import stages
+from priorzero.loop.clocks import Every
+from priorzero.loop.parts import Parts
+from priorzero.loop.saving import save
+from priorzero.run.signals import StopRequest
+
+logger = logging.getLogger(__name__)
+
+
+async def train(parts: Parts, stop: StopRequest) -> None:
+    """Run the iterations that are left; on a signal finish the present step, save and return."""
+    config, progress = parts.config, parts.progress
+
+    iterate = plugins.load("priorzero.loop.schedules", config.wm_training_mode).iterate
+    should_evaluate = Every(config.eval_freq)
+    should_save = Every(config.save_freq)
+
+    with logging_redirect_tqdm(), _bar(config.iterations, progress.iteration) as bar:
+        while progress.iteration < config.iterations and not stop.requested:
+            if should_evaluate(progress.iteration):
+                await stages.evaluate(parts)
+                if stop.requested:
+                    break
+
+            await iterate(parts)
+            progress.iteration += 1
+            bar.update()
+
+            # The last iteration's checkpoint is written below, after the last evaluation.
+            if should_save(progress.iteration) and progress.iteration < config.iterations:
+                await save(parts)
+
+    if stop.requested:
+        logger.info(
+            "Stopped by a signal after iteration %d; continue with --resume", progress.iteration
+        )
+    elif config.eval_freq:
+        await stages.evaluate(parts)
+    await save(parts)
+
+
+def _bar(total: int, done: int) -> tqdm:
+    return tqdm(total=total, initial=done, unit="iter", disable=not sys.stderr.isatty())

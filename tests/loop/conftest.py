@@ -1,0 +1,155 @@
+"""Parts of a run whose work is made up: they write down when they were asked."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from priorzero.data.batch import LearnOutput
+from priorzero.loop.parts import Parts
+from priorzero.play.results import CollectResult, EvalResult
+from priorzero.run.checkpoint import CheckpointStore
+from priorzero.run.metrics import MetricsWriter, Stopwatch
+
+
+class Schedule:
+    """What the loop reads of `HybridTrainingConfig`."""
+
+    wm_training_mode = "parallel"
+    wm_train_freq = 1
+    llm_train_freq = 2
+    iterations = 4
+    eval_freq = 2
+    save_freq = 3
+    sample_prompt_freq = 0
+
+    def as_dict(self):
+        return {"iterations": self.iterations}
+
+
+SETTINGS = dict(
+    seed=0,
+    env=SimpleNamespace(n_evaluator_episode=1),
+    eval=SimpleNamespace(modes=["world_model", "world_model_llm"]),
+    text=SimpleNamespace(encoder="none"),
+    policy=SimpleNamespace(
+        num_segments=1,
+        batch_size=2,
+        use_priority=True,
+        replay_ratio=0.5,
+        train_start_after_envsteps=0,
+        fixed_temperature_value=0.5,
+        root_prior=SimpleNamespace(reduction="sum"),
+    ),
+)
+
+
+class Made:
+    """Parts, and what happened to them.
+
+    Attributes:
+        events: what was asked of them, in order.
+        returns: of the evaluations to come, of the judging mode; 0 when none are left.
+        plays: steps of the calls of the collector to come: of finished segments, and all.
+    """
+
+    def __init__(self, folder, llm: bool = True, eval_only: bool = False, **schedule) -> None:
+        self.events: list[str] = []
+        self.returns: list[float] = []
+        self.plays: list[tuple[int, int]] = []
+        self.config = Schedule()
+        for name, value in schedule.items():
+            setattr(self.config, name, value)
+
+        nothing = SimpleNamespace(stats=lambda: dict(hits=0, misses=0))
+        games = SimpleNamespace(stats=lambda: dict(state_hits=0, state_misses=0))
+        self.trainer = SimpleNamespace(
+            version=0, state_dict=lambda: {"weights": 1}, load_state_dict=self._load_llm
+        )
+        phase = SimpleNamespace(run=self._train_llm, publish=self._publish, stats=dict)
+        prior = SimpleNamespace(stats=dict)
+        self.parts = Parts(
+            config=self.config,
+            settings=SimpleNamespace(**SETTINGS),
+            folder=folder,
+            eval_only=eval_only,
+            device="cpu",
+            game=SimpleNamespace(env_id="made-up"),
+            encoder=nothing,
+            policy=SimpleNamespace(
+                learn_mode=SimpleNamespace(
+                    forward=self._learn,
+                    state_dict=lambda: {"model": 1},
+                    load_state_dict=lambda state: self.events.append(f"world model {state}"),
+                ),
+                vocabulary=nothing,
+                positions_clamped=0,
+            ),
+            buffer=SimpleNamespace(
+                push_game_segments=lambda segments: None,
+                remove_oldest_data_to_fit=lambda: 0,
+                sample=lambda size: SimpleNamespace(indices=np.arange(size)),
+                update_priority=self._priorities,
+                sample_llm="the buffer's draw",
+            ),
+            llm=SimpleNamespace(
+                trainer=self.trainer, engine=None, prior=prior, phase=phase, name="a made-up LLM"
+            )
+            if llm
+            else None,
+            collect_envs=games,
+            collector=SimpleNamespace(collect=self._collect),
+            evaluator=SimpleNamespace(evaluate=self._evaluate),
+            metrics=MetricsWriter(folder / "log"),
+            watch=Stopwatch(),
+            checkpoints=CheckpointStore(folder / "ckpt"),
+            closing=AsyncExitStack(),
+        )
+        self.updates = 0
+
+    async def _collect(self, num_segments, env_steps, temperature):
+        assert (num_segments, temperature) == (1, 0.5)
+        self.events.append(f"collect from {env_steps}")
+        transitions, steps = self.plays.pop(0) if self.plays else (3, 5)
+        return CollectResult([[None] * transitions], steps, {"segments": 1.0}, {})
+
+    def _learn(self, batch):
+        self.updates += 1
+        self.events.append("update")
+        return LearnOutput({"wm_loss": float(self.updates)}, np.full(2, self.updates))
+
+    def _priorities(self, indices, priorities):
+        assert indices.tolist() == [0, 1] and priorities.tolist() == [self.updates] * 2
+
+    async def _train_llm(self, draw):
+        assert draw == "the buffer's draw"
+        self.events.append("llm")
+        self.trainer.version += 1
+        return {"sft_loss": 0.25}
+
+    async def _publish(self):
+        self.events.append(f"publish {self.trainer.version}")
+        return {}
+
+    def _load_llm(self, state):
+        self.events.append(f"llm {state}")
+
+    async def _evaluate(self, mode, episodes, env_steps, label):
+        self.events.append(f"evaluate {mode} {label} at {env_steps}")
+        judged = mode == "world_model_llm" and self.returns
+        value = self.returns.pop(0) if judged else 0.0
+        return EvalResult(mode, (value,), (value,), (7,), ("terminated",), 10.0)
+
+    def take(self) -> list[str]:
+        """The events so far; they are forgotten."""
+        events, self.events[:] = list(self.events), []
+        return events
+
+
+@pytest.fixture
+def made(tmp_path):
+    """`made(**schedule)`: see `Made`; its files lie in `tmp_path`."""
+    return lambda **settings: Made(tmp_path, **settings)
