@@ -142,7 +142,8 @@ class PriorZeroPolicy(UniZeroPolicy):
     def _forward_collect(
         self, roots: Sequence[Root], temperature: float, env_steps: int
     ) -> list[SearchOutput]:
-        """Plan with root noise and draw actions from visit counts ** (1 / temperature).
+        """Plan with root noise and draw actions from visit counts ** (1 / temperature). A root
+        policy that chooses itself is followed, whatever the temperature.
 
         Args:
             env_steps: Of the training so far, for the mixture's schedule.
@@ -155,8 +156,13 @@ class PriorZeroPolicy(UniZeroPolicy):
         )
         outputs = []
         for plan in plans:
-            behaviour = tempered(plan.result.visit_counts, temperature)
-            index = int(self._rng.choice(len(behaviour), p=behaviour))
+            result = plan.result
+            if result.choice is not None:
+                # It drew from the prior and improved on the draw: nearly its own target.
+                index, behaviour = result.choice, result.target_policy
+            else:
+                behaviour = tempered(result.visit_counts, temperature)
+                index = int(self._rng.choice(len(behaviour), p=behaviour))
             outputs.append(_output(plan, index, behaviour))
         return outputs
 
@@ -173,8 +179,9 @@ class PriorZeroPolicy(UniZeroPolicy):
         Args:
             env_steps: As in `_forward_collect`.
             prior_mode: Overrides the mixture's mode.
-            temperature: 0 takes the most visited action; a higher one draws with `rng` from visit
-                counts ** (1 / temperature).
+            temperature: 0 takes the most visited action, or the root policy's own choice; a higher
+                one draws with `rng` from visit counts ** (1 / temperature), or so from the target
+                of a root policy that chooses itself.
 
         Returns:
             One output per root, in their order.
@@ -186,14 +193,16 @@ class PriorZeroPolicy(UniZeroPolicy):
 
         outputs = []
         for plan in plans:
-            counts = plan.result.visit_counts
+            counts, choice = plan.result.visit_counts, plan.result.choice
             if temperature > 0:
                 assert rng is not None, "drawing needs a generator"
-                behaviour = tempered(counts, temperature)
+                shares = counts if choice is None else plan.result.target_policy
+                behaviour = tempered(shares, temperature)
                 index = int(rng.choice(len(behaviour), p=behaviour))
             else:
                 # Ties go to the action the mixture prefers, not to the first in the alphabet.
-                index = int(np.lexsort((plan.prior.log_mixed, counts))[-1])
+                most = int(np.lexsort((plan.prior.log_mixed, counts))[-1])
+                index = most if choice is None else choice
                 behaviour = np.eye(len(counts))[index]
             outputs.append(_output(plan, index, behaviour))
         return outputs

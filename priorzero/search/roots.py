@@ -52,11 +52,14 @@ class SearchResult:
         visit_counts: `[A]`.
         value: Mean return seen from the root.
         target_policy: `[A]` what policies are trained on, sums to one.
+        choice: Position of the action to play, where the root policy decides that itself; None
+            where it is drawn from the visit counts.
     """
 
     visit_counts: np.ndarray
     value: float
     target_policy: np.ndarray
+    choice: int | None = None
 
 
 @dataclass(frozen=True, eq=False)

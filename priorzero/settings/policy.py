@@ -98,6 +98,26 @@ class LossWeights(Settings):
 
 
 @dataclass(kw_only=True)
+class GumbelSettings(Settings):
+    """The root policy gumbel; the equations stand in priorzero/search/root_policies/gumbel.py."""
+
+    max_considered_actions: int = 16
+    """m, actions of the first round of sequential halving."""
+    visit_constant: float = 50.0
+    """c_visit: the weight of values before there are visits."""
+    value_scale: float = 0.1
+    """c_scale: nats per unit of scaled value and visit."""
+    smallest_range: float = 0.01
+    """Values that differ by less are not scaled up to 1: what an untrained network says of its
+    actions is noise."""
+
+    def rules(self) -> Iterator[Rule]:
+        """See `Settings.rules`."""
+        yield from positive(self, "max_considered_actions", "value_scale", "smallest_range")
+        yield from not_negative(self, "visit_constant")
+
+
+@dataclass(kw_only=True)
 class PolicySettings(Settings):
     """World model (UniZero), search, replay data and learning."""
 
@@ -125,7 +145,11 @@ class PolicySettings(Settings):
     """Expansions per decision."""
     root_policy: str = "puct"
     """A file of priorzero/search/root_policies. puct: our tree, reproducible, priors count from the
-    first visit; lightzero: its C++ tree."""
+    first visit; gumbel: sequential halving over sampled actions, for few simulations; lightzero:
+    its C++ tree.
+    """
+    gumbel: GumbelSettings = field(default_factory=GumbelSettings)
+    """Of root_policy gumbel, which knows neither Dirichlet noise nor `policy_target`."""
     search_threads: int = 1
     """CPU threads of a search: 1 is fastest up to a width of about 512; 0 leaves torch's own
     number."""
