@@ -7,6 +7,7 @@ prompts are part of the story (`priorzero_prompts.py`) and this package imports 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
@@ -50,6 +51,7 @@ class LLMPrior:
         self._required = required
         self._made: OrderedDict[tuple[TextState, tuple[str, ...]], TokenisedRequest] = OrderedDict()
         self.counters: Counter[str] = Counter()
+        self._lock = threading.Lock()  # collector and evaluator tokenise in threads
 
     def requests(
         self, states: Sequence[TextState], actions: Sequence[Sequence[str]]
@@ -61,6 +63,12 @@ class LLMPrior:
         Raises:
             PromptTooLongError: a prompt does not fit the model.
         """
+        with self._lock:
+            return self._requests(states, actions)
+
+    def _requests(
+        self, states: Sequence[TextState], actions: Sequence[Sequence[str]]
+    ) -> list[TokenisedRequest]:
         keys = [(state, tuple(own)) for state, own in zip(states, actions, strict=True)]
         found = {key: self._made[key] for key in keys if key in self._made}
         missing = [key for key in dict.fromkeys(keys) if key not in found]

@@ -38,8 +38,8 @@ class VLLMSettings(Settings):
     """CUDA: give the engine's memory to the trainer while the LLM trains."""
     lora: str = "auto"
     """How adapters reach the engine. merge: merged, with all weights; hot_load: by themselves;
-    auto: hot_load on CUDA (in 16 bits, its kernels know no other), merge on the CPU, where adapters
-    slow scoring down."""
+    auto: merge where vLLM computes in float32, hot_load in 16 bits, where merging would lose a part
+    of every update."""
     request_timeout_s: float = 120.0
     """Seconds one request may take before it is retried."""
     control_timeout_s: float = 300.0
@@ -212,8 +212,8 @@ class LLMSettings(Settings):
     """auto: Qwen/Qwen2.5-0.5B-Instruct where it is cached or reachable, else the embedded
     SmolLM2-135M-Instruct; or a hub name, or a folder."""
     engine: str = "auto"
-    """auto, vllm, transformers. auto starts both, times them on the same states and keeps the
-    faster one."""
+    """auto, vllm, transformers. auto: vllm where chains of thought are generated on a GPU, else
+    transformers, which scores faster."""
     required: bool = False
     """True: an engine that cannot start or answer stops the run; False: it is replaced, said and
     counted."""
@@ -266,9 +266,4 @@ class LLMSettings(Settings):
         yield from positive(self, "attempts")
         yield from not_negative(
             self, "max_batch_tokens", "max_restarts", "score_cache_size", "trunk_cache_mib"
-        )
-        yield Rule(
-            "required",
-            not (self.required and self.engine == "transformers"),
-            "it demands vLLM where llm.engine is fixed to transformers; change one",
         )

@@ -97,11 +97,6 @@ def tokeniser() -> Tokeniser:
 
 
 @pytest.fixture
-def byte_text(tokeniser) -> Tokeniser:
-    return tokeniser
-
-
-@pytest.fixture
 def byte_model():
     return tiny_llama(vocab=262)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from priorzero.settings.llm import LLMSettings, LLMTrainSettings
+from priorzero.settings.llm import LLMTrainSettings
 from priorzero.settings.policy import PolicySettings, RootPriorSettings
 from priorzero.settings.record import (
     Rule,
@@ -131,8 +131,6 @@ def test_the_real_groups_stand_on_their_own():
         RootPriorSettings(weight_min=0.9)
     with pytest.raises(PriorZeroError, match="num_heads 3"):
         PolicySettings(num_heads=3)
-    with pytest.raises(PriorZeroError, match="demands vLLM"):
-        LLMSettings(required=True, engine="transformers")
 
 
 def test_command_line_assignments():

@@ -375,7 +375,8 @@ class VLLMEngine(LLMEngine):
         if not await self._control(lambda: self._engine.add_lora(request)):
             raise LLMEngineDead("vLLM did not load the trained adapters")
         self._adapter = request
-        for other in await self._control(self._engine.list_loras) - {number}:
+        loaded = await self._control(self._engine.list_loras)
+        for other in set(loaded) - {number}:
             await self._control(lambda other=other: self._engine.remove_lora(other))
         return {"bytes": float(size)}
 
