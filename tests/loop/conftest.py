@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import AsyncExitStack
 from types import SimpleNamespace
 
@@ -73,7 +74,7 @@ class Made:
         prior = SimpleNamespace(stats=dict)
         self.parts = Parts(
             config=self.config,
-            settings=SimpleNamespace(**SETTINGS),
+            settings=SimpleNamespace(**copy.deepcopy(SETTINGS)),
             folder=folder,
             eval_only=eval_only,
             device="cpu",

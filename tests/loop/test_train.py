@@ -103,13 +103,10 @@ async def test_parallel_trains_by_its_frequencies(made):
 async def test_parallel_waits_for_the_first_env_steps(made):
     run = made()
     run.parts.settings.policy.train_start_after_envsteps = 6
-    try:
-        await parallel.iterate(run.parts)
-        assert run.take() == ["collect from 0"]
-        await parallel.iterate(run.parts)
-        assert run.take() == ["collect from 5", "update", "update"]
-    finally:
-        run.parts.settings.policy.train_start_after_envsteps = 0
+    await parallel.iterate(run.parts)
+    assert run.take() == ["collect from 0"]
+    await parallel.iterate(run.parts)
+    assert run.take() == ["collect from 5", "update", "update"]
 
 
 async def test_what_trained_is_what_the_log_says(made, told):
