@@ -150,7 +150,7 @@ def test_every_setting_is_known_by_name_and_type(path):
         ("llm.train.objective", "words", "actions or tokens"),
         ("llm.train.clip_epsilon", 1.0, "between 0 and 1"),
         ("llm.trainer", "nobody", "trainers holds builtin"),
-        ("policy.root_policy", "best", "root_policies holds lightzero, puct"),
+        ("policy.root_policy", "best", "root_policies holds gumbel, lightzero, puct"),
         ("llm.vllm.tensor_parallel_size", 0, "positive"),
         ("llm.prompt.max_prompt_tokens", 8, "at least 32"),
         ("llm.enable", False, "leave those out or enable it"),

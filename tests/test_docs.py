@@ -211,7 +211,8 @@ def test_readme_python_runs_up_to_the_training(tmp_path):
     )
     script = (
         check
-        + "\nassert summary['schedule']['llm_train_freq'] == 20 and summary['schedule']['iterations'] == 500\n"
+        + "\nassert summary['schedule']['llm_train_freq'] == 20"
+        + " and summary['schedule']['iterations'] == 500\n"
     )
     subprocess.run(
         [sys.executable, "-c", script],
