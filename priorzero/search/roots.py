@@ -85,6 +85,16 @@ class SearchOutput:
     prior: RootPrior
 
 
+def spread(per_root: Sequence[np.ndarray], roots: Sequence[Root], width: int) -> np.ndarray:
+    """Numbers per valid action, `[A]` for each root, as one array `[B, width]` over action ids; 0
+    for what is not valid.
+    """
+    wide = np.zeros((len(roots), width))
+    for row, (numbers, root) in enumerate(zip(per_root, roots, strict=True)):
+        wide[row, root.valid_ids] = numbers
+    return wide
+
+
 class Contexts(NamedTuple):
     """The contexts of `B` roots, right-padded to the longest: what the network reads.
 

@@ -16,8 +16,6 @@ import gc
 import itertools
 import logging
 import os
-import shutil
-import tempfile
 import threading
 import time
 import uuid
@@ -37,6 +35,7 @@ from priorzero.llm.model import ResolvedModel, pick_dtype
 from priorzero.llm.scoring.requests import Tokeniser, model_max_tokens
 from priorzero.llm.scoring.trie import build_trie
 from priorzero.llm.weights.export import Weights
+from priorzero.llm.weights.transports import folder_in_transit
 from priorzero.settings.llm import VLLMSettings
 from priorzero.types import PriorZeroError, TokenisedRequest
 
@@ -318,16 +317,11 @@ class VLLMEngine(LLMEngine):
             PriorZeroError: vLLM cannot take these adapters.
         """
         started = time.perf_counter()
-        transit = _weights_folder()
-        folder = transit / f"v{version}"  # a new path each time: vLLM has had caches keyed by it
         push = self._push_adapter if self._adapter_rank else self._push_all
-        try:
+        with folder_in_transit(version) as folder:
             async with self._gate.change():
                 report = await push(weights, version, folder)
                 self.weights_version = version
-        finally:
-            # Adapters too are read once: vLLM keeps what it loaded until another takes its place.
-            shutil.rmtree(transit, ignore_errors=True)
         self.counters["pushes"] += 1
         self.counters["adapter_pushes"] += bool(self._adapter_rank)
         return report | {"seconds": time.perf_counter() - started}
@@ -414,13 +408,6 @@ class VLLMEngine(LLMEngine):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(alive, timeout=5)
-
-
-def _weights_folder() -> Path:
-    """A new folder for weights in transit, in shared memory where there is some."""
-    shared = Path("/dev/shm")
-    base = shared if shared.is_dir() and os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
-    return Path(tempfile.mkdtemp(prefix="priorzero-weights-", dir=base))
 
 
 @contextlib.contextmanager

@@ -18,9 +18,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from priorzero.llm.model import base_model, multiplying_dtype, sliding_window
+from priorzero.llm.model import base_model
 from priorzero.llm.scoring.head_cache import HeadCache, head_key_values
 from priorzero.llm.scoring.items import LayerKV, TreeItem, headless, prepare
+from priorzero.llm.scoring.layers import multiplying_dtype, sliding_window
 from priorzero.llm.scoring.logits import token_logprobs
 from priorzero.llm.scoring.packed import lay_out, packed_pass, run_packed, supports_packing
 from priorzero.llm.scoring.padded import padded_pass

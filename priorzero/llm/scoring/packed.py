@@ -16,8 +16,8 @@ import torch
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
-from priorzero.llm.model import multiplying_dtype, only_layers, sliding_window
 from priorzero.llm.scoring.items import LayerKV, TreeItem
+from priorzero.llm.scoring.layers import multiplying_dtype, only_layers, sliding_window
 
 _NAME = "priorzero_packed"
 

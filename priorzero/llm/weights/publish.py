@@ -51,11 +51,13 @@ async def publish(
             )
 
     logger.info(
-        "LLM weights %d on %s: %.1f MB in %.2f s, canary differs by %.2g",
+        "LLM weights %d on %s: %.1f MB in %.2f s, %s",
         trainer.version,
         engine.name,
         report.get("bytes", 0.0) / 1e6,
         report.get("seconds", 0.0),
-        report.get("canary_diff", float("nan")),
+        f"canary differs by {report['canary_diff']:.2g}"
+        if "canary_diff" in report
+        else "not compared: no state has been drawn yet",
     )
     return report | {"version": float(trainer.version)}

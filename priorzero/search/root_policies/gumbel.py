@@ -32,7 +32,7 @@ from functools import cache
 import numpy as np
 
 from priorzero.search.root_prior import RootPrior
-from priorzero.search.roots import Root, SearchResult
+from priorzero.search.roots import Root, SearchResult, spread
 from priorzero.search.tree import NodeStatistics, Tree
 from priorzero.settings.policy import GumbelSettings, PolicySettings
 
@@ -48,19 +48,15 @@ def begin(
     noise: np.random.Generator | None,
 ) -> GumbelSearch:
     """See the package. Without `noise` (evaluation) the root takes the m likeliest actions."""
-    valid_ids = [root.valid_ids for root in roots]
-    probabilities = np.zeros((len(roots), inner_actions))
-    valid = np.zeros(probabilities.shape, dtype=bool)
-    gumbel = np.zeros(probabilities.shape)
-
-    for row, (ids, prior) in enumerate(zip(valid_ids, priors, strict=True)):
-        probabilities[row, ids] = np.exp(prior.log_mixed)
-        valid[row, ids] = True
-        if noise is not None:
-            gumbel[row, ids] = noise.gumbel(size=len(ids))
+    sizes = [len(root.valid_ids) for root in roots]
+    probabilities = spread([np.exp(p.log_mixed) for p in priors], roots, inner_actions)
+    valid = spread([np.ones(n) for n in sizes], roots, inner_actions) > 0
+    draws = [np.zeros(n) if noise is None else noise.gumbel(size=n) for n in sizes]
+    gumbel = spread(draws, roots, inner_actions)
 
     nodes = settings.num_simulations + 1
     tree = Tree(probabilities, valid, values, nodes, settings.discount_factor)
+    valid_ids = [root.valid_ids for root in roots]
     return GumbelSearch(tree, valid_ids, valid, gumbel, settings.num_simulations, settings.gumbel)
 
 

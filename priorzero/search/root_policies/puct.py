@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from priorzero.search.root_prior import RootPrior
-from priorzero.search.roots import Root, SearchResult
+from priorzero.search.roots import Root, SearchResult, spread
 from priorzero.search.rules import exploration_factor, normalised_q, puct
 from priorzero.search.targets import regularised, visit_shares
 from priorzero.search.tree import Tree
@@ -26,21 +26,17 @@ def begin(
     noise: np.random.Generator | None,
 ) -> PuctSearch:
     """See the package; the noise is mixed into the prior as in AlphaZero (arXiv:1712.01815)."""
-    valid_ids = [root.valid_ids for root in roots]
-    probabilities = np.zeros((len(roots), inner_actions))
-    valid = np.zeros(probabilities.shape, dtype=bool)
+    clean = [np.exp(prior.log_mixed) for prior in priors]
+    start = clean
+    if noise is not None:
+        alpha, share = settings.root_dirichlet_alpha, settings.root_noise_weight
+        start = [(1.0 - share) * p + share * noise.dirichlet([alpha] * len(p)) for p in clean]
 
-    for row, (ids, prior) in enumerate(zip(valid_ids, priors, strict=True)):
-        p = np.exp(prior.log_mixed)
-        if noise is not None:
-            draw = noise.dirichlet([settings.root_dirichlet_alpha] * len(ids))
-            p = (1.0 - settings.root_noise_weight) * p + settings.root_noise_weight * draw
-        probabilities[row, ids] = p
-        valid[row, ids] = True
-
+    probabilities = spread(start, roots, inner_actions)
+    valid = spread([np.ones(len(p)) for p in clean], roots, inner_actions) > 0
     nodes = settings.num_simulations + 1
     tree = Tree(probabilities, valid, values, nodes, settings.discount_factor)
-    clean = [np.exp(prior.log_mixed) for prior in priors]
+    valid_ids = [root.valid_ids for root in roots]
     return PuctSearch(tree, valid_ids, clean, settings.policy_target)
 
 
