@@ -213,6 +213,7 @@ def test_readme_python_runs_up_to_the_training(tmp_path):
         check
         + "\nassert summary['schedule']['llm_train_freq'] == 20"
         + " and summary['schedule']['iterations'] == 500\n"
+        + "assert summary['settings']['policy']['root_prior']['weighting'] == 'adaptive'\n"
     )
     subprocess.run(
         [sys.executable, "-c", script],
@@ -296,5 +297,6 @@ def test_every_metric_of_a_run_is_explained(tiny_llm, tmp_path):
         "engine_close",
         "failures",
         "prior/sample",
+        "perf/turn",
     )
     assert sorted(p for p in absent if not any(r in p for r in rare)) == []

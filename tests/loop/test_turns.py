@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from priorzero.loop import saving
+from priorzero.loop import saving, schedules
 from priorzero.loop.train import train
 
 GO = SimpleNamespace(requested=False)
@@ -258,6 +260,38 @@ async def test_iterations_that_are_over_before_the_second_turn(made, told, given
     assert len(warnings) == (missing is not None)
     if missing is not None:
         assert f"are over before the {missing} had a turn" in warnings[0]
+
+
+def of_the_manual(word: str) -> str:
+    """The Python example of the manual that contains this word."""
+    manual = Path(__file__).resolve().parents[2] / "PRIORZERO_ORZ_EXECUTABLE.md"
+    blocks = re.findall(r"```python\n(.*?)```", manual.read_text(encoding="utf-8"), re.S)
+    (block,) = [block for block in blocks if word in block]
+    return block
+
+
+async def test_the_manuals_subclass(made):
+    names = {"__name__": "read"}
+    exec(of_the_manual("LateStart"), names)
+    run = made()
+    run.parts.config = names["LateStart"](alone=2, iterations=4, **QUIET)
+    await train(run.parts, GO)
+    assert drawn(run.take()) == "nuu" + "nuu" + "cuul" + "cuul"
+    assert run.parts.config.as_dict()["schedule"]["alone"] == 2
+
+
+async def test_the_manuals_file(made, tmp_path, told):
+    (tmp_path / "until_won.py").write_text(of_the_manual("until_won"))
+    schedules.__path__.append(str(tmp_path))
+    try:
+        run = made(wm_training_mode="until_won", iterations=9, eval_freq=1)
+        run.returns = [10.0, 4.0, 10.0]  # the untrained network's does not count
+        await train(run.parts, GO)
+    finally:
+        schedules.__path__.remove(str(tmp_path))
+    # Parallel, and once more evaluated at the end.
+    assert drawn(run.take()) == "EEcuu" + "EEcuul" + "EEcuu" + "EE"
+    assert "until_won is finished after 3 iterations" in told.messages
 
 
 async def test_a_configuration_may_have_its_own_schedule(made):
