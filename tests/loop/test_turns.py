@@ -17,6 +17,7 @@ import pytest
 from priorzero.loop import saving, schedules
 from priorzero.loop.train import train
 
+ROOT = Path(__file__).resolve().parents[2]
 GO = SimpleNamespace(requested=False)
 QUIET = dict(eval_freq=0, save_freq=0)
 
@@ -208,6 +209,8 @@ async def test_which_turn_it_is_is_told(made, tmp_path, told):
     await train(run.parts, GO)
     run.parts.metrics.close()
     assert turns_in(tmp_path) == [(0, 0, 2), (0, 0, 4), (0, 0, 5), (1, 1, 1), (1, 1, 2)]
+    page = (ROOT / "docs" / "METRICS.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"`perf/(turn\w*)`", page)) == {"turn", "turn_llm", "turn_updates"}
     assert [m for m in told.messages if "Turn" in m] == [
         "[Iter 0] Turn 0: the world model, 5 updates",
         "[Iter 3] Turn 1: the LLM, 2 phases",
@@ -264,7 +267,7 @@ async def test_iterations_that_are_over_before_the_second_turn(made, told, given
 
 def of_the_manual(word: str) -> str:
     """The Python example of the manual that contains this word."""
-    manual = Path(__file__).resolve().parents[2] / "PRIORZERO_ORZ_EXECUTABLE.md"
+    manual = ROOT / "PRIORZERO_ORZ_EXECUTABLE.md"
     blocks = re.findall(r"```python\n(.*?)```", manual.read_text(encoding="utf-8"), re.S)
     (block,) = [block for block in blocks if word in block]
     return block
