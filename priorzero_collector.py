@@ -87,12 +87,16 @@ class PriorZeroCollector:
         self._slots: dict[int, Slot] = {}  # by environment
         self._episodes = 0
 
-    async def collect(self, num_segments: int, env_steps: int, temperature: float) -> CollectResult:
+    async def collect(
+        self, num_segments: int, env_steps: int, temperature: float, ask_llm: bool = True
+    ) -> CollectResult:
         """Play until `num_segments` segments are finished; unfinished ones go on in the next call.
 
         Args:
             env_steps: played before this call, for the mixture's schedule.
             temperature: actions are drawn from visit counts ** (1 / temperature).
+            ask_llm: False searches without the LLM's prior. What it would have been asked is
+                written down all the same, so that it can learn from these decisions.
         Raises:
             PriorZeroError: an environment cannot be started, or a required LLM failed.
         """
@@ -103,7 +107,7 @@ class PriorZeroCollector:
         while len(played.segments) < num_segments:
             slots = [self._slots[env_id] for env_id in sorted(self._slots)]
 
-            due = await self._decide(slots)
+            due = await self._decide(slots, ask_llm)
             plans = await self._plan(slots, due, temperature, env_steps + played.steps)
             played.effects += [prior_effect(plan) for plan in plans]
 
@@ -139,8 +143,8 @@ class PriorZeroCollector:
     def _new_segment(self, slot: Slot) -> Segment:
         return Segment(slot.env_id, slot.episode_id, self._settings.game_segment_length)
 
-    async def _decide(self, slots: Sequence[Slot]) -> list[Decision]:
-        """Decisions with the LLM's scores."""
+    async def _decide(self, slots: Sequence[Slot], ask_llm: bool) -> list[Decision]:
+        """Decisions with what the LLM is asked and, where it is asked, its scores."""
         with self.watch("encode"):  # new actions have texts too
             due = await asyncio.to_thread(decide, slots, self._policy.register_actions)
         if self._prior is None:
@@ -150,7 +154,7 @@ class PriorZeroCollector:
             requests = await asyncio.to_thread(
                 self._prior.requests, [d.state for d in due], [d.valid_actions for d in due]
             )
-            scores = await self._prior.ask(requests)
+            scores = await self._prior.ask(requests) if ask_llm else [None] * len(requests)
         for decision, request, answer in zip(due, requests, scores, strict=True):
             decision.request, decision.scores = request, answer
         return due

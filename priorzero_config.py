@@ -73,7 +73,16 @@ DEBUG = Preset(
             rft=dict(samples=24, recent_transitions=200),
         ),
     ),
-    schedule=dict(iterations=100, eval_freq=50, save_freq=50),
+    schedule=dict(
+        iterations=100,
+        eval_freq=50,
+        save_freq=50,
+        # An iteration brings ten updates of the world model.
+        sequential_wm_updates=500,
+        sequential_llm_phases=20,
+        alternating_wm_updates=100,
+        alternating_llm_phases=2,
+    ),
 )
 
 PURE_UNIZERO = Preset(
@@ -205,18 +214,40 @@ class HybridTrainingConfig:
     constructor's argument comes before a subclass, a subclass before a preset, and a preset before
     the defaults here.
 
+    A subclass may have a schedule of its own: `async def iterate(self, parts)` does one iteration
+    (`priorzero/loop/schedules`), and `wm_training_mode` is then the class's name. Attributes that
+    it annotates are new settings: overwritten, saved and refused when misspelt as those here are.
+
     Raises:
         PriorZeroError: an unknown attribute or an impossible value, on construction and again when
             the run starts.
     """
 
     wm_training_mode: str = "parallel"
-    """How the stages of an iteration follow each other: a file of priorzero/loop/schedules.
-    parallel: the world model trains every wm_train_freq and the LLM every llm_train_freq."""
+    """Whose training follows whose: a file of priorzero/loop/schedules, which draws it as a time
+    line. parallel: both in the same iterations, by wm_train_freq and llm_train_freq; sequential:
+    the world model, then the LLM; alternating: in turns."""
     wm_train_freq: int = 1
-    """Iterations between training phases of the world model."""
+    """parallel: iterations between training phases of the world model."""
     llm_train_freq: int = 5
-    """Iterations between training phases of the LLM."""
+    """parallel: iterations between training phases of the LLM."""
+    sequential_wm_updates: int = 40_000
+    """sequential: updates of the world model, before the LLM trains. An iteration brings about
+    policy.replay_ratio * num_segments * game_segment_length of them."""
+    sequential_llm_phases: int = 200
+    """sequential: training phases of the LLM, after the world model; one an iteration."""
+    sequential_repeat: bool = False
+    """sequential: both again and again until `iterations`. False: the run ends after the LLM."""
+    alternating_wm_updates: int = 1000
+    """alternating: updates of the world model in each of its turns."""
+    alternating_llm_phases: int = 5
+    """alternating: training phases in each turn of the LLM, one an iteration."""
+    alternating_first: str = "world_model"
+    """alternating: who begins, world_model or llm."""
+    alternating_llm_collect: str = "everything"
+    """alternating: what an iteration of the LLM's turn plays. everything: the search with the LLM's
+    prior; world_model: the search without it (the LLM is not asked, but learns from what is found);
+    nothing: it learns from what the buffer holds."""
     use_orz_trainer: bool = False
     """Let ORZ's Ray PPO trainer do the LLM's reinforcement step. Not built yet: True is refused."""
     iterations: int = 2000
@@ -256,6 +287,8 @@ class HybridTrainingConfig:
         self.debug_mode = "debug" in chosen
 
         own = self._subclass_attributes()
+        if self._own_schedule() and "wm_training_mode" not in own:
+            self.wm_training_mode = type(self).__name__
         for preset in chosen.values():
             for name, value in preset.schedule.items():
                 if name not in own:
@@ -269,7 +302,7 @@ class HybridTrainingConfig:
         self.validate()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        _require_schedule_name(name)
+        _require_schedule_name(type(self), name)
         super().__setattr__(name, value)
 
     def _subclass_attributes(self) -> set[str]:
@@ -281,9 +314,13 @@ class HybridTrainingConfig:
             for name, value in vars(cls).items():
                 method = callable(value) or isinstance(value, property | classmethod | staticmethod)
                 if not name.startswith("_") and not method:
-                    _require_schedule_name(name)
+                    _require_schedule_name(type(self), name)
                     own.add(name)
         return own
+
+    def _own_schedule(self) -> bool:
+        """Whether a subclass brings a schedule of its own."""
+        return hasattr(self, "iterate")
 
     def validate(self) -> None:
         """Check the schedule and the settings; called on construction and by
@@ -295,6 +332,10 @@ class HybridTrainingConfig:
         smallest = dict(
             wm_train_freq=1,
             llm_train_freq=1,
+            sequential_wm_updates=1,
+            sequential_llm_phases=1,
+            alternating_wm_updates=1,
+            alternating_llm_phases=1,
             iterations=1,
             eval_freq=0,
             save_freq=0,
@@ -308,7 +349,7 @@ class HybridTrainingConfig:
                 type(value) is int and value >= low,
                 f"it must be an integer >= {low}",
             )
-        for name in ("use_orz_trainer", "resume", "debug_mode"):
+        for name in ("use_orz_trainer", "resume", "debug_mode", "sequential_repeat"):
             value = getattr(self, name)
             rules[name] = value, isinstance(value, bool), "it must be True or False"
         rules["checkpoint"] = (
@@ -317,12 +358,17 @@ class HybridTrainingConfig:
             "it must be latest, best or a folder's name",
         )
 
-        modes = plugins.names("priorzero.loop.schedules") or ("parallel",)
-        rules["wm_training_mode"] = (
-            self.wm_training_mode,
-            self.wm_training_mode in modes,
-            f"priorzero/loop/schedules holds {', '.join(modes)}",
-        )
+        for name in _schedule_names(type(self)):
+            if not hasattr(self, name):
+                rules[name] = "missing", False, "a setting is declared with its default"
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            rules[name] = value, value in choices, f"it must be {' or '.join(choices)}"
+
+        # A value that is impossible in itself is told as that.
+        for name, rule in self._mode_rules().items():
+            if name not in rules or rules[name][1]:
+                rules[name] = rule
         if self.use_orz_trainer is True:
             rules["use_orz_trainer"] = (
                 True,
@@ -333,9 +379,44 @@ class HybridTrainingConfig:
         require(rules)
         self.priorzero_cfg.validate()
 
+    def _mode_rules(self) -> dict[str, tuple[Any, bool, str]]:
+        """What must hold of `wm_training_mode` and of the settings it reads, as `require` wants
+        it.
+        """
+        mode, rules = self.wm_training_mode, {}
+        if self._own_schedule():
+            name = type(self).__name__
+            text = f"class {name} has an iterate of its own: leave wm_training_mode out"
+            rules["wm_training_mode"] = mode, mode == name, text
+        else:
+            files = plugins.names("priorzero.loop.schedules")
+            text = f"priorzero/loop/schedules holds {', '.join(files)}"
+            rules["wm_training_mode"] = mode, mode in files, text
+
+        if mode not in tuple(READ_BY):
+            return rules
+        for owner, names in READ_BY.items():
+            for name in names:
+                if owner != mode and getattr(self, name) not in _defaults(name):
+                    text = f"only wm_training_mode {owner} reads it, and this is {mode}"
+                    rules[name] = getattr(self, name), False, text
+
+        llm = self.priorzero_cfg.llm
+        learns = llm.enable and (llm.sft.enable or llm.rft.enable)
+        if mode != "parallel" and not learns:
+            text = "the LLM has turns, and there is none that learns: take parallel"
+            rules["wm_training_mode"] = mode, False, text
+        if mode == "alternating" and self.alternating_first == "llm":
+            rules["alternating_llm_collect"] = (
+                self.alternating_llm_collect,
+                self.alternating_llm_collect in ("everything", "world_model"),
+                "alternating_first is llm, which must play before it can learn",
+            )
+        return rules
+
     def as_dict(self) -> dict[str, Any]:
         """Everything, as saved beside the run."""
-        schedule = {name: getattr(self, name) for name in SCHEDULE}
+        schedule = {name: getattr(self, name) for name in _schedule_names(type(self))}
         return dict(schedule=schedule, settings=self.priorzero_cfg.as_dict())
 
 
@@ -344,11 +425,40 @@ SCHEDULE = tuple(
 )
 
 
-def _require_schedule_name(name: str) -> None:
-    """Raise PriorZeroError where `HybridTrainingConfig` has no such attribute."""
-    if name not in HybridTrainingConfig.__annotations__:
-        close = difflib.get_close_matches(name, SCHEDULE, n=3)
-        hint = (
-            f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(SCHEDULE)}"
-        )
+# Settings that bear their mode's name, which no other mode of ours reads; a user's own may.
+READ_BY = {
+    mode: tuple(name for name in SCHEDULE if name.startswith(f"{mode}_"))
+    for mode in ("parallel", "sequential", "alternating")
+}
+
+CHOICES = dict(
+    alternating_first=("world_model", "llm"),
+    alternating_llm_collect=("everything", "world_model", "nothing"),
+)
+
+
+def _defaults(name: str) -> list[Any]:
+    """The values an attribute has where the user says nothing."""
+    laid_over = [p.schedule[name] for p in PRESETS.values() if name in p.schedule]
+    return [getattr(HybridTrainingConfig, name), *laid_over]
+
+
+def _schedule_names(cls: type[HybridTrainingConfig]) -> tuple[str, ...]:
+    """The attributes of the schedule, those that subclasses declare included."""
+    declared = [
+        name
+        for base in cls.__mro__
+        if issubclass(base, HybridTrainingConfig) and base is not HybridTrainingConfig
+        for name in vars(base).get("__annotations__", {})
+        if not name.startswith(("_", "priorzero_"))
+    ]
+    return tuple(dict.fromkeys([*SCHEDULE, *declared]))
+
+
+def _require_schedule_name(cls: type[HybridTrainingConfig], name: str) -> None:
+    """Raise PriorZeroError where this class has no such attribute."""
+    known = _schedule_names(cls)
+    if name not in (*known, *HybridTrainingConfig.__annotations__):
+        close = difflib.get_close_matches(name, known, n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(known)}"
         raise PriorZeroError(f"schedule setting {name!r} does not exist; {hint}")

@@ -33,7 +33,7 @@ from priorzero.run.report import banner
 from priorzero.run.signals import StopRequest
 from priorzero.settings.record import merge, parse_assignment
 from priorzero.types import PriorZeroError
-from priorzero_config import PRESETS, HybridTrainingConfig
+from priorzero_config import PRESETS, SCHEDULE, HybridTrainingConfig
 
 if TYPE_CHECKING:
     from priorzero.loop.parts import Parts
@@ -252,8 +252,9 @@ def config_from(args: argparse.Namespace, debug_mode: bool) -> HybridTrainingCon
         if value is not None:
             layers.append(parse_assignment(f"{path}={json.dumps(value)}"))
 
-    names = ("iterations", "eval_freq", "save_freq", "wm_train_freq", "llm_train_freq")
-    schedule = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    # Options that have the name of an attribute of the schedule; None: not given.
+    given = {name: getattr(args, name, None) for name in SCHEDULE}
+    schedule = {name: value for name, value in given.items() if value is not None}
 
     return HybridTrainingConfig(
         env_id=args.env_id,
@@ -264,8 +265,6 @@ def config_from(args: argparse.Namespace, debug_mode: bool) -> HybridTrainingCon
         debug_mode=debug_mode,
         presets=tuple(args.preset),
         overrides=merge(*layers),
-        resume=args.resume,
-        checkpoint=args.checkpoint,
         **schedule,
     )
 

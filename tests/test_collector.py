@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from priorzero.games.group import GameEnvGroup
+from priorzero.llm.update.samples import build_sample
 from priorzero.settings.policy import RootPriorSettings
 from priorzero.types import HistoryItem
 from priorzero_collector import PriorZeroCollector
@@ -216,6 +217,27 @@ async def test_a_state_without_an_answer_is_planned_with_the_world_model(parts):
     """What was asked is kept, so that the LLM can learn from the step all the same."""
     step = (await collect(parts(prior=FakePrior(answers=False)), 1)).segments[0].steps[0]
     assert step.scores is None and step.request is not None and step.prior_weight == 0.0
+
+
+async def test_a_search_without_the_llm_does_not_ask_it(parts):
+    """What it would have been asked is kept, and the next call asks again."""
+    made = parts([ScriptedEnv(0, length=8)])
+    first = await made.collector.collect(1, 0, 1.0, ask_llm=False)
+    assert made.prior.calls == [] and len(made.prior.told) == 4
+    assert all(root.llm_logprobs is None for (roots, *_), _ in made.policy.calls for root in roots)
+    assert first.prior["weight"] == first.prior["kl_from_wm"] == 0.0
+    for step in first.segments[0].steps:
+        assert step.scores is None and step.prior_weight == 0.0
+        assert made.prior.told[step.request.body_ids[0]] == (
+            step.state.observation,
+            step.valid_actions,
+        )
+        assert build_sample(step, 0.0).request == step.request
+
+    second = await collect(made, 1)
+    assert made.prior.calls == [1] * 4
+    assert all(step.scores is not None for step in second.segments[0].steps)
+    assert [step.timestep for step in second.segments[0].steps] == [4, 5, 6, 7]
 
 
 async def test_textworld(compiled_cfg, encoder, one_thread, tmp_path, monkeypatch):

@@ -287,11 +287,157 @@ def test_misspelt_attributes_of_the_schedule_are_refused():
         (dict(checkpoint=3), "folder"),
         (dict(wm_training_mode="sometimes"), "'sometimes'"),
         (dict(iteration=3), "'iteration' does not exist"),
+        (dict(sequential_wm_updates=0), ">= 1"),
+        (dict(alternating_llm_phases=2.0), "integer"),
+        (dict(sequential_repeat=1), "True or False"),
+        (dict(alternating_first="both"), "'both', but it must be world_model or llm"),
+        (dict(alternating_llm_collect=None), "everything or world_model or nothing"),
+        (dict(wm_training_mode=["parallel"]), "holds alternating, parallel, sequential"),
+        # What another mode reads would be ignored.
+        (dict(alternating_first="llm"), "only wm_training_mode alternating reads it.*parallel"),
+        (
+            dict(wm_training_mode="alternating", sequential_wm_updates=7),
+            "only wm_training_mode sequential reads it.*alternating",
+        ),
+        (
+            dict(
+                wm_training_mode="alternating",
+                alternating_first="llm",
+                alternating_llm_collect="nothing",
+            ),
+            "must play before it can learn",
+        ),
+        # Turns of an LLM that is not there, or that learns nothing.
+        (dict(wm_training_mode="sequential", enable_llm=False), "none that learns"),
+        (dict(wm_training_mode="alternating", presets=("frozen",)), "none that learns"),
     ],
 )
-def test_impossible_schedules(schedule, rule):
+@pytest.mark.parametrize("debug_mode", [False, True])
+def test_impossible_schedules(schedule, rule, debug_mode):
     with pytest.raises(PriorZeroError, match=rule):
-        HybridTrainingConfig(**schedule)
+        HybridTrainingConfig(**schedule, debug_mode=debug_mode)
+
+
+@pytest.mark.parametrize("debug", [False, True])
+@pytest.mark.parametrize("mode", ["parallel", "sequential", "alternating"])
+def test_every_mode_has_settings_that_fit(mode, debug):
+    plan = HybridTrainingConfig(wm_training_mode=mode, debug_mode=debug)
+    # About as many updates as an iteration's transitions call for: both get turns in time.
+    policy = plan.priorzero_cfg.policy
+    updates = policy.replay_ratio * policy.num_segments * policy.game_segment_length
+    first = plan.sequential_wm_updates / updates
+    assert first + plan.sequential_llm_phases <= plan.iterations
+    cycle = plan.alternating_wm_updates / updates + plan.alternating_llm_phases
+    assert 5 * cycle <= plan.iterations
+    plan.wm_training_mode = "sometimes"
+    with pytest.raises(PriorZeroError, match="sometimes"):
+        plan.validate()
+
+
+def test_the_command_line_reaches_every_setting_of_the_schedules():
+    from priorzero_orz_entry import config_from, parse_arguments
+
+    def plan(*arguments: str) -> HybridTrainingConfig:
+        return config_from(parse_arguments([*arguments]), debug_mode=True)
+
+    one = plan(
+        "--wm-training-mode=alternating",
+        "--alternating-wm-updates=7",
+        "--alternating-llm-phases=3",
+        "--alternating-first=llm",
+        "--alternating-llm-collect=world_model",
+    )
+    assert (one.wm_training_mode, one.alternating_wm_updates) == ("alternating", 7)
+    assert (one.alternating_llm_phases, one.alternating_first) == (3, "llm")
+    assert one.alternating_llm_collect == "world_model"
+
+    other = plan(
+        "--wm-training-mode=sequential",
+        "--sequential-wm-updates=9",
+        "--sequential-llm-phases=4",
+        "--sequential-repeat",
+    )
+    assert other.as_dict()["schedule"]["wm_training_mode"] == "sequential"
+    assert (other.sequential_wm_updates, other.sequential_llm_phases) == (9, 4)
+    assert other.sequential_repeat is True and plan().sequential_repeat is False
+    assert plan().sequential_wm_updates == DEBUG.schedule["sequential_wm_updates"]
+
+
+def test_other_ways_to_customise():
+    """Attributes set after the base's constructor, and on an instance; frequencies, which only
+    parallel reads, may stand beside any mode.
+    """
+
+    class Patient(HybridTrainingConfig):
+        def __init__(self):
+            super().__init__(env_id="tw-simple", debug_mode=True)
+            self.wm_training_mode = "alternating"
+            self.wm_train_freq = 2
+            self.llm_train_freq = 10
+
+    plan = Patient()
+    plan.validate()
+    assert plan.as_dict()["schedule"]["llm_train_freq"] == 10
+    plan.wm_training_mode = "sequential"
+    plan.sequential_repeat = True
+    plan.validate()
+    plan.alternating_llm_phases = 77
+    with pytest.raises(PriorZeroError, match="alternating_llm_phases is 77, but only"):
+        plan.validate()
+
+
+class Own(HybridTrainingConfig):
+    """A schedule by subclass, with a setting of its own."""
+
+    warm_up: int = 50
+
+    async def iterate(self, parts):
+        """One iteration."""
+
+
+def test_a_subclass_may_bring_a_schedule_and_settings():
+    plan = Own(debug_mode=True, warm_up=3)
+    saved = plan.as_dict()["schedule"]
+    assert (saved["wm_training_mode"], saved["warm_up"]) == ("Own", 3)
+    assert Own.warm_up == 50 and "warm_up" not in HybridTrainingConfig().as_dict()["schedule"]
+    with pytest.raises(PriorZeroError, match="did you mean warm_up"):
+        Own(warmup=3)
+    with pytest.raises(PriorZeroError, match="warm_up.*does not exist"):
+        HybridTrainingConfig(warm_up=3)
+    with pytest.raises(PriorZeroError, match="class Own has an iterate of its own"):
+        Own(wm_training_mode="sequential")
+    # It may read the numbers of any mode.
+    assert Own(llm_train_freq=7, alternating_first="llm").llm_train_freq == 7
+
+    class Unfinished(Own):
+        cool_down: int
+
+    with pytest.raises(PriorZeroError, match="cool_down.*declared with its default"):
+        Unfinished()
+
+
+def test_the_banner_tells_the_schedule():
+    from types import SimpleNamespace
+
+    from priorzero.run.report import banner
+
+    def mode(plan: HybridTrainingConfig) -> str:
+        game = SimpleNamespace(env_id="g", kind="k")
+        facts = dict(folder=Path("f"), game=game, llm="l", device="cpu", parameters=1)
+        lines = banner(plan, **facts, orz=(False, "")).splitlines()
+        return next(line for line in lines if line.startswith("Training mode:"))[17:]
+
+    assert mode(HybridTrainingConfig()) == "parallel: world model every 1, LLM every 5"
+    once = HybridTrainingConfig(wm_training_mode="sequential", sequential_wm_updates=9)
+    assert mode(once) == "sequential: world model 9 updates, then LLM 200 phases, once"
+    once.sequential_repeat = True
+    assert mode(once).endswith("again and again")
+    turns = HybridTrainingConfig(wm_training_mode="alternating", alternating_first="llm")
+    assert mode(turns) == (
+        "alternating: world model 1000 updates, LLM 5 phases, in turns, llm first, "
+        "the LLM's collects everything"
+    )
+    assert mode(Own()) == "Own"
 
 
 def test_training_with_orz_is_not_promised(tmp_path, monkeypatch):

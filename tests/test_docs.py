@@ -213,6 +213,7 @@ def test_readme_python_runs_up_to_the_training(tmp_path):
         check
         + "\nassert summary['schedule']['llm_train_freq'] == 20"
         + " and summary['schedule']['iterations'] == 500\n"
+        + "assert summary['settings']['policy']['root_prior']['weighting'] == 'adaptive'\n"
     )
     subprocess.run(
         [sys.executable, "-c", script],
@@ -220,36 +221,6 @@ def test_readme_python_runs_up_to_the_training(tmp_path):
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-
-
-@pytest.fixture(scope="module")
-def tiny_llm(tmp_path_factory) -> str:
-    """A random LLM of 1.6 M parameters with a real tokenizer."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    from priorzero.llm.model import embedded_checkpoint
-    from priorzero.types import PriorZeroError
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(embedded_checkpoint())
-    except PriorZeroError as error:
-        pytest.skip(str(error))
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    folder = tmp_path_factory.mktemp("llm")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 def test_every_metric_of_a_run_is_explained(tiny_llm, tmp_path):
@@ -326,5 +297,6 @@ def test_every_metric_of_a_run_is_explained(tiny_llm, tmp_path):
         "engine_close",
         "failures",
         "prior/sample",
+        "perf/turn",
     )
     assert sorted(p for p in absent if not any(r in p for r in rare)) == []

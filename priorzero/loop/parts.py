@@ -37,6 +37,13 @@ class Schedule(Protocol):
     wm_training_mode: str
     wm_train_freq: int
     llm_train_freq: int
+    sequential_wm_updates: int
+    sequential_llm_phases: int
+    sequential_repeat: bool
+    alternating_wm_updates: int
+    alternating_llm_phases: int
+    alternating_first: str
+    alternating_llm_collect: str
     iterations: int
     eval_freq: int
     save_freq: int
@@ -60,6 +67,8 @@ class Buffer(Protocol):
 
     def remove_oldest_data_to_fit(self) -> int: ...
 
+    def get_num_of_transitions(self) -> int: ...
+
     def sample(self, batch_size: int) -> WorldModelBatch: ...
 
     def update_priority(self, indices: np.ndarray, priorities: np.ndarray) -> None: ...
@@ -71,7 +80,7 @@ class Collector(Protocol):
     """`PriorZeroCollector`."""
 
     async def collect(
-        self, num_segments: int, env_steps: int, temperature: float
+        self, num_segments: int, env_steps: int, temperature: float, ask_llm: bool = True
     ) -> CollectResult: ...
 
 

@@ -22,6 +22,8 @@ class Progress:
         best_return: of the evaluations so far, under the mode that judges.
         segments: pushed into the buffer since the run's start.
         transitions: in those segments.
+        turns: finished ones, in schedules that have turns (`turns.py`).
+        turn_updates: done of the present turn: the world model's updates, or the LLM's phases.
     """
 
     iteration: int = 0
@@ -31,6 +33,8 @@ class Progress:
     best_return: float = -math.inf
     segments: int = 0
     transitions: int = 0
+    turns: int = 0
+    turn_updates: int = 0
 
 
 @dataclass

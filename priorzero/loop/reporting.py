@@ -6,14 +6,40 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from priorzero.data.segment import Segment
 from priorzero.llm.prior import prior_table
+from priorzero.loop.clocks import Every
 from priorzero.loop.parts import Parts
+from priorzero.play.results import CollectResult
 from priorzero.run.report import first_and_last
 
 logger = logging.getLogger(__name__)
+
+
+def log_iteration(
+    parts: Parts,
+    collected: CollectResult | None,
+    wm: Mapping[str, float],
+    llm: Mapping[str, float],
+    seconds: float,
+    schedule: Mapping[str, float] = MappingProxyType({}),
+) -> None:
+    """What every iteration tells, whatever its schedule.
+
+    Args:
+        collected: None where nothing was.
+        wm, llm: metrics as the stages return them; empty where nothing trained.
+        seconds: of the iteration.
+        schedule: what the schedule tells of itself, for perf/.
+    """
+    log_losses(parts, wm, llm)
+    if collected is not None and Every(parts.config.sample_prompt_freq)(parts.progress.iteration):
+        log_sample_prompt(parts, collected.segments)
+    transitions = 0 if collected is None else collected.transitions
+    log_performance(parts, transitions, seconds, schedule)
 
 
 def log_losses(parts: Parts, wm: Mapping[str, float], llm: Mapping[str, float]) -> None:
@@ -48,11 +74,14 @@ def log_sample_prompt(parts: Parts, segments: Sequence[Segment]) -> None:
     parts.metrics.text("prior/sample", f"```\n{prompt}\n```\n\n{table}", parts.progress.env_steps)
 
 
-def log_performance(parts: Parts, transitions: int, seconds: float) -> None:
+def log_performance(
+    parts: Parts, transitions: int, seconds: float, schedule: Mapping[str, float]
+) -> None:
     """Seconds per stage since the last call, speed, and cache hit rates of the run so far.
 
     Args:
         transitions, seconds: of the iteration.
+        schedule: see `log_iteration`.
     """
     games, encoder = parts.collect_envs.stats(), parts.encoder.stats()
     lookups = games["state_hits"] + games["state_misses"]
@@ -72,6 +101,8 @@ def log_performance(parts: Parts, transitions: int, seconds: float) -> None:
     if parts.llm is not None:
         llm = parts.llm.prior.stats() | parts.llm.phase.stats()
         perf |= {f"llm_{k}": v for k, v in llm.items()}
+
+    perf |= schedule
 
     parts.metrics.scalars("perf", perf, parts.progress.env_steps)
     parts.metrics.flush()

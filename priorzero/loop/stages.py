@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from priorzero.loop.clocks import Ratio
 from priorzero.loop.parts import Parts
 from priorzero.loop.saving import save
 from priorzero.play.results import CollectResult
@@ -21,13 +22,20 @@ from priorzero.run.report import evaluation_line
 logger = logging.getLogger(__name__)
 
 
-async def collect(parts: Parts) -> CollectResult:
-    """Play `num_segments` segments into the buffer."""
+async def collect(parts: Parts, ask_llm: bool = True) -> CollectResult:
+    """Play `num_segments` segments into the buffer.
+
+    Args:
+        ask_llm: False searches without the LLM's prior.
+    """
     progress, policy = parts.progress, parts.settings.policy
     logger.info("[Iter %d] Collecting data...", progress.iteration)
     with parts.watch("collect"):
         result = await parts.collector.collect(
-            policy.num_segments, progress.env_steps, policy.fixed_temperature_value
+            policy.num_segments,
+            progress.env_steps,
+            policy.fixed_temperature_value,
+            ask_llm,
         )
 
     parts.buffer.push_game_segments(result.segments)
@@ -45,6 +53,16 @@ async def collect(parts: Parts) -> CollectResult:
     parts.metrics.scalars("collect", result.collect, progress.env_steps)
     parts.metrics.scalars("prior", result.prior, progress.env_steps)
     return result
+
+
+def updates_due(parts: Parts, transitions: int) -> int:
+    """The world model's updates that so many new transitions call for; 0 before the first
+    `train_start_after_envsteps` steps are played.
+    """
+    policy = parts.settings.policy
+    if parts.progress.env_steps < policy.train_start_after_envsteps:
+        return 0
+    return Ratio(policy.replay_ratio)(transitions)
 
 
 async def train_world_model(parts: Parts, updates: int) -> dict[str, float]:

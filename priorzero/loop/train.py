@@ -1,8 +1,9 @@
 """The training loop: evaluate, iterate, save. Read this first.
 
-What an iteration does (collect, train the world model, train the LLM) is a schedule: a file of
-`priorzero/loop/schedules/` with one function `iterate(parts)`, chosen by `wm_training_mode`. What
-each stage does stands in `stages.py`, what is saved in `saving.py`, what is told in `reporting.py`.
+What an iteration does (collect, train the world model, train the LLM) is a schedule: the method
+`iterate(parts)` of the configuration where it has one, else the function of that name in the file
+of `priorzero/loop/schedules/` that `wm_training_mode` names. What each stage does stands in
+`stages.py`, what is saved in `saving.py`, what is told in `reporting.py`.
 """
 
 from __future__ import annotations
@@ -27,18 +28,28 @@ async def train(parts: Parts, stop: StopRequest) -> None:
     """Run the iterations that are left; on a signal finish the present step, save and return."""
     config, progress = parts.config, parts.progress
 
-    iterate = plugins.load("priorzero.loop.schedules", config.wm_training_mode).iterate
+    schedule = config
+    if not hasattr(config, "iterate"):
+        schedule = plugins.load("priorzero.loop.schedules", config.wm_training_mode)
+    finished = getattr(schedule, "finished", lambda parts: False)
     should_evaluate = Every(config.eval_freq)
     should_save = Every(config.save_freq)
 
     with logging_redirect_tqdm(), _bar(config.iterations, progress.iteration) as bar:
         while progress.iteration < config.iterations and not stop.requested:
+            if finished(parts):
+                logger.info(
+                    "%s is finished after %d iterations",
+                    config.wm_training_mode,
+                    progress.iteration,
+                )
+                break
             if should_evaluate(progress.iteration):
                 await stages.evaluate(parts)
                 if stop.requested:
                     break
 
-            await iterate(parts)
+            await schedule.iterate(parts)
             progress.iteration += 1
             bar.update()
 

@@ -8,6 +8,8 @@ import argparse
 import os
 from collections.abc import Sequence
 
+from priorzero import plugins
+
 
 def option_parser(description: str, presets: Sequence[str]) -> argparse.ArgumentParser:
     """Options for what people change often; the rest with --set."""
@@ -48,6 +50,7 @@ def option_parser(description: str, presets: Sequence[str]) -> argparse.Argument
     parser.add_argument(
         "--llm-train-freq", type=int, help="iterations between training phases of the LLM"
     )
+    _add_schedules(parser)
     parser.add_argument(
         "--set",
         action="append",
@@ -64,6 +67,41 @@ def option_parser(description: str, presets: Sequence[str]) -> argparse.Argument
     )
     parser.add_argument("--eval-only", action="store_true", help="evaluate a checkpoint and stop")
     return parser
+
+
+def _add_schedules(parser: argparse.ArgumentParser) -> None:
+    """Which schedule, and the numbers of those that have turns."""
+    parser.add_argument(
+        "--wm-training-mode",
+        choices=plugins.names("priorzero.loop.schedules"),
+        help="whose training follows whose: a file of priorzero/loop/schedules",
+    )
+    parser.add_argument(
+        "--sequential-wm-updates", type=int, help="sequential: updates of the world model, first"
+    )
+    parser.add_argument(
+        "--sequential-llm-phases", type=int, help="sequential: training phases of the LLM, then"
+    )
+    parser.add_argument(
+        "--sequential-repeat",
+        action="store_true",
+        default=None,
+        help="sequential: again and again until --iterations, instead of once",
+    )
+    parser.add_argument(
+        "--alternating-wm-updates", type=int, help="alternating: updates of a world model's turn"
+    )
+    parser.add_argument(
+        "--alternating-llm-phases", type=int, help="alternating: training phases of an LLM's turn"
+    )
+    parser.add_argument(
+        "--alternating-first", choices=["world_model", "llm"], help="alternating: who begins"
+    )
+    parser.add_argument(
+        "--alternating-llm-collect",
+        choices=["everything", "world_model", "nothing"],
+        help="alternating: what is played in the LLM's turn; world_model searches without the LLM",
+    )
 
 
 def calm_openmp() -> None:

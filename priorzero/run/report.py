@@ -41,8 +41,7 @@ def banner(
             f"ORZ available:   {orz[0]} ({orz[1]})",
             f"Experiment:      {folder}",
             f"Iterations:      {config.iterations}",
-            f"Training mode:   {config.wm_training_mode}: "
-            f"world model every {config.wm_train_freq}, LLM every {config.llm_train_freq}",
+            f"Training mode:   {_training_mode(config)}",
             f"Game:            {game.env_id} ({game.kind}), seed {settings.seed}",
             f"LLM:             {llm}",
             f"World model:     UniZero, {parameters / 1e6:.1f} M parameters on {device}, "
@@ -50,6 +49,25 @@ def banner(
             line,
         ]
     )
+
+
+def _training_mode(config) -> str:
+    """The schedule and its numbers; of a user's own the name alone."""
+    mode = config.wm_training_mode
+    if mode == "parallel":
+        text = f"world model every {config.wm_train_freq}, LLM every {config.llm_train_freq}"
+    elif mode == "sequential":
+        text = f"world model {config.sequential_wm_updates} updates, "
+        text += f"then LLM {config.sequential_llm_phases} phases"
+        text += ", again and again" if config.sequential_repeat else ", once"
+    elif mode == "alternating":
+        text = f"world model {config.alternating_wm_updates} updates, "
+        text += f"LLM {config.alternating_llm_phases} phases, in turns, "
+        text += f"{config.alternating_first} first, the LLM's collects "
+        text += config.alternating_llm_collect
+    else:
+        return mode
+    return f"{mode}: {text}"
 
 
 def evaluation_line(iteration: int, mode: str, values: Mapping[str, float]) -> str:

@@ -22,6 +22,13 @@ class Schedule:
     wm_training_mode = "parallel"
     wm_train_freq = 1
     llm_train_freq = 2
+    sequential_wm_updates = 5
+    sequential_llm_phases = 2
+    sequential_repeat = False
+    alternating_wm_updates = 4
+    alternating_llm_phases = 2
+    alternating_first = "world_model"
+    alternating_llm_collect = "everything"
     iterations = 4
     eval_freq = 2
     save_freq = 3
@@ -36,8 +43,14 @@ SETTINGS = dict(
     env=SimpleNamespace(n_evaluator_episode=1),
     eval=SimpleNamespace(modes=["world_model", "world_model_llm"]),
     text=SimpleNamespace(encoder="none"),
+    llm=SimpleNamespace(
+        sft=SimpleNamespace(enable=True, recent_transitions=6),
+        rft=SimpleNamespace(enable=False, recent_transitions=1000),
+    ),
     policy=SimpleNamespace(
         num_segments=1,
+        game_segment_length=3,
+        replay_buffer_size=100,
         batch_size=2,
         use_priority=True,
         replay_ratio=0.5,
@@ -48,6 +61,12 @@ SETTINGS = dict(
 )
 
 
+class Played(list):
+    """A segment of so many transitions, none of which shows a prompt."""
+
+    steps = ()
+
+
 class Made:
     """Parts, and what happened to them.
 
@@ -55,12 +74,15 @@ class Made:
         events: what was asked of them, in order.
         returns: of the evaluations to come, of the judging mode; 0 when none are left.
         plays: steps of the calls of the collector to come: of finished segments, and all.
+        held: transitions in the buffer.
+        learns: whether the LLM finds decisions to learn from.
     """
 
     def __init__(self, folder, llm: bool = True, eval_only: bool = False, **schedule) -> None:
         self.events: list[str] = []
         self.returns: list[float] = []
         self.plays: list[tuple[int, int]] = []
+        self.held, self.learns = 0, True
         self.config = Schedule()
         for name, value in schedule.items():
             setattr(self.config, name, value)
@@ -78,7 +100,7 @@ class Made:
             folder=folder,
             eval_only=eval_only,
             device="cpu",
-            game=SimpleNamespace(env_id="made-up"),
+            game=SimpleNamespace(env_id="made-up", max_score=10.0),
             encoder=nothing,
             policy=SimpleNamespace(
                 learn_mode=SimpleNamespace(
@@ -90,8 +112,9 @@ class Made:
                 positions_clamped=0,
             ),
             buffer=SimpleNamespace(
-                push_game_segments=lambda segments: None,
+                push_game_segments=self._push,
                 remove_oldest_data_to_fit=lambda: 0,
+                get_num_of_transitions=lambda: self.held,
                 sample=lambda size: SimpleNamespace(indices=np.arange(size)),
                 update_priority=self._priorities,
                 sample_llm="the buffer's draw",
@@ -111,11 +134,14 @@ class Made:
         )
         self.updates = 0
 
-    async def _collect(self, num_segments, env_steps, temperature):
+    async def _collect(self, num_segments, env_steps, temperature, ask_llm=True):
         assert (num_segments, temperature) == (1, 0.5)
-        self.events.append(f"collect from {env_steps}")
+        self.events.append(f"collect from {env_steps}" + ("" if ask_llm else " without the LLM"))
         transitions, steps = self.plays.pop(0) if self.plays else (3, 5)
-        return CollectResult([[None] * transitions], steps, {"segments": 1.0}, {})
+        return CollectResult([Played([None] * transitions)], steps, {"segments": 1.0}, {})
+
+    def _push(self, segments):
+        self.held += sum(len(segment) for segment in segments)
 
     def _learn(self, batch):
         self.updates += 1
@@ -128,6 +154,8 @@ class Made:
     async def _train_llm(self, draw):
         assert draw == "the buffer's draw"
         self.events.append("llm")
+        if not self.learns:
+            return {}
         self.trainer.version += 1
         return {"sft_loss": 0.25}
 

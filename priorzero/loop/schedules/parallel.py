@@ -12,32 +12,27 @@ from __future__ import annotations
 import time
 
 from priorzero.loop import reporting, stages
-from priorzero.loop.clocks import Every, Ratio
+from priorzero.loop.clocks import Every
 from priorzero.loop.parts import Parts
 
 
 async def iterate(parts: Parts) -> None:
     """Collect, train what is due, log."""
-    config, progress, policy = parts.config, parts.progress, parts.settings.policy
+    config, iteration = parts.config, parts.progress.iteration
     train_world_model = Every(config.wm_train_freq)
     train_llm = Every(config.llm_train_freq, phase=config.llm_train_freq - 1)
-    updates_for = Ratio(policy.replay_ratio)
     started = time.perf_counter()
 
     collected = await stages.collect(parts)
 
     wm: dict[str, float] = {}
-    enough = progress.env_steps >= policy.train_start_after_envsteps
-    if train_world_model(progress.iteration) and enough:
+    if train_world_model(iteration):
         # As many transitions came in each iteration since the last phase as in this one, roughly.
-        updates = updates_for(collected.transitions * config.wm_train_freq)
+        updates = stages.updates_due(parts, collected.transitions * config.wm_train_freq)
         wm = await stages.train_world_model(parts, updates)
 
     llm: dict[str, float] = {}
-    if train_llm(progress.iteration):
+    if train_llm(iteration):
         llm = await stages.train_llm(parts)
 
-    reporting.log_losses(parts, wm, llm)
-    if Every(config.sample_prompt_freq)(progress.iteration):
-        reporting.log_sample_prompt(parts, collected.segments)
-    reporting.log_performance(parts, collected.transitions, time.perf_counter() - started)
+    reporting.log_iteration(parts, collected, wm, llm, time.perf_counter() - started)
