@@ -153,7 +153,7 @@ async def main(arguments: list[str] | None = None) -> int:
     from priorzero.evidence.page import page, write_report
     from priorzero.run.provenance import find_commit, machine_facts
 
-    started = time.time()
+    started, commit = time.time(), find_commit(args.commit)  # of the code that is loaded now
     try:
         report = await measure(plan_from(args))
     except PriorZeroError as error:
@@ -162,7 +162,7 @@ async def main(arguments: list[str] | None = None) -> int:
 
     source = {
         "command": "python -m priorzero.prior_report " + shlex.join(arguments),
-        "commit": find_commit(args.commit),
+        "commit": commit,
         "machine": machine_facts(),
         "date": time.strftime("%Y-%m-%d", time.gmtime(started)),
         "minutes": (time.time() - started) / 60,

@@ -23,9 +23,9 @@ def best_settings(rows: Sequence[Row]) -> list[Row]:
     then its temperature with the lowest mean log loss.
 
     Returns:
-        One line each: llm, family, variant, reduction, temperature, games, mrr, top1, log_loss;
-        under `all` per reduction its mean MRR; `best` marks the variant with the highest MRR of its
-        LLM and family.
+        One line each: llm, family, variant, reduction, temperature, games, decisions, mrr and its
+        mrr_error, top1, log_loss; under `all` per reduction its mean MRR; `best` marks the variant
+        with the highest MRR of its LLM and family.
     """
     found = []
     groups = _grouped([r for r in rows if not r["judging_only"]], "llm", "family", "variant")
@@ -92,11 +92,14 @@ def _choose(rows: Sequence[Row]) -> Row:
     own = _grouped([r for r in rows if r["reduction"] == reduction], "temperature")
     losses = {t: mean(r["log_loss"] for r in same) for (t,), same in own.items()}
     temperature = min(losses, key=lambda t: losses[t])
+    found = own[(temperature,)]
     return {
         "reduction": reduction,
         "temperature": temperature,
+        "decisions": sum(r["decisions"] for r in found),
         "mrr": by_reduction[reduction],
-        "top1": mean(r["top1"] for r in own[(temperature,)]),
+        "mrr_error": sum(r["mrr_error"] ** 2 for r in found) ** 0.5 / len(found),
+        "top1": mean(r["top1"] for r in found),
         "log_loss": losses[temperature],
     }
 

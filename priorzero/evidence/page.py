@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from priorzero.evidence.plots import plot_play, plot_ranks, plot_reliability
@@ -79,12 +80,15 @@ def _best(report: Mapping[str, Any]) -> list[str]:
         if row["best"]:
             words.append(
                 f"- **{row['family']}**, {row['llm']}: by rank **{row['reduction']}** with prompt "
-                f"`{row['variant']}` (MRR {row['mrr']:.3f}), temperature {row['temperature']:g} by "
-                f"log loss{at_the_end}, on {', '.join(row['games'])}.{_best_play(report, row)}"
+                f"`{row['variant']}` (MRR {row['mrr']:.3f} ± {row['mrr_error']:.3f}, uniform order "
+                f"{_uniform_mrr(report, row):.3f}), temperature {row['temperature']:g} by log loss"
+                f"{at_the_end}; {row['decisions']} decisions of {', '.join(row['games'])}. "
+                f"{_over_prompts(report, row)}{_best_play(report, row)}"
             )
     words.append(
         "\nThese were chosen on the games they are reported on, by mean over games; games for "
-        "judging only take no part."
+        "judging only take no part. ± is the standard error: reductions and prompts that differ "
+        "by less are not told apart."
     )
 
     table = _table(
@@ -107,10 +111,22 @@ def _best(report: Mapping[str, Any]) -> list[str]:
                 ", ".join(f"{name} {mrr:.3f}" for name, mrr in row["all"].items()),
                 f"{row['log_loss']:.2f}",
             )
-            for row in report["best"]
+            for row in sorted(report["best"], key=lambda r: (r["llm"], r["family"]))
         ),
     )
     return ["\n".join(words), table, *_held_out(report["held_out"])]
+
+
+def _uniform_mrr(report: Mapping[str, Any], best: Row) -> float:
+    return mean(r["mrr"] for r in report["uniform"] if r["game"] in best["games"])
+
+
+def _over_prompts(report: Mapping[str, Any], best: Row) -> str:
+    """Each reduction's MRR over all prompts of the LLM and family."""
+    same = ("llm", "family")
+    rows = [r for r in report["best"] if all(r[n] == best[n] for n in same)]
+    means = {name: mean(r["all"][name] for r in rows) for name in best["all"]}
+    return "Over all prompts: " + ", ".join(f"{n} {mrr:.3f}" for n, mrr in means.items()) + "."
 
 
 def _best_play(report: Mapping[str, Any], best: Row) -> str:

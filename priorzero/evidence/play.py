@@ -26,14 +26,14 @@ class Player:
 
     Attributes:
         asker: of the LLM; None plays uniformly.
-        variant: the asker's prompt variant, "" for uniform play.
+        variant: the asker's prompt variant.
         reduction: how token log-probabilities become one number per command.
         temperature: 0 plays the favourite; a higher one draws from softmax(score / temperature).
     """
 
     asker: Asker | None = None
-    variant: str = ""
-    reduction: str = ""
+    variant: str | None = None
+    reduction: str | None = None
     temperature: float = 1.0
 
     @property

@@ -37,7 +37,8 @@ def plot_ranks(path: Path, rows: Sequence[Row], uniform: Sequence[Row]) -> None:
 
 
 def plot_reliability(path: Path, curves: Sequence[Row]) -> None:
-    """Reliability curves: a panel per LLM and variant, a line per reduction at its own temperature.
+    """Reliability curves: a panel per LLM and variant, a line per reduction at its own temperature;
+    the more decisions in a bin, the larger its dot.
 
     Args:
         curves: llm, variant, reduction, temperature, and `reliability` as
@@ -51,12 +52,11 @@ def plot_reliability(path: Path, curves: Sequence[Row]) -> None:
         for row in curves:
             if (row["llm"], row["variant"]) == (llm, variant):
                 bins = row["reliability"]
-                axis.plot(
-                    [b["confidence"] for b in bins],
-                    [b["right"] for b in bins],
-                    marker="o",
-                    label=f"{row['reduction']}, temperature {row['temperature']:g}",
-                )
+                label = f"{row['reduction']}, temperature {row['temperature']:g}"
+                place = [b["confidence"] for b in bins], [b["right"] for b in bins]
+                (line,) = axis.plot(*place, linewidth=1, label=label)
+                sizes = [6 * b["decisions"] for b in bins]
+                axis.scatter(*place, s=sizes, color=line.get_color(), alpha=0.6)
         axis.set(title=f"{variant}\n{llm}", xlabel="confidence", ylabel="favourite is right")
         axis.legend(fontsize="x-small")
     _save(figure, path)
@@ -71,9 +71,13 @@ def plot_play(path: Path, rows: Sequence[Row]) -> None:
             if row["game"] == game:
                 marker = "X" if row["player"] == "uniform" else "o"
                 label = f"{row['llm']}: {row['player']}".removeprefix("-: ")
-                axis.plot(row["revisits"], row["return"], marker, label=label)
-        axis.set(title=game, xlabel="steps into known states", ylabel="mean return", xlim=(0, 1))
-        axis.legend(fontsize=5)
+                axis.plot(row["revisits"], row["return"], marker, label=label, alpha=0.7)
+        axis.set(title=game, xlabel="steps into known states", ylabel="mean return")
+        axis.set_xlim(-0.03, 1.03)
+    # Every panel has the same players.
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="upper left", bbox_to_anchor=(1, 0.95), fontsize=7
+    )
     _save(figure, path)
 
 
@@ -97,5 +101,5 @@ def _save(figure, path: Path) -> None:
     from matplotlib import pyplot
 
     figure.tight_layout()
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=100, bbox_inches="tight")
     pyplot.close(figure)

@@ -147,6 +147,21 @@ def test_outcomes_are_what_stepping_there_leads_to(spec, player):
     assert state.state_hash in {one.state_hash for one in asked}  # "xyzzq" changes nothing
 
 
+def test_an_outcome_that_ends_the_game_is_undone(detective):
+    """Going north there is fatal; what is asked after it knows nothing of it, nor does the game."""
+    spec = resolve_game(detective)
+    game, played = Player(spec), list(spec.walkthrough[:9])
+    try:
+        game.reset(spec.walkthrough_seed)
+        for command in played:
+            game.step(command)
+        before, fatal, after = game.outcomes(spec.walkthrough_seed, played, ("e", "north", "e"))
+        assert fatal.terminated and not fatal.won
+        assert before == after == game.step("e") and not after.terminated
+    finally:
+        game.close()
+
+
 def game_after(player: Player, commands: list[str]) -> GameState:
     player.reset(SEED)
     for command in commands:
