@@ -104,7 +104,7 @@ async def build(config: HybridTrainingConfig, eval_only: bool = False) -> Parts:
     from priorzero_collector import PriorZeroCollector
     from priorzero_evaluator import PriorZeroEvaluator
     from priorzero_policy import PriorZeroPolicy
-    from priorzero_prompts import ACTION_MARKER, build_prompt
+    from priorzero_prompts import ACTION_MARKER, prompt_builder
 
     async with AsyncExitStack() as opened:
         watch = Stopwatch()
@@ -135,7 +135,7 @@ async def build(config: HybridTrainingConfig, eval_only: bool = False) -> Parts:
                 reduction=settings.policy.root_prior.reduction,
                 seed=settings.seed,
                 marker=ACTION_MARKER,
-                make_prompt=partial(_prompt_builder, build_prompt, settings.llm.prompt),
+                make_prompt=partial(prompt_builder, settings.llm.prompt),
             )
             opened.push_async_callback(_close, llm.trainer)
             opened.push_async_callback(_close, llm.engine)
@@ -205,16 +205,6 @@ async def build(config: HybridTrainingConfig, eval_only: bool = False) -> Parts:
             checkpoints=CheckpointStore(folder / "ckpt"),
             closing=opened.pop_all(),
         )
-
-
-def _prompt_builder(build_prompt, settings, tokenizer):
-    """A state's prompt as `LLMPrior` wants it: head, body, whether anything was cut to fit."""
-
-    def build(state):
-        prompt = build_prompt(state, settings, tokenizer)
-        return prompt.head, prompt.body, bool(prompt.truncation)
-
-    return build
 
 
 async def _close(part: Any) -> None:

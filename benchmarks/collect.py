@@ -28,7 +28,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.common import finish, machine_facts, quiet_logging, say
+from benchmarks.common import finish, quiet_logging, say
+from priorzero.run.provenance import machine_facts
 
 if TYPE_CHECKING:
     from priorzero.games.group import GameEnvGroup

@@ -1,13 +1,9 @@
-"""What the benchmarks share: their last line, facts about the machine, and states of a real game to
-work on.
-"""
+"""What the benchmarks share: their last line, and states of a real game to work on."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
-import platform
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,31 +40,6 @@ def rounded(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [rounded(v) for v in value]
     return value
-
-
-def cpu_name() -> str:
-    """The processor's name as Linux tells it, else the architecture."""
-    path = Path("/proc/cpuinfo")
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()
-
-
-def machine_facts() -> dict[str, Any]:
-    """Processor, cores this process may use, threads, GPU, versions."""
-    import torch
-
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "gpu": gpu,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
 
 
 def synchronize() -> None:

@@ -42,8 +42,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import ROOT, finish, machine_facts, say
+from benchmarks.common import ROOT, finish, say
 from benchmarks.learning_report import collect_rows, write_report
+from priorzero.run.provenance import find_commit, machine_facts
 
 logger = logging.getLogger("priorzero.benchmarks.learning")
 
@@ -275,26 +276,6 @@ def keep_results(job: Job, out: Path) -> None:
             job.process.returncode,
             tail[-800:],
         )
-
-
-def find_commit(given: str | None) -> str:
-    """The commit of this copy: as given, else as git says, with a mark for uncommitted changes."""
-    if given:
-        return given
-    try:
-        head = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-        )
-        changes = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown (no git checkout; give --commit)"
-    return head.stdout.strip() + (" with uncommitted changes" if changes.stdout.strip() else "")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -42,8 +42,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import finish, machine_facts, quiet_logging, say
+from benchmarks.common import finish, quiet_logging, say
 from benchmarks.prior_methods import METHODS, USUAL, Measurement, measure
+from priorzero.run.provenance import machine_facts
 
 logger = logging.getLogger("priorzero.benchmarks.prior")
 SWEEP = {

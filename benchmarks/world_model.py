@@ -46,12 +46,12 @@ import numpy as np
 from benchmarks.common import (
     PlayedStep,
     finish,
-    machine_facts,
     quiet_logging,
     random_play,
     say,
     synchronize,
 )
+from priorzero.run.provenance import machine_facts
 
 VARIANTS = ("padded", "trimmed")
 

@@ -1,7 +1,7 @@
 """From game states to the LLM's prior: build the prompts, tokenise them, ask the engine once.
 
-Collector and evaluator own one `LLMPrior` together. The prompt builder is handed in, because
-prompts are part of the story (`priorzero_prompts.py`) and this package imports no root file.
+Collector and evaluator own one `LLMPrior` together. The prompt builder is handed in, so that one
+engine can be asked with prompts of several kinds (`priorzero.llm.prompts`, or a caller's own).
 """
 
 from __future__ import annotations

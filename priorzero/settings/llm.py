@@ -83,7 +83,7 @@ class PromptSettings(Settings):
     marker."""
     max_prompt_tokens: int = 1024
     """Tokens of the whole prompt; what goes first when there are more is told in
-    `priorzero_prompts.build_prompt`."""
+    `priorzero.llm.prompts.build_prompt`."""
 
     def rules(self) -> Iterator[Rule]:
         """See `Settings.rules`."""

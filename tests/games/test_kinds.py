@@ -33,6 +33,9 @@ class Player:
     def describe(self) -> StateDetails:
         return self._process.call("describe", timeout_s=LIMIT)
 
+    def outcomes(self, seed: int, played: list[str], actions: tuple[str, ...]) -> list[GameState]:
+        return self._process.call("outcomes", seed, played, actions, timeout_s=LIMIT)
+
     def close(self) -> None:
         self._process.close()
 
@@ -117,6 +120,53 @@ def test_details_are_sorted_without_duplicates_and_belong_to_the_hash(player):
             if state.terminated:
                 break
     assert met_again and len(known) > 1
+
+
+def test_outcomes_are_what_stepping_there_leads_to(spec, player):
+    """Against a twin that is played up to the state for every command; the game stays where it is.
+
+    The commands are some of the listed ones, and one that the game does not understand.
+    """
+    game, twin = player(), player()
+    game.reset(SEED)
+    played = list(spec.walkthrough[:3])
+    for command in played:
+        state = game.step(command)
+    actions = (*game.describe().valid_actions[:4], "xyzzq")
+
+    asked = game.outcomes(SEED, played, actions)
+    for action, got in zip(actions, asked, strict=True):
+        twin.reset(SEED)
+        for command in played:
+            twin.step(command)
+        assert got == twin.step(action)
+    assert len({one.state_hash for one in asked}) > 1
+
+    following = spec.walkthrough[3]
+    assert game.step(following) == game_after(twin, [*played, following])
+    assert state.state_hash in {one.state_hash for one in asked}  # "xyzzq" changes nothing
+
+
+def test_an_outcome_that_ends_the_game_is_undone(detective):
+    """Going north there is fatal; what is asked after it knows nothing of it, nor does the game."""
+    spec = resolve_game(detective)
+    game, played = Player(spec), list(spec.walkthrough[:9])
+    try:
+        game.reset(spec.walkthrough_seed)
+        for command in played:
+            game.step(command)
+        before, fatal, after = game.outcomes(spec.walkthrough_seed, played, ("e", "north", "e"))
+        assert fatal.terminated and not fatal.won
+        assert before == after == game.step("e") and not after.terminated
+    finally:
+        game.close()
+
+
+def game_after(player: Player, commands: list[str]) -> GameState:
+    player.reset(SEED)
+    for command in commands:
+        state = player.step(command)
+    return state
 
 
 def test_the_walkthrough_ends_the_game_with_its_maximum(spec, player):

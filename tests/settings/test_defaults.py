@@ -38,7 +38,6 @@ PENDING = {
     "priorzero/llm/update/losses.py",
     "priorzero/llm/update/trainers/builtin.py",
     "priorzero_evaluator.py",
-    "priorzero_prompts.py",
 }
 
 

@@ -97,6 +97,32 @@ class GameKind(ABC):
         Not called in a state that ended the game.
         """
 
+    def outcomes(self, seed: int, played: Sequence[str], actions: Sequence[str]) -> list[GameState]:
+        """The state that each of ``actions`` would lead to; the game does not advance.
+
+        Here by playing again up to the present state, once per action. A kind that can put a state
+        back overrides it.
+
+        Args:
+            seed: of the episode, as given to `reset`.
+            played: every command typed since.
+            actions: commands, valid or not. The present state has not ended the game.
+        Returns:
+            One state per action, in order; as `step` would return it.
+        """
+
+        def come_back() -> None:
+            self.reset(seed)
+            for command in played:
+                self.step(command)
+
+        found = []
+        for action in actions:
+            come_back()
+            found.append(self.step(action))
+        come_back()
+        return found
+
 
 def names() -> tuple[str, ...]:
     """The kinds there are, sorted."""

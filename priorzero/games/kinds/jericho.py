@@ -163,6 +163,15 @@ class Game(GameKind):
         stripped = {action.strip() for action in actions} - {""}
         return StateDetails(tuple(sorted(stripped)), look, inventory)
 
+    def outcomes(self, seed: int, played: Sequence[str], actions: Sequence[str]) -> list[GameState]:
+        """See `GameKind.outcomes`. The state, its random numbers included, is put back."""
+        before = self._env.get_state()
+        found = []
+        for action in actions:
+            found.append(self.step(action))
+            self._env.set_state(before)
+        return found
+
 
 def _bindings_of(env_id: str, path: Path) -> dict:
     """Jericho's record of a story. Raises PriorZeroError where there is none."""

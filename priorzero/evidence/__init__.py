@@ -1,0 +1,15 @@
+"""What an LLM's prior is worth, measured without training: the parts of the prior report.
+
+| module | what it holds |
+| --- | --- |
+| `walk` | a game's walkthrough, with what every valid command would have led to |
+| `metrics` | ranks, calibration, reductions: pure functions |
+| `scores` | what an LLM says to every step of a walk |
+| `play` | whole episodes of the LLM alone, and of uniform play |
+| `choice` | which reduction and temperature do best, by family of games |
+| `page`, `plots` | tables, one page, pictures |
+
+The command is `python -m priorzero.prior_report`.
+
+Letters: `A` valid commands of a state, `N` decisions.
+"""
