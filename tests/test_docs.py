@@ -222,36 +222,6 @@ def test_readme_python_runs_up_to_the_training(tmp_path):
     )
 
 
-@pytest.fixture(scope="module")
-def tiny_llm(tmp_path_factory) -> str:
-    """A random LLM of 1.6 M parameters with a real tokenizer."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    from priorzero.llm.model import embedded_checkpoint
-    from priorzero.types import PriorZeroError
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(embedded_checkpoint())
-    except PriorZeroError as error:
-        pytest.skip(str(error))
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    folder = tmp_path_factory.mktemp("llm")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
 def test_every_metric_of_a_run_is_explained(tiny_llm, tmp_path):
     settings = dict(
         env=dict(max_steps=4, n_evaluator_episode=1, evaluator_env_num=1),

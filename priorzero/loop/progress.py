@@ -22,6 +22,8 @@ class Progress:
         best_return: of the evaluations so far, under the mode that judges.
         segments: pushed into the buffer since the run's start.
         transitions: in those segments.
+        episodes_lost: running episodes that did not come back at a resume.
+        save_failures: checkpoints that could not be written.
     """
 
     iteration: int = 0
@@ -31,6 +33,8 @@ class Progress:
     best_return: float = -math.inf
     segments: int = 0
     transitions: int = 0
+    episodes_lost: int = 0
+    save_failures: int = 0
 
 
 @dataclass

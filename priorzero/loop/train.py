@@ -33,7 +33,7 @@ async def train(parts: Parts, stop: StopRequest) -> None:
 
     with logging_redirect_tqdm(), _bar(config.iterations, progress.iteration) as bar:
         while progress.iteration < config.iterations and not stop.requested:
-            if should_evaluate(progress.iteration):
+            if should_evaluate(progress.iteration) and not _evaluated(parts):
                 await stages.evaluate(parts)
                 if stop.requested:
                     break
@@ -53,6 +53,12 @@ async def train(parts: Parts, stop: StopRequest) -> None:
     elif config.eval_freq:
         await stages.evaluate(parts)
     await save(parts)
+
+
+def _evaluated(parts: Parts) -> bool:
+    """Whether a resumed run was saved after this iteration's evaluation."""
+    done = parts.history.evaluations
+    return bool(done) and done[-1]["iteration"] == parts.progress.iteration
 
 
 def _bar(total: int, done: int) -> tqdm:
