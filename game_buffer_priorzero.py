@@ -7,7 +7,8 @@ LightZero's own buffers (docs/LIGHTZERO.md).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from easydict import EasyDict
@@ -17,6 +18,7 @@ from priorzero.data.returns import n_step_return
 from priorzero.data.segment import Segment, window
 from priorzero.llm.update.samples import LLMSample, build_sample
 from priorzero.quiet import quiet_base
+from priorzero.run.randomness import generator_state, set_generator_state
 from priorzero.settings.policy import PolicySettings
 
 with quiet_base():
@@ -47,6 +49,8 @@ class PriorZeroGameBuffer:
         self._settings = settings
         self._dim = observation_dim
         self._segments: deque[Segment] = deque()
+        self._numbers: deque[int] = deque()  # running number of each segment
+        self._next_number = 0
         self._last_of_episode: dict[int, Segment] = {}
         self._rng = np.random.default_rng(seed)
         self._transitions = 0
@@ -62,20 +66,26 @@ class PriorZeroGameBuffer:
         """
         for segment in segments:
             assert len(segment) > 0, "a collector pushes what it played or nothing"
-            previous = self._last_of_episode.pop(segment.episode_id, None)
-            if previous is not None:
-                previous.successor = segment
-            if segment.done_kind == "running":
-                self._last_of_episode[segment.episode_id] = segment
+            self._link(segment)
+            self._append(segment, self._next_number, self._max_priority)
+            self._next_number += 1
 
-            start = self._dropped + self._transitions
-            self._segments.append(segment)
-            self._starts.append(start)
-            self._transitions += len(segment)
-            self._reserve(start - self._offset + len(segment))
-            self._priorities[start - self._offset : start - self._offset + len(segment)] = (
-                self._max_priority
-            )
+    def _link(self, segment: Segment) -> None:
+        previous = self._last_of_episode.pop(segment.episode_id, None)
+        # After a resume the part between may be missing.
+        if previous and previous.steps[-1].timestep + 1 == segment.steps[0].timestep:
+            previous.successor = segment
+        if segment.done_kind == "running":
+            self._last_of_episode[segment.episode_id] = segment
+
+    def _append(self, segment: Segment, number: int, priorities: np.ndarray | float) -> None:
+        start = self._dropped + self._transitions
+        self._segments.append(segment)
+        self._numbers.append(number)
+        self._starts.append(start)
+        self._transitions += len(segment)
+        self._reserve(start - self._offset + len(segment))
+        self._priorities[start - self._offset : start - self._offset + len(segment)] = priorities
 
     def _reserve(self, size: int) -> None:
         if size > len(self._priorities):
@@ -91,6 +101,7 @@ class PriorZeroGameBuffer:
         while self._transitions > self._settings.replay_buffer_size and len(self._segments) > 1:
             gone = self._segments.popleft()
             self._starts.popleft()
+            self._numbers.popleft()
             self._transitions -= len(gone)
             self._dropped += len(gone)
             if self._last_of_episode.get(gone.episode_id) is gone:
@@ -99,6 +110,52 @@ class PriorZeroGameBuffer:
             self._priorities = np.roll(self._priorities, -(self._dropped - self._offset))
             self._offset = self._dropped
         return before - self._transitions
+
+    def numbered_segments(self) -> Iterator[tuple[int, Segment]]:
+        """What is held, oldest first, with running numbers from the first segment ever pushed."""
+        return zip(list(self._numbers), list(self._segments), strict=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Running numbers, priorities and generator, as plain values and arrays. The segments are
+        immutable and go to an archive (`priorzero/data/archive.py`).
+        """
+        low = self._dropped - self._offset
+        return {
+            "numbers": np.array(self._numbers, dtype=np.int64),
+            "lengths": np.array([len(s) for s in self._segments], dtype=np.int64),
+            "next_number": self._next_number,
+            "dropped": self._dropped,
+            "priorities": self._priorities[low : low + self._transitions].copy(),
+            "max_priority": self._max_priority,
+            "rng": generator_state(self._rng),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], segments: Mapping[int, Segment]) -> int:
+        """Go on from a saved state; this buffer is still empty.
+
+        Args:
+            state: of `state_dict`.
+            segments: by running number; those that are missing are left out.
+        Returns:
+            Transitions that are missing.
+        """
+        assert not self._segments, "a state is loaded into a new buffer"
+        numbers, lengths = np.asarray(state["numbers"]), np.asarray(state["lengths"])
+        priorities = np.split(np.asarray(state["priorities"]), np.cumsum(lengths)[:-1])
+        found = np.array([number in segments for number in numbers.tolist()], dtype=bool)
+        missing = int(lengths[~found].sum())
+
+        self._next_number = state["next_number"]
+        # What is missing counts as dropped, so that the running numbers to come stay the same.
+        self._dropped = self._offset = state["dropped"] + missing
+        self._max_priority = state["max_priority"]
+        set_generator_state(self._rng, state["rng"])
+        for i in np.flatnonzero(found):
+            segment = segments[int(numbers[i])]
+            assert len(segment) == lengths[i]
+            self._link(segment)
+            self._append(segment, int(numbers[i]), priorities[i])
+        return missing
 
     def get_num_of_game_segments(self) -> int:
         return len(self._segments)

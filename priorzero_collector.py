@@ -14,12 +14,14 @@ from __future__ import annotations
 import asyncio
 import copy
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from easydict import EasyDict
 
+from priorzero.data.packing import pack, unpack
 from priorzero.data.segment import Segment, StepRecord
 from priorzero.games.group import GameEnvGroup
 from priorzero.llm.prior import LLMPrior
@@ -86,6 +88,7 @@ class PriorZeroCollector:
         self.counters: Counter[str] = Counter()
         self._slots: dict[int, Slot] = {}  # by environment
         self._episodes = 0
+        self._cut: list[Segment] = []  # of episodes that a resume lost; due with the next call
 
     async def collect(
         self, num_segments: int, env_steps: int, temperature: float, ask_llm: bool = True
@@ -100,10 +103,12 @@ class PriorZeroCollector:
         Raises:
             PriorZeroError: an environment cannot be started, or a required LLM failed.
         """
-        if not self._slots:
-            await self._start(range(len(self._envs)))
+        idle = [env_id for env_id in range(len(self._envs)) if env_id not in self._slots]
+        if idle:
+            await self._start(idle)
 
-        played = _Played()
+        played = _Played(self._cut)
+        self._cut = []
         while len(played.segments) < num_segments:
             slots = [self._slots[env_id] for env_id in sorted(self._slots)]
 
@@ -119,6 +124,56 @@ class PriorZeroCollector:
             played.segments, played.steps, _episode_metrics(played), _means(played.effects)
         )
 
+    def state_dict(self) -> dict[str, Any]:
+        """The running episodes between two calls of `collect`, as plain values and arrays."""
+        slots = [self._slots[env_id] for env_id in sorted(self._slots)]
+        return {
+            "episodes": self._episodes,
+            "slots": [slot.state_dict() for slot in slots],
+            "segments": pack([slot.segment for slot in slots]),
+            "cut": pack(self._cut),
+            "envs": self._envs.state_dict(),
+        }
+
+    async def resume(self, state: Mapping[str, Any]) -> int:
+        """Go on with the episodes of a `state_dict`: their games are played again up to where they
+        were.
+
+        An episode that does not come back so is cut: what was played of it goes to the next call's
+        segments, and a new one begins in its place.
+
+        Returns:
+            How many were cut.
+        """
+        assert not self._slots, "a state is loaded into a new collector"
+        self._episodes = state["episodes"]
+        self._cut = unpack(_arrays(state["cut"]))
+        segments = unpack(_arrays(state["segments"]))
+        present = await asyncio.to_thread(self._envs.replay, state["envs"])
+
+        cut = 0
+        for saved, segment in zip(state["slots"], segments, strict=True):
+            env_id = saved["env_id"]
+            if env_id in present:
+                slot = self._new_slot(env_id, saved["episode_id"], present[env_id])
+                slot.load_state_dict(saved)
+                slot.segment = segment
+                self._slots[env_id] = slot
+            else:
+                cut += 1
+                self._cut += [segment] if len(segment) else []
+        return cut
+
+    def _new_slot(self, env_id: int, episode_id: int, observation: dict[str, Any]) -> Slot:
+        return Slot(
+            env_id,
+            episode_id,
+            observation,
+            goal=self._envs.envs[env_id].game.goal,
+            history_length=self._history_length,
+            context_steps=self._settings.context_steps,
+        )
+
     async def _start(self, env_ids: Iterable[int]) -> None:
         """New episodes in these environments."""
         with self.watch("env"):
@@ -127,14 +182,7 @@ class PriorZeroCollector:
         vectors = await asyncio.to_thread(self._encoder.encode, texts)
 
         for (env_id, observation), vector in zip(first.items(), vectors, strict=True):
-            slot = Slot(
-                env_id,
-                self._episodes,
-                observation,
-                goal=self._envs.envs[env_id].game.goal,
-                history_length=self._history_length,
-                context_steps=self._settings.context_steps,
-            )
+            slot = self._new_slot(env_id, self._episodes, observation)
             slot.see(vector)
             slot.segment = self._new_segment(slot)
             self._slots[env_id] = slot
@@ -245,6 +293,11 @@ class PriorZeroCollector:
         slot.segment.record(step, next_vector)
         slot.advance(step.action, step.reward, outcome.obs, step.action_id)
         slot.see(next_vector)
+
+
+def _arrays(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """What a checkpoint made tensors of, as arrays again."""
+    return {name: np.asarray(value) for name, value in tensors.items()}
 
 
 def prior_effect(plan: SearchOutput) -> dict[str, float]:

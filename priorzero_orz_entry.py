@@ -69,7 +69,10 @@ async def train_priorzero_orz(
             else:
                 reporting.write_config(parts)
                 await train(parts, stop)
-            return reporting.write_summary(parts)
+
+            summary = reporting.write_summary(parts)
+            saving.require_saved(parts)
+            return summary
 
 
 async def build(config: HybridTrainingConfig, eval_only: bool = False) -> Parts:
@@ -94,6 +97,7 @@ async def build(config: HybridTrainingConfig, eval_only: bool = False) -> Parts:
         from ding.utils import set_pkg_seed
     from game_buffer_priorzero import PriorZeroGameBuffer
     from priorzero.compute import resolve_device
+    from priorzero.data.archive import SegmentArchive
     from priorzero.games.group import GameEnvGroup
     from priorzero.lightzero import compile_priorzero
     from priorzero.llm.build import build_llm
@@ -203,6 +207,7 @@ async def build(config: HybridTrainingConfig, eval_only: bool = False) -> Parts:
             metrics=metrics,
             watch=watch,
             checkpoints=CheckpointStore(folder / "ckpt"),
+            archive=SegmentArchive(folder / "replay", settings.policy.replay_save_mib * 2**20),
             closing=opened.pop_all(),
         )
 

@@ -23,6 +23,7 @@ import torch
 
 from priorzero.data.batch import LearnOutput, WorldModelBatch
 from priorzero.quiet import quiet_base
+from priorzero.run.randomness import generator_state, set_generator_state
 from priorzero.search.planner import Plan, Planner
 from priorzero.search.roots import Root, SearchOutput
 from priorzero.settings.policy import PolicySettings
@@ -224,11 +225,16 @@ class PriorZeroPolicy(UniZeroPolicy):
         return self._learner.update(batch, self.vocabulary.used_mask)
 
     def _state_dict_learn(self) -> dict[str, Any]:
-        return self._learner.state_dict() | {"vocabulary": self.vocabulary.state_dict()}
+        return self._learner.state_dict() | {
+            "vocabulary": self.vocabulary.state_dict(),
+            "rng": generator_state(self._rng),
+        }
 
     def _load_state_dict_learn(self, state: dict[str, Any]) -> None:
         self._learner.load_state_dict(state)
         self.vocabulary.load_state_dict(state["vocabulary"])
+        if "rng" in state:  # older checkpoints have none
+            set_generator_state(self._rng, state["rng"])
 
 
 def tempered(counts: np.ndarray, temperature: float) -> np.ndarray:

@@ -28,7 +28,8 @@ class ScriptedEnv:
         self.number, self.length, self.end = number, length, end
         self.game = SimpleNamespace(goal=f"goal {number}", env_id="script", max_score=40.0)
         self.played: list[list[str]] = []
-        self.episode_seed = 0
+        self.t = self.episode_seed = 0
+        self.forgets = False  # whether a saved episode does not come back
 
     def seed(self, seed, dynamic_seed=True, env_index=None):
         self.episode_seed = seed * 100
@@ -71,6 +72,16 @@ class ScriptedEnv:
         if done:
             info["eval_episode_return"] = observation["score"]
         return BaseEnvTimestep(observation, 0.0 if hang else float(self.t), done, info)
+
+    def state_dict(self):
+        return {"t": self.t, "played": self.played, "episode_seed": self.episode_seed}
+
+    def replay(self, state):
+        self.episode_seed = state["episode_seed"]
+        if self.forgets:
+            return None
+        self.t, self.played = state["t"], state["played"]
+        return self._observation()
 
     def stats(self):
         return {}

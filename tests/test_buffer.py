@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from game_buffer_priorzero import PriorZeroGameBuffer
+from priorzero.data.packing import pack, unpack
 from priorzero.data.segment import Segment, StepRecord, window
 from priorzero.settings.policy import PolicySettings, VocabularySettings
 from priorzero.types import ActionScores, TextState, TokenisedRequest
@@ -563,3 +564,85 @@ def test_llm_sampling_draws_without_repetition_and_from_the_newest():
     assert set(keys(buffer.sample_llm(1000, recent=12))) == {k for k in usable if k[0] >= 4}
     assert len(buffer.sample_llm(3)) == 3
     assert set(keys(buffer.sample_llm(1000, recent=10_000))) == usable
+
+
+# ---- going on from a saved state -----------------------------------------------------------------
+
+
+WORN = settings(use_priority=True, replay_buffer_size=24)
+
+
+def worn() -> PriorZeroGameBuffer:
+    """Episodes in parts, some dropped, with priorities of their own, two of them still running."""
+    buffer = empty(WORN)
+    for number, end in enumerate(["terminated", "truncated", "running", "terminated", "running"]):
+        episode = Episode(number, [0.5 * t for t in range(8)], end, cuts=[3, 3, 2])
+        buffer.push_game_segments(episode.segments())
+        buffer.remove_oldest_data_to_fit()
+    indices, _ = buffer.draw(30)
+    buffer.update_priority(indices, np.linspace(0.1, 3.0, 30))
+    return buffer
+
+
+def resumed(buffer: PriorZeroGameBuffer, without: tuple[int, ...] = ()) -> PriorZeroGameBuffer:
+    """Through arrays, as a checkpoint and an archive take it."""
+    again = empty(WORN)
+    held = dict(buffer.numbered_segments())
+    copies = unpack(pack(list(held.values())))
+    copied = {n: s for n, s in zip(held, copies, strict=True) if n not in without}
+    missing = again.load_state_dict(buffer.state_dict(), copied)
+    assert missing == sum(len(held[number]) for number in without)
+    return again
+
+
+def assert_same_draws(one: PriorZeroGameBuffer, two: PriorZeroGameBuffer) -> None:
+    for _ in range(3):
+        left, right = one.sample(16), two.sample(16)
+        for name in vars(left):
+            np.testing.assert_array_equal(getattr(left, name), getattr(right, name), name)
+        for buffer in (one, two):
+            buffer.update_priority(left.indices, np.linspace(0.5, 1.5, 16))
+    assert one.sample_llm(9, recent=20) == two.sample_llm(9, recent=20) != []
+
+
+def test_a_resumed_buffer_draws_what_the_other_draws():
+    one = worn()
+    two = resumed(one)
+    assert_same_draws(one, two)
+
+    # And goes on alike: the running episode's next part joins the one before it.
+    more = Episode(4, [0.5 * t for t in range(12)], "terminated", cuts=[3, 3, 2, 4])
+    for buffer in (one, two):
+        buffer.push_game_segments(more.segments()[3:])
+        buffer.remove_oldest_data_to_fit()
+    assert [n for n, _ in one.numbered_segments()] == [n for n, _ in two.numbered_segments()]
+    tail = [s for _, s in two.numbered_segments()][-2:]
+    assert tail[0].successor is tail[1]
+    assert_same_draws(one, two)
+
+
+def test_missing_segments_are_left_out_and_nothing_is_joined_over_the_gap():
+    one = worn()
+    numbers = [n for n, _ in one.numbered_segments()]
+    middle = numbers[-2]  # the second of three parts of the last episode
+    two = resumed(one, without=(numbers[0], middle))
+    assert [n for n, _ in two.numbered_segments()] == [
+        n for n in numbers if n not in (numbers[0], middle)
+    ]
+    assert two.get_num_of_transitions() == one.get_num_of_transitions() - 6
+    by_number = dict(two.numbered_segments())
+    assert by_number[numbers[-3]].successor is None
+    assert len(two.sample(16)) == 16
+    # Numbers to come are the same as without the gap.
+    for buffer in (one, two):
+        buffer.push_game_segments(Episode(9, [1.0], "truncated").segments())
+    assert list(one.numbered_segments())[-1][0] == list(two.numbered_segments())[-1][0]
+
+
+def test_a_resumed_buffer_may_be_empty_or_smaller():
+    assert resumed(empty(WORN)).get_num_of_transitions() == 0
+    one = worn()
+    two = resumed(one, without=tuple(n for n, _ in one.numbered_segments()))
+    assert two.get_num_of_transitions() == 0
+    two.push_game_segments(Episode(9, [1.0, 2.0], "truncated").segments())
+    assert len(two.sample(4)) == 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 
 import numpy as np
@@ -274,3 +275,72 @@ async def test_textworld(compiled_cfg, encoder, one_thread, tmp_path, monkeypatc
             )
             assert then.timestep == now.timestep + 1
     assert len({s.valid_actions for s in steps}) > 2  # the choice differs along the way
+
+
+# ---- going on from a saved state -----------------------------------------------------------------
+
+
+def through_a_file(state: dict, folder) -> dict:
+    """As a checkpoint writes and reads it."""
+    from priorzero.loop.saving import _on_cpu
+    from priorzero.run.checkpoint import CheckpointStore
+
+    store = CheckpointStore(folder / "ckpt")
+    store.save(1, state, None, {})
+    return _on_cpu(store.load()[0])
+
+
+def played_on(result) -> list[tuple]:
+    return [
+        (s.env_id, s.episode_id, step.timestep, step.state, step.action, step.root_value)
+        for s in result.segments
+        for step in s.steps
+    ]
+
+
+def lengths() -> list[ScriptedEnv]:
+    return [ScriptedEnv(i, length=5 + i) for i in range(3)]
+
+
+async def test_running_episodes_go_on(parts, tmp_path):
+    """Open segments, histories, contexts and counters: what follows is what would have followed."""
+    one = parts(lengths())
+    first = await collect(one, 4)
+    state = through_a_file(one.collector.state_dict(), tmp_path)
+    policy = copy.deepcopy(one.policy.learn_mode.state_dict())
+    opened = {s["env_id"]: s["timestep"] for s in state["slots"]}
+    assert len(set(opened.values())) > 1 and state["segments"]["segment_steps"].any(), opened
+    rest = await collect(one, 6, first.steps)
+
+    two = parts(lengths())
+    two.policy.learn_mode.load_state_dict(policy)
+    assert await two.collector.resume(state) == 0
+    again = await collect(two, 6, first.steps)
+    assert played_on(again) == played_on(rest)
+    assert (again.steps, again.collect, again.prior) == (rest.steps, rest.collect, rest.prior)
+    roots = [root for (roots, *_), _ in two.policy.calls for root in roots]
+    assert max(len(root.observations) for root in roots[:3]) == 3, "contexts begin anew"
+
+
+async def test_an_episode_that_does_not_come_back_is_cut(parts, tmp_path):
+    one = parts(lengths())
+    await collect(one, 4)
+    state = through_a_file(one.collector.state_dict(), tmp_path)
+    opened = {s["env_id"]: s["timestep"] % 4 for s in state["slots"]}
+    running = {s["env_id"]: s["episode_id"] for s in state["slots"]}
+
+    envs = lengths()[:2]  # one environment fewer than there were
+    envs[0].forgets = True
+    two = parts(envs)
+    two.policy.learn_mode.load_state_dict(one.policy.learn_mode.state_dict())
+    assert await two.collector.resume(state) == 2
+    # They are not lost if the run stops before it plays.
+    saved_again = through_a_file(two.collector.state_dict(), tmp_path / "again")
+    assert sum(saved_again["cut"]["segment_steps"]) == opened[0] + opened[2] > 0
+
+    result = await collect(two, 4)
+    cut = [s for s in result.segments if s.episode_id in (running[0], running[2])]
+    assert {s.env_id: len(s) for s in cut} == {e: opened[e] for e in (0, 2) if opened[e]}
+    assert all(s.done_kind == "running" for s in cut)
+    others = {s.episode_id for s in result.segments} - {running[0], running[2]}
+    assert running[1] in others and min(others - {running[1]}) > max(running.values())

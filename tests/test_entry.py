@@ -45,6 +45,12 @@ SETTINGS = [
 EXPERIMENT = "tiny"
 
 
+def environment() -> dict[str, str]:
+    """Of a command."""
+    ours = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DEBUG_MODE": "True"}
+    return {**os.environ, **ours}
+
+
 @dataclass
 class Finished:
     status: int
@@ -66,17 +72,11 @@ class Job:
             if tiny
             else []
         )
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            "DEBUG_MODE": "True",
-        }
         with self._log.open("w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "priorzero_orz_entry", *base, *arguments],
                 cwd=cwd,
-                env=environment,
+                env=environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -224,9 +224,10 @@ def test_checkpoint_holds_the_run(finished):
     import torch
 
     folder = experiment(finished[0]) / "ckpt"
-    names = {p: (folder / p).read_text(encoding="utf-8") for p in ("latest", "best")}
-    assert names["latest"] == "iter_00000002"
-    assert {p.name for p in folder.iterdir()} == {"latest", "best", *names.values()}
+    pointers = ("latest", "previous", "best")
+    names = {p: (folder / p).read_text(encoding="utf-8") for p in pointers}
+    assert names["latest"] == "iter_00000002" and names["previous"] == "iter_00000001"
+    assert {p.name for p in folder.iterdir()} == {*pointers, *names.values()}
     state = torch.load(folder / names["latest"] / "state.pt", weights_only=True)
     summary = read_json(experiment(finished[0]) / "summary.json")
     progress = state["progress"]
@@ -284,6 +285,7 @@ def test_sigterm_saves_and_resume_goes_on(tmp_path):
         encoding="utf-8"
     ) == f"iter_{done:08d}"
 
+    held = sum(r["transitions"] for r in metrics(experiment(tmp_path)) if "transitions" in r)
     resumed = run(tmp_path, f"--iterations={done + 1}", "--eval-freq=0", "--resume")
     assert resumed.status == 0, resumed.output
     assert (
@@ -291,8 +293,8 @@ def test_sigterm_saves_and_resume_goes_on(tmp_path):
         and f"[Iter {done - 1}]" not in resumed.output
     )
     assert (
-        f"Resumed tw-simple at iteration {done}, {steps} environment steps; "
-        "the replay buffer starts empty" in resumed.lines
+        f"Resumed tw-simple at iteration {done}, {steps} environment steps; the replay buffer "
+        f"holds {held:.0f} transitions, 2 of 2 episodes go on" in resumed.lines
     )
     after = read_json(experiment(tmp_path) / "summary.json")
     assert after["iterations"] == done + 1 and after["env_steps"] > steps
@@ -352,20 +354,35 @@ def test_eval_only_plays_and_changes_nothing_of_the_training_run(copied):
     assert {n for n in after if n.startswith("ckpt")} == {n for n in before if n.startswith("ckpt")}
 
 
-def test_damaged_checkpoint_is_named_and_left_alone(copied):
+def test_damaged_checkpoints_are_passed_over_or_named_and_left_alone(copied):
     store = experiment(copied) / "ckpt"
-    damaged = store / (store / "latest").read_text(encoding="utf-8") / "state.pt"
-    damaged.write_bytes(damaged.read_bytes()[:1000])
+    damaged = {
+        pointer: store / (store / pointer).read_text(encoding="utf-8") / "state.pt"
+        for pointer in ("latest", "previous")
+    }
+    kept = damaged["previous"].read_bytes()
+    for path in damaged.values():
+        path.write_bytes(path.read_bytes()[:1000])
     before = files(store)
     result = run(copied, "--iterations=3", "--resume")
     assert_one_error(
         result,
         "is damaged",
-        str(damaged.parent.relative_to(copied)),
+        str(damaged["latest"].parent.relative_to(copied)),
+        str(damaged["previous"].parent.relative_to(copied)),
         "--checkpoint",
         "without --resume",
     )
     assert files(store) == before
+
+    damaged["previous"].write_bytes(kept)
+    result = run(copied, "--iterations=2", "--resume", "--eval-freq=0")
+    assert result.status == 0, result.output
+    assert "iter_00000002 is damaged" in result.output
+    assert "the one before takes its place: iter_00000001" in result.output
+    assert "Resumed tw-simple at iteration 1, " in result.output
+    assert (store / "previous").read_text() == "iter_00000001"
+    assert (store / "latest").read_text() == "iter_00000002_2"
 
 
 def test_checkpoint_of_another_network_is_refused_and_its_settings_stay(copied):

@@ -125,11 +125,11 @@ async def test_an_evaluation_leaves_the_policy_as_it_was(parts, mode):
     made = parts([ScriptedEnv(2, length=6)])
     made.policy.register_actions(["wait"])
     before = made.policy.learn_mode.state_dict()
-    before = {k: v if k == "vocabulary" else _copy(v) for k, v in before.items()}
+    before = {k: _copy(v) if "model" in k else v for k, v in before.items()}
 
     await made.evaluator.evaluate(mode, 2, 0)
     after = made.policy.learn_mode.state_dict()
-    assert after["vocabulary"] == before["vocabulary"]
+    assert after["vocabulary"] == before["vocabulary"] and after["rng"] == before["rng"]
     for network in ("model", "target_model"):
         assert all(torch.equal(v, after[network][k]) for k, v in before[network].items())
 

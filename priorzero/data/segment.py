@@ -85,6 +85,7 @@ class Segment:
         length: steps it holds when it is full.
 
     Attributes:
+        env_id, episode_id, length: as given.
         steps: the full records.
         final_observation: `[E]` embedding of the state after the last step; None without steps.
         successor: the next segment of the episode, once the buffer holds it.
@@ -96,7 +97,7 @@ class Segment:
         self.steps: list[StepRecord] = []
         self.final_observation: np.ndarray | None = None
         self.successor: Segment | None = None
-        self._length = length
+        self.length = length
 
     def record(self, step: StepRecord, next_observation: np.ndarray) -> None:
         """Append a step; `next_observation` `[E]` is the embedding of the state it led to."""
@@ -115,7 +116,7 @@ class Segment:
         return len(self.steps)
 
     def is_full(self) -> bool:
-        return len(self.steps) >= self._length
+        return len(self.steps) >= self.length
 
 
 @dataclass(frozen=True, eq=False)

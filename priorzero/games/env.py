@@ -168,6 +168,7 @@ class TextGameEnv(BaseEnv):
         self._env_index = self._cfg.env_index if env_index is None else env_index
         self._episode = -1
         self._episode_seed = -1
+        self._typed: list[str] = []
 
     def reset(self) -> dict[str, Any]:
         """Start the next episode; returns its first observation.
@@ -216,7 +217,7 @@ class TextGameEnv(BaseEnv):
             self._episode if self._dynamic_seed else 0,
             self._cfg.split,
         )
-        self._timestep = 0
+        self._timestep, self._typed = 0, []
         self._running = True
 
         try:
@@ -254,6 +255,7 @@ class TextGameEnv(BaseEnv):
 
         start = time.perf_counter()
         self._timestep += 1
+        self._typed.append(action)
         self._counts["steps"] += 1
         state: GameState | None = None
         fault_text = ""
@@ -269,6 +271,76 @@ class TextGameEnv(BaseEnv):
             state = None
 
         return self._timestep_record(obs, state, fault_text)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running episode as its seed and its commands, and what they led to; plain values.
+
+        Interpreters cannot be written down, but the same commands from the same seed bring them
+        back (`GameKind` promises it).
+        """
+        running = self._obs is not None and self._running
+        return {
+            "episode": self._episode,
+            "episode_seed": self._episode_seed,
+            "commands": list(self._typed) if running else None,
+            "text": self._obs["text"] if running else "",
+            "state_hash": self._obs["state_hash"] if running else "",
+            "score": self._obs["score"] if running else 0.0,
+        }
+
+    def replay(self, state: dict[str, Any]) -> dict[str, Any] | None:
+        """Bring the episode of a `state_dict` back by typing its commands again.
+
+        Later episodes get the seeds they would have had, whether or not it comes back.
+
+        Returns:
+            The present observation; None where no episode was running, or where the commands led
+            elsewhere, and the log says so.
+        """
+        self._episode, self._episode_seed = state["episode"], state["episode_seed"]
+        self._obs, self._running = None, False
+        if state["commands"] is None:
+            return None
+
+        try:
+            obs, why = self._retype(state)
+        except WorkerFault as fault:
+            self._count_fault(fault, "the replay of a saved episode")
+            obs, why = None, str(fault)
+        if obs is None:
+            logger.warning(
+                "%s: the saved episode (seed %d, %d steps) did not come back and ends here, as "
+                "truncated: %s",
+                self._game.env_id,
+                self._episode_seed,
+                len(state["commands"]),
+                why,
+            )
+            return None
+
+        self._obs, self._running = obs, True
+        return obs
+
+    def _retype(self, state: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
+        """The observation after the saved commands, or None and why. Raises WorkerFault."""
+        limit = self._cfg.step_timeout_s
+        game = self._process.call("reset", state["episode_seed"], timeout_s=limit)
+        self._first_score = game.score
+        self._typed = list(state["commands"])
+        for number, command in enumerate(self._typed):
+            if game.terminated:
+                return None, f"the game ended after {number} steps"
+            game = self._process.call("step", command, timeout_s=limit)
+        if game.state_hash != state["state_hash"]:
+            return None, "the same commands lead to another state of the game"
+
+        self._timestep, self._score = len(self._typed), game.score
+        if self._timestep >= self._max_steps:
+            return None, f"env.max_steps is {self._max_steps} now"
+        obs = self._observe(game)
+        if (obs["text"], obs["score"]) != (state["text"], state["score"]):
+            return None, "the same commands lead to another text"
+        return obs, ""
 
     def _timestep_record(
         self, obs: dict[str, Any], state: GameState | None, fault: str

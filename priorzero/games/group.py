@@ -64,6 +64,23 @@ class GameEnvGroup:
             {i: self._pool.submit(self.envs[i].step, action) for i, action in actions.items()},
         )
 
+    def state_dict(self) -> list[dict[str, Any]]:
+        """`TextGameEnv.state_dict` of each environment."""
+        return [env.state_dict() for env in self.envs]
+
+    def replay(self, states: Sequence[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+        """Bring saved episodes back (`TextGameEnv.replay`), all at once.
+
+        Args:
+            states: of `state_dict`; environments that there are not any more are left out.
+        Returns:
+            Present observations by env id, of the episodes that came back.
+        """
+        pairs = list(zip(self.envs, states, strict=False))
+        futures = {i: self._pool.submit(env.replay, state) for i, (env, state) in enumerate(pairs)}
+        answers = _gather("replay", futures)
+        return {i: answer for i, answer in answers.items() if answer is not None}
+
     def stats(self) -> dict[str, float]:
         """Sums of the environments' counters."""
         total: dict[str, float] = {}

@@ -9,7 +9,7 @@ evaluator plays with what both have learned.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from priorzero.data.archive import SegmentArchive
 from priorzero.data.batch import WorldModelBatch
 from priorzero.data.segment import Segment
 from priorzero.games.catalogue import GameSpec
@@ -75,6 +76,14 @@ class Buffer(Protocol):
 
     def sample_llm(self, count: int, recent: int | None = None) -> list[LLMSample]: ...
 
+    def numbered_segments(self) -> Iterable[tuple[int, Segment]]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any], segments: Mapping[int, Segment]) -> int: ...
+
+    def get_num_of_transitions(self) -> int: ...
+
 
 class Collector(Protocol):
     """`PriorZeroCollector`."""
@@ -82,6 +91,10 @@ class Collector(Protocol):
     async def collect(
         self, num_segments: int, env_steps: int, temperature: float, ask_llm: bool = True
     ) -> CollectResult: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    async def resume(self, state: Mapping[str, Any]) -> int: ...
 
 
 class Evaluator(Protocol):
@@ -119,6 +132,7 @@ class Parts:
     metrics: MetricsWriter
     watch: Stopwatch
     checkpoints: CheckpointStore
+    archive: SegmentArchive
     closing: AsyncExitStack
 
     progress: Progress = field(default_factory=Progress)

@@ -24,6 +24,8 @@ class Progress:
         transitions: in those segments.
         turns: finished ones, in schedules that have turns (`turns.py`).
         turn_updates: done of the present turn: the world model's updates, or the LLM's phases.
+        episodes_lost: running episodes that did not come back at a resume.
+        save_failures: checkpoints that could not be written.
     """
 
     iteration: int = 0
@@ -35,6 +37,8 @@ class Progress:
     transitions: int = 0
     turns: int = 0
     turn_updates: int = 0
+    episodes_lost: int = 0
+    save_failures: int = 0
 
 
 @dataclass

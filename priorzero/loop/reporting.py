@@ -95,6 +95,8 @@ def log_performance(
         "encoder_hit_rate": encoder["hits"] / asked if asked else 0.0,
         "positions_clamped": float(parts.policy.positions_clamped),
         "memory_gb": parts.memory.update(),
+        "episodes_lost": float(parts.progress.episodes_lost),
+        "save_failures": float(parts.progress.save_failures),
     }
     perf |= {f"games_{k}": float(v) for k, v in games.items()}
     perf |= {f"vocabulary_{k}": float(v) for k, v in parts.policy.vocabulary.stats().items()}
@@ -136,7 +138,10 @@ def write_summary(parts: Parts) -> dict[str, Any]:
         "evaluations": parts.history.evaluations,
     }
     path = parts.folder / ("evaluation.json" if parts.eval_only else "summary.json")
-    path.write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    try:
+        path.write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    except OSError as error:
+        logger.error("%s could not be written: %s", path, error)
 
     logger.info(
         "Done: %d iterations, %d environment steps in %.1f minutes, %.1f GB at most. %s",

@@ -4,31 +4,62 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from priorzero.loop.parts import Parts
 from priorzero.loop.progress import History, Progress
+from priorzero.run.randomness import global_states, set_global_states
 from priorzero.types import PriorZeroError
 
 logger = logging.getLogger(__name__)
 
 
-async def save(parts: Parts, best: bool = False) -> None:
-    """Write a checkpoint of everything but the replay buffer.
+async def save(parts: Parts, best: bool = False) -> bool:
+    """Write a checkpoint of everything; the replay buffer's finished segments go to files of their
+    own, so that only new ones are written.
+
+    A disk that is full, or fails, costs this checkpoint and not the run: it is logged and counted,
+    and the checkpoint before stays the latest. `require_saved` says so again at the end.
 
     Args:
         best: it is the best so far.
+    Returns:
+        Whether the checkpoint is on disk.
     """
-    if parts.checkpoints.saved_iteration == parts.progress.iteration:
-        # The evaluation just before has written it.
-        if best:
-            parts.checkpoints.mark_best()
-        return
-    with parts.watch("save"):
-        path = await asyncio.to_thread(_write, parts, best)
+    try:
+        if parts.checkpoints.saved_iteration == parts.progress.iteration:
+            # The evaluation just before has written it.
+            if best:
+                parts.checkpoints.mark_best()
+            return True
+        with parts.watch("save"):
+            path = await asyncio.to_thread(_write, parts, best)
+    except OSError as error:
+        parts.progress.save_failures += 1
+        logger.error(
+            "the checkpoint of iteration %d could not be written (%s); the one before stands as it "
+            "was and the run goes on. Free space in %s, or make it writable, before the next save",
+            parts.progress.iteration,
+            error,
+            parts.folder,
+        )
+        return False
     logger.info("✓ Saved %s%s", path, " (best so far)" if best else "")
+    return True
+
+
+def require_saved(parts: Parts) -> None:
+    """At the end of a run: raise PriorZeroError where the last save failed."""
+    saved = parts.checkpoints.saved_iteration
+    if not parts.eval_only and saved != parts.progress.iteration:
+        raise PriorZeroError(
+            f"the run's last checkpoint could not be written, see the log; the newest that this "
+            f"run wrote is of {f'iteration {saved}' if saved is not None else 'no iteration'}. "
+            f"Free space in {parts.folder} and continue with --resume"
+        )
 
 
 def _write(parts: Parts, best: bool) -> Path:
@@ -37,11 +68,24 @@ def _write(parts: Parts, best: bool) -> Path:
         "policy": parts.policy.learn_mode.state_dict(),
         "progress": progress,
         "history": asdict(parts.history),
+        "replay": {
+            "chunks": parts.archive.write(parts.buffer.numbered_segments()),
+            "buffer": parts.buffer.state_dict(),
+        },
+        "episodes": parts.collector.state_dict(),
+        "texts": parts.encoder.state_dict(),
+        "random": global_states(),
     }
-    llm = parts.llm.trainer.state_dict() if parts.llm is not None else None
-    return parts.checkpoints.save(
+    llm = None
+    if parts.llm is not None:
+        state["thought_calls"] = parts.llm.engine.thought_calls
+        llm = parts.llm.trainer.state_dict()
+
+    path = parts.checkpoints.save(
         parts.progress.iteration, state, llm, progress | _facts(parts), best
     )
+    parts.archive.commit()
+    return path
 
 
 def _facts(parts: Parts) -> dict[str, Any]:
@@ -53,7 +97,8 @@ def _facts(parts: Parts) -> dict[str, Any]:
 
 
 async def load(parts: Parts, which: str) -> None:
-    """Continue from a checkpoint; the replay buffer starts empty and is refilled by playing.
+    """Continue from a checkpoint, as if the run had not been interrupted. With `eval_only` what
+    training alone needs is left alone.
 
     Args:
         which: latest, best, or a folder's name.
@@ -80,9 +125,49 @@ async def load(parts: Parts, which: str) -> None:
         parts.llm.trainer.version = parts.progress.llm_version
         await parts.llm.phase.publish()
 
+    told = ""
+    if not parts.eval_only:
+        told = "; " + await _load_play(parts, state)
+        parts.checkpoints.go_on_from(meta["checkpoint"])
     logger.info(
-        "Resumed %s at iteration %d, %d environment steps; the replay buffer starts empty",
+        "Resumed %s at iteration %d, %d environment steps%s",
         meta["game"],
         parts.progress.iteration,
         parts.progress.env_steps,
+        told,
     )
+
+
+async def _load_play(parts: Parts, state: Mapping[str, Any]) -> str:
+    """Replay buffer, running episodes and random states; returns them in words."""
+    if "replay" not in state:
+        return "the replay buffer starts empty, an earlier version did not save it"
+    parts.encoder.load_state_dict(_on_cpu(state["texts"]))
+
+    replay = _on_cpu(state["replay"])
+    segments = await asyncio.to_thread(parts.archive.read, replay["chunks"])
+    missing = parts.buffer.load_state_dict(replay["buffer"], segments)
+    parts.buffer.remove_oldest_data_to_fit()
+
+    episodes = _on_cpu(state["episodes"])
+    lost = await parts.collector.resume(episodes)
+    parts.progress.episodes_lost += lost
+
+    if parts.llm is not None and "thought_calls" in state:
+        parts.llm.engine.thought_calls = state["thought_calls"]
+    # Last, since loading may have drawn.
+    set_global_states(state["random"])
+
+    told = f"the replay buffer holds {parts.buffer.get_num_of_transitions()} transitions"
+    if missing:
+        told += f" ({missing} are not on disk any more)"
+    return f"{told}, {len(episodes['slots']) - lost} of {len(episodes['slots'])} episodes go on"
+
+
+def _on_cpu(tree: Any) -> Any:
+    """Tensors as numpy arrays, wherever the checkpoint was loaded to; the rest as it is."""
+    if isinstance(tree, dict):
+        return {name: _on_cpu(value) for name, value in tree.items()}
+    if isinstance(tree, list):
+        return [_on_cpu(value) for value in tree]
+    return tree.cpu().numpy() if hasattr(tree, "cpu") else tree

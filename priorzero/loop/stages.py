@@ -141,8 +141,9 @@ async def evaluate(parts: Parts) -> dict[str, Any]:
     # The untrained network's first evaluation is no checkpoint worth keeping.
     mean = float(np.mean(row[judging_mode(settings.eval.modes)]["returns"]))
     if progress.iteration and not parts.eval_only and mean > progress.best_return:
-        progress.best_return = mean
-        await save(parts, best=True)
+        before, progress.best_return = progress.best_return, mean
+        if not await save(parts, best=True):
+            progress.best_return = before
     return row
 
 

@@ -44,7 +44,7 @@ async def train(parts: Parts, stop: StopRequest) -> None:
                     progress.iteration,
                 )
                 break
-            if should_evaluate(progress.iteration):
+            if should_evaluate(progress.iteration) and not _evaluated(parts):
                 await stages.evaluate(parts)
                 if stop.requested:
                     break
@@ -64,6 +64,12 @@ async def train(parts: Parts, stop: StopRequest) -> None:
     elif config.eval_freq:
         await stages.evaluate(parts)
     await save(parts)
+
+
+def _evaluated(parts: Parts) -> bool:
+    """Whether a resumed run was saved after this iteration's evaluation."""
+    done = parts.history.evaluations
+    return bool(done) and done[-1]["iteration"] == parts.progress.iteration
 
 
 def _bar(total: int, done: int) -> tqdm:

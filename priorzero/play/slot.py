@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +64,28 @@ class Slot:
             self._goal,
             float(self.observation["score"]),
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The episode as its player remembers it: plain values and arrays. The environment's own
+        state and the open segment are not in it.
+        """
+        return {
+            "env_id": self.env_id,
+            "episode_id": self.episode_id,
+            "timestep": self.timestep,
+            "history": [[h.observation, h.action, h.reward] for h in self._history],
+            "context_observations": self.context.observations,
+            "context_actions": self.context.actions,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken; made for the same episode, nothing seen yet."""
+        assert (self.env_id, self.episode_id) == (state["env_id"], state["episode_id"])
+        self.timestep = state["timestep"]
+        self._history.extend(HistoryItem(*item) for item in state["history"])
+        observations = np.asarray(state["context_observations"])
+        self.context.restore(observations, np.asarray(state["context_actions"]))
+        self.vector = observations[-1]
 
     def see(self, vector: np.ndarray) -> None:
         """Give the present text its embedding `[E]`; once per state that is searched."""

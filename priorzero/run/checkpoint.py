@@ -1,7 +1,8 @@
-"""Checkpoints: one folder each, written whole or not at all; the latest and the best are kept.
+"""Checkpoints: one folder each, written whole or not at all; the latest, the one before it and the
+best are kept.
 
     <exp>/ckpt/iter_00000040/{state.pt, llm.pt, meta.json}
-    <exp>/ckpt/latest, <exp>/ckpt/best                          names of folders
+    <exp>/ckpt/latest, previous, best                           names of folders
 
 A folder is filled under a temporary name, flushed to disk and renamed; the pointer file is replaced
 the same way. A run that dies while saving leaves the previous checkpoint as it was.
@@ -16,12 +17,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from priorzero.types import PriorZeroError
 
 logger = logging.getLogger(__name__)
 _TEMPORARY = ".tmp-"
+_POINTERS = ("latest", "previous", "best")
 
 
 class CheckpointStore:
@@ -37,6 +40,7 @@ class CheckpointStore:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.saved_iteration: int | None = None
+        self._newest: str | None = None  # that this object wrote or goes on from
 
     def save(
         self,
@@ -46,39 +50,54 @@ class CheckpointStore:
         meta: dict[str, Any],
         best: bool = False,
     ) -> Path:
-        """Write the checkpoint of this iteration and make it the latest (and the best); drop those
-        no longer named.
+        """Write the checkpoint of this iteration and make it the latest (and the best); the latest
+        so far becomes the previous one. Drop those no longer named.
 
         Args:
             iteration: the run's.
-            state: world model, optimiser, target, vocabulary, progress, history.
+            state: everything but the LLM: plain values, tensors and numpy arrays, which come back
+                as tensors.
             llm: weights and optimiser, or None without one.
             meta: small JSON facts (progress, game, encoder, LLM) for a reader.
             best: it is the best so far.
         Returns:
             The checkpoint's folder.
+        Raises:
+            OSError: the disk is full, or fails; the checkpoints there are stand as they were.
         """
         name = self._free_name(iteration)
         final, temporary = self._folder / name, self._folder / f"{_TEMPORARY}{name}-{os.getpid()}"
 
         # Fill a folder of another name, so that a half-written one is never taken for whole.
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        torch.save(state, temporary / "state.pt")
-        if llm is not None:
-            torch.save(llm, temporary / "llm.pt")
-        (temporary / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
-        for path in temporary.iterdir():
-            with path.open("rb") as handle:
-                os.fsync(handle.fileno())
-        temporary.rename(final)
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            _write_tensors(_tensors(state), temporary / "state.pt")
+            if llm is not None:
+                _write_tensors(llm, temporary / "llm.pt")
+            (temporary / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+            for path in temporary.iterdir():
+                with path.open("rb") as handle:
+                    os.fsync(handle.fileno())
+            temporary.rename(final)
+        except OSError:
+            shutil.rmtree(temporary, ignore_errors=True)  # it takes space that is wanted
+            raise
 
+        # A run that went on from an older one, or passed over a damaged one, builds on that.
+        before = self._newest or self._read_pointer("latest")
+        if before is not None:
+            self._point("previous", before)
         self._point("latest", name)
         if best:
             self._point("best", name)
+        self._newest, self.saved_iteration = name, iteration
         self._prune()
-        self.saved_iteration = iteration
         return final
+
+    def go_on_from(self, name: str) -> None:
+        """The run continues this checkpoint, which the next save makes the previous one."""
+        self._newest = name
 
     def _free_name(self, iteration: int) -> str:
         """A folder's name; the same iteration again gets another, and the older one goes once
@@ -101,7 +120,7 @@ class CheckpointStore:
         os.replace(temporary, self._folder / pointer)
 
     def _prune(self) -> None:
-        keep = {self._read_pointer(p) for p in ("latest", "best")}
+        keep = {self._read_pointer(pointer) for pointer in _POINTERS}
         for path in self._folder.iterdir():
             if path.is_dir() and path.name not in keep:
                 shutil.rmtree(path)
@@ -113,22 +132,46 @@ class CheckpointStore:
     def load(
         self, which: str = "latest", map_location: str = "cpu"
     ) -> tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any]]:
-        """Read a checkpoint.
+        """Read a checkpoint. Where the latest is damaged, the previous one takes its place, and the
+        log says so.
 
         Args:
             which: `latest`, `best` or a folder's name. map_location: device of the tensors.
         Returns:
-            (state, llm, meta) as they were given to `save`.
+            (state, llm, meta) as they were given to `save`; `meta` also holds the folder's name as
+            `checkpoint`.
         Raises:
             PriorZeroError: there is none, or it cannot be read; nothing is deleted.
         """
-        name = self._read_pointer(which) if which in ("latest", "best") else which
-        path = self._folder / name if name else None
-        if path is None or not path.is_dir():
+        name = self._read_pointer(which) if which in _POINTERS else which
+        if not name or not (self._folder / name).is_dir():
             raise PriorZeroError(
                 f"no checkpoint {which!r} in {self._folder}: start without --resume, or name the "
                 "experiment that has one with --exp-name"
             )
+        previous = self._read_pointer("previous") if which == "latest" else None
+        try:
+            return self._read(name, map_location)
+        except _Damaged as damage:
+            if not previous or previous == name:
+                raise self._error(damage, name) from damage
+            try:
+                found = self._read(previous, map_location)
+            except _Damaged as second:
+                raise self._error(f"{damage}; the one before, {second}", name, previous) from second
+            logger.warning(
+                "checkpoint %s; the one before takes its place: %s. What was damaged is left as it "
+                "is until the next save",
+                damage,
+                previous,
+            )
+            return found
+
+    def _read(
+        self, name: str, map_location: str
+    ) -> tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any]]:
+        """Raises _Damaged."""
+        path = self._folder / name
         try:
             state = torch.load(path / "state.pt", map_location=map_location, weights_only=True)
             llm_path = path / "llm.pt"
@@ -139,10 +182,46 @@ class CheckpointStore:
             )
             meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
         except Exception as error:
-            others = sorted(p.name for p in self._folder.iterdir() if p.is_dir() and p != path)
-            raise PriorZeroError(
-                f"checkpoint {path} is damaged ({type(error).__name__}: {error}). It was left as "
-                f"it is. Other checkpoints here: {', '.join(others) or 'none'}; name one with "
-                "--checkpoint, or start anew without --resume"
-            ) from error
-        return state, llm, meta
+            raise _Damaged(f"{path} is damaged ({type(error).__name__}: {error})") from error
+        return state, llm, meta | {"checkpoint": name}
+
+    def _error(self, damage: object, *names: str) -> PriorZeroError:
+        others = sorted(
+            p.name for p in self._folder.iterdir() if p.is_dir() and p.name not in names
+        )
+        return PriorZeroError(
+            f"checkpoint {damage}. It was left as it is. Other checkpoints here: "
+            f"{', '.join(others) or 'none'}; name one with --checkpoint, or start anew without "
+            "--resume"
+        )
+
+
+class _Damaged(Exception):
+    """A checkpoint cannot be read; the text begins with its path."""
+
+
+def _write_tensors(state: dict[str, Any], path: Path) -> None:
+    """`torch.save`, with an OSError where the disk does not take the file."""
+    try:
+        torch.save(state, path)
+    except RuntimeError as error:
+        # torch's own writer says no more than that a write failed.
+        free = shutil.disk_usage(path.parent).free / 2**20
+        raise OSError(
+            f"{path.name} could not be written ({str(error).splitlines()[0]}; {free:.0f} MiB are "
+            "free)"
+        ) from error
+
+
+def _tensors(tree: Any) -> Any:
+    """Arrays as tensors: the restricted loader knows no numpy."""
+    if isinstance(tree, dict):
+        return {name: _tensors(value) for name, value in tree.items()}
+    if isinstance(tree, list):
+        return [_tensors(value) for value in tree]
+    # A copy, where numpy says that the array must not be written to.
+    return (
+        torch.from_numpy(np.require(tree, requirements="W"))
+        if isinstance(tree, np.ndarray)
+        else tree
+    )

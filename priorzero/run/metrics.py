@@ -12,7 +12,7 @@ import logging
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -73,6 +73,12 @@ class MetricsWriter:
 
         folder.mkdir(parents=True, exist_ok=True)
         self._tensorboard = SummaryWriter(str(folder))
+        # A thread writes the events. One that dies of a full disk leaves its queue full, and then
+        # the run waits for it for ever.
+        events = self._tensorboard.file_writer.event_writer._ev_writer
+        events.write_event = self._enduring(events.write_event)
+        events.flush = self._enduring(events.flush)
+        self._disk_failed = False
         self._lines = (folder / "metrics.jsonl").open("a", encoding="utf-8")
 
     def scalars(self, namespace: str, values: Mapping[str, float], step: int) -> None:
@@ -96,7 +102,8 @@ class MetricsWriter:
                     value,
                     step,
                 )
-        self._lines.write(json.dumps({"namespace": namespace, "step": step, **finite}) + "\n")
+        line = json.dumps({"namespace": namespace, "step": step, **finite})
+        self._enduring(self._lines.write)(line + "\n")
 
     def text(self, tag: str, text: str, step: int) -> None:
         """Write a text (Markdown) for TensorBoard."""
@@ -105,7 +112,25 @@ class MetricsWriter:
     def flush(self) -> None:
         """Let readers see what was written."""
         self._tensorboard.flush()
-        self._lines.flush()
+        self._enduring(self._lines.flush)()
+
+    def _enduring(self, write: Callable) -> Callable:
+        """`write`, which goes on where the disk does not take it; the log says so once."""
+
+        def attempt(*arguments):
+            try:
+                return write(*arguments)
+            except OSError as error:
+                if not self._disk_failed:
+                    self._disk_failed = True
+                    logger.error(
+                        "metrics could not be written (%s); the run goes on, and they may have "
+                        "gaps from here on (said once)",
+                        error,
+                    )
+                return None
+
+        return attempt
 
     def close(self) -> None:
         """Write the rest and end."""

@@ -34,6 +34,14 @@ class EpisodeContext:
         assert self._observations, "an action needs a state it is taken in"
         self._actions.append(action_id)
 
+    def restore(self, observations: np.ndarray, actions: np.ndarray) -> None:
+        """Look back on `observations` `[c, E]` and the `actions` `[c - 1]` between them, as the
+        properties below gave them.
+        """
+        assert len(actions) == len(observations) - 1
+        self._observations.extend(observations)
+        self._actions.extend(int(action) for action in actions)
+
     @property
     def observations(self) -> np.ndarray:
         """`[c, E]` float32, 1 <= c <= C, oldest first."""

@@ -174,6 +174,9 @@ class PolicySettings(Settings):
     """Segments collected per iteration."""
     replay_buffer_size: int = 100_000
     """Transitions kept for replay."""
+    replay_save_mib: int = 2048
+    """MiB on disk for the replay buffer's segments, the newest ones where they take more; 0 keeps
+    none, so that a resumed run starts with an empty buffer."""
     use_priority: bool = False
     """Prioritised replay."""
     priority_prob_alpha: float = 0.6
@@ -239,6 +242,7 @@ class PolicySettings(Settings):
             "priority_prob_alpha",
             "priority_prob_beta",
             "train_start_after_envsteps",
+            "replay_save_mib",
             "weight_decay",
         )
         yield from in_unit_interval(self, "root_noise_weight", "target_update_theta")

@@ -17,9 +17,10 @@ import sys
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -414,6 +415,27 @@ class SentenceEncoder:
             if self.rule.normalize:
                 vectors = torch.nn.functional.normalize(vectors, p=2, dim=1)
             return vectors.float().cpu().numpy()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The cache, least recently used first. A text encoded in another batch differs in its last
+        bits, so that a run goes on exactly only with the vectors it had.
+        """
+        with self._cache_lock:
+            texts = list(self._cache)
+            vectors = np.stack(list(self._cache.values())) if texts else np.zeros((0, self.dim))
+        return {"encoder": self.choice.name, "texts": texts, "vectors": vectors.astype(np.float32)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Undo `state_dict`; vectors of another encoder are left alone."""
+        vectors = np.asarray(state["vectors"])
+        if state["encoder"] != self.choice.name or vectors.shape[1] != self.dim:
+            return
+        known = {}
+        for text, vector in zip(state["texts"], vectors, strict=True):
+            known[text] = vector.copy()
+            known[text].setflags(write=False)
+        with self._cache_lock:
+            self._store(known)
 
     def stats(self) -> dict[str, float]:
         """Counters since the start.

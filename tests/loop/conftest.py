@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from priorzero.data.archive import SegmentArchive
 from priorzero.data.batch import LearnOutput
 from priorzero.loop.parts import Parts
 from priorzero.play.results import CollectResult, EvalResult
@@ -87,7 +88,11 @@ class Made:
         for name, value in schedule.items():
             setattr(self.config, name, value)
 
-        nothing = SimpleNamespace(stats=lambda: dict(hits=0, misses=0))
+        nothing = SimpleNamespace(
+            stats=lambda: dict(hits=0, misses=0),
+            state_dict=dict,
+            load_state_dict=lambda state: None,
+        )
         games = SimpleNamespace(stats=lambda: dict(state_hits=0, state_misses=0))
         self.trainer = SimpleNamespace(
             version=0, state_dict=lambda: {"weights": 1}, load_state_dict=self._load_llm
@@ -118,18 +123,29 @@ class Made:
                 sample=lambda size: SimpleNamespace(indices=np.arange(size)),
                 update_priority=self._priorities,
                 sample_llm="the buffer's draw",
+                numbered_segments=lambda: iter(()),
+                state_dict=lambda: {"pushed": 1},
+                load_state_dict=self._load_buffer,
+                get_num_of_transitions=lambda: 12,
             ),
             llm=SimpleNamespace(
-                trainer=self.trainer, engine=None, prior=prior, phase=phase, name="a made-up LLM"
+                trainer=self.trainer,
+                engine=SimpleNamespace(thought_calls=4),
+                prior=prior,
+                phase=phase,
+                name="a made-up LLM",
             )
             if llm
             else None,
             collect_envs=games,
-            collector=SimpleNamespace(collect=self._collect),
+            collector=SimpleNamespace(
+                collect=self._collect, state_dict=lambda: {"slots": [1, 2]}, resume=self._resume
+            ),
             evaluator=SimpleNamespace(evaluate=self._evaluate),
             metrics=MetricsWriter(folder / "log"),
             watch=Stopwatch(),
             checkpoints=CheckpointStore(folder / "ckpt"),
+            archive=SegmentArchive(folder / "replay", 2**20),
             closing=AsyncExitStack(),
         )
         self.updates = 0
@@ -158,6 +174,14 @@ class Made:
             return {}
         self.trainer.version += 1
         return {"sft_loss": 0.25}
+
+    def _load_buffer(self, state, segments):
+        self.events.append(f"buffer {state} {segments}")
+        return 3
+
+    async def _resume(self, state):
+        self.events.append(f"episodes {state}")
+        return 1
 
     async def _publish(self):
         self.events.append(f"publish {self.trainer.version}")

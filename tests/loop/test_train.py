@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from priorzero.loop import reporting, saving, stages
 from priorzero.loop.schedules import parallel
 from priorzero.loop.train import train
+from priorzero.types import PriorZeroError
 
 GO = SimpleNamespace(requested=False)
 
@@ -156,22 +159,118 @@ async def test_world_model_metrics_are_means_over_the_updates(made):
     assert 0 <= metrics["train_time"] < 1
 
 
-async def test_progress_is_saved_once_and_comes_back_whole(made, tmp_path):
+async def test_progress_is_saved_once_and_comes_back_whole(made, told):
     run = made(save_freq=1)
     await train(run.parts, GO)
 
     again = made()
     await saving.load(again.parts, "latest")
-    assert again.parts.progress == run.parts.progress
+    # Of the two running episodes the made-up collector loses one.
+    assert again.parts.progress == replace(run.parts.progress, episodes_lost=1)
+    assert "holds 12 transitions (3 are not on disk any more), 1 of 2 episodes go on" in told.text
+    assert again.parts.llm.engine.thought_calls == 4
     assert again.parts.history.losses == run.parts.history.losses
     assert len(again.parts.history.evaluations) == 3
     # The version of the LLM's weights is the progress record's, and the engine is told.
-    assert again.take() == ["world model {'model': 1}", "llm {'weights': 1}", "publish 2"]
+    assert again.take() == [
+        *["world model {'model': 1}", "llm {'weights': 1}", "publish 2"],
+        *["buffer {'pushed': 1} {}", "episodes {'slots': [1, 2]}"],
+    ]
 
     evaluated = made(eval_only=True)
     await saving.load(evaluated.parts, "latest")
     assert evaluated.parts.progress == run.parts.progress
     assert evaluated.parts.history.evaluations == []
+    assert evaluated.take() == ["world model {'model': 1}", "llm {'weights': 1}", "publish 2"]
+
+
+async def test_an_evaluation_that_was_saved_is_not_played_again(made):
+    run = made(iterations=2)
+    run.parts.settings.eval.modes = ["world_model_llm"]
+    await train(run.parts, GO)
+    again = made(iterations=3)
+    await saving.load(again.parts, "latest")
+    again.take()
+    await train(again.parts, GO)
+    assert again.take()[0] == "collect from 10"
+    assert [e["iteration"] for e in again.parts.history.evaluations] == [0, 2, 3]
+
+
+async def test_a_checkpoint_of_an_earlier_version_resumes_without_buffer(made, told):
+    run = made()
+    old = {"policy": {"model": 1}, "progress": {"iteration": 3}, "history": {}}
+    run.parts.checkpoints.save(3, old, None, {"game": "made-up"})
+    await saving.load(run.parts, "latest")
+    assert run.take() == ["world model {'model': 1}"] and run.parts.progress.iteration == 3
+    assert "at iteration 3, 0 environment steps; the replay buffer starts empty" in told.text
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """From `full_disk()` to the end of the test, or `full_disk(False)`, torch cannot write."""
+    import torch
+
+    real, full = torch.save, [False]
+
+    def write(state, path):
+        if full[0]:
+            path.write_bytes(b"half a ")
+            raise OSError(28, "No space left on device")
+        real(state, path)
+
+    monkeypatch.setattr(torch, "save", write)
+    return lambda now=True: full.__setitem__(0, now)
+
+
+async def test_a_full_disk_costs_a_checkpoint_and_not_the_run(made, tmp_path, told, full_disk):
+    run = made(iterations=3, eval_freq=0, save_freq=1)
+    collect = run.parts.collector.collect
+
+    async def filling(*arguments):
+        full_disk(run.parts.progress.iteration == 1)
+        return await collect(*arguments)
+
+    run.parts.collector.collect = filling
+    await train(run.parts, GO)
+    saving.require_saved(run.parts)
+
+    assert run.parts.progress.iteration == 3 and run.parts.progress.save_failures == 1
+    errors = [r.getMessage() for r in told.records if r.levelname == "ERROR"]
+    assert len(errors) == 1 and "iteration 2 could not be written" in errors[0]
+    assert "No space left on device" in errors[0] and f"Free space in {tmp_path}" in errors[0]
+    names = {p: (tmp_path / "ckpt" / p).read_text() for p in ("latest", "previous")}
+    assert names == {"latest": "iter_00000003", "previous": "iter_00000001"}
+    rows = [json.loads(line) for line in _lines(run, tmp_path)]
+    assert [r["save_failures"] for r in rows if r["namespace"] == "perf"] == [0.0, 0.0, 1.0]
+
+
+async def test_a_last_save_that_fails_is_an_error(made, tmp_path, full_disk):
+    run = made(iterations=2, eval_freq=0, save_freq=1)
+    collect = run.parts.collector.collect
+
+    async def filling(*arguments):
+        full_disk(run.parts.progress.iteration == 1)
+        return await collect(*arguments)
+
+    run.parts.collector.collect = filling
+    await train(run.parts, GO)
+    with pytest.raises(PriorZeroError, match="wrote is of iteration 1. Free space in"):
+        saving.require_saved(run.parts)
+    assert (tmp_path / "ckpt" / "latest").read_text() == "iter_00000001"
+    assert sorted(p.name for p in (tmp_path / "ckpt").iterdir()) == ["iter_00000001", "latest"]
+
+
+async def test_a_best_checkpoint_that_was_not_written_is_not_the_best(made, full_disk):
+    run = made(iterations=2, eval_freq=1, save_freq=0)
+    run.returns = [0.0, 5.0, 4.0]
+    full_disk()
+    await train(run.parts, GO)
+    assert run.parts.progress.best_return == -math.inf
+
+
+def _lines(run, folder):
+    run.parts.metrics.flush()
+    return (folder / "log" / "metrics.jsonl").read_text().splitlines()
 
 
 async def test_summary_and_settings_are_written(made, tmp_path):

@@ -242,3 +242,30 @@ def test_the_choice_is_logged_and_a_missing_model_names_the_way_out(tmp_path, ca
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(PriorZeroError, match="pip install"):
         resolve_encoder("auto")
+
+
+def test_a_saved_cache_gives_the_same_bits_and_leaves_in_the_same_order():
+    """In another batch a text's vector differs in its last bits, so a resumed run needs the old."""
+    one, two = load("auto"), load("auto")
+    one.encode(TEXTS)
+    one.encode(TEXTS[:1])  # the newest again
+    state = one.state_dict()
+    assert sorted(state["texts"]) == sorted(TEXTS) and state["texts"][-1] == TEXTS[0]
+    assert state["vectors"].dtype == np.float32
+    two.load_state_dict(state)
+    assert two.stats()["cache_bytes"] == one.stats()["cache_bytes"] > 0
+    np.testing.assert_array_equal(two.encode(TEXTS), one.encode(TEXTS))
+    assert two.stats()["misses"] == 0
+
+    small = load("auto", cache_bytes=one.stats()["cache_bytes"] // 2)
+    small.load_state_dict(state)
+    assert 0 < small.stats()["cache_entries"] < len(TEXTS)
+    assert small.encode(TEXTS[:1]).shape == (1, 384) and small.stats()["misses"] == 0
+
+
+def test_vectors_of_another_encoder_are_not_taken_over():
+    one = load("auto")
+    state = {"encoder": "another", "texts": ["a"], "vectors": np.zeros((1, 384), np.float32)}
+    one.load_state_dict(state)
+    one.load_state_dict(one.state_dict())  # empty
+    assert one.stats()["cache_entries"] == 0

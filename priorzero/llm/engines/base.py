@@ -171,6 +171,17 @@ class LLMEngine(ABC):
     async def close(self) -> None:  # noqa: B027 - an optional hook
         """Release everything; the engine cannot be used afterwards."""
 
+    @property
+    def thought_calls(self) -> int:
+        """How many calls have generated thoughts; with the reasoner's seed, what the next ones are
+        drawn from. A resumed run sets it.
+        """
+        return self._thought_calls
+
+    @thought_calls.setter
+    def thought_calls(self, calls: int) -> None:
+        self._thought_calls = calls
+
     def stats(self) -> dict[str, float]:
         """Counters since the start, for logging."""
         return {key: float(value) for key, value in self.counters.items()}

@@ -40,6 +40,14 @@ class CachedEngine(LLMEngine):
     def max_tokens(self) -> int:
         return self.inner.max_tokens
 
+    @property
+    def thought_calls(self) -> int:
+        return self.inner.thought_calls
+
+    @thought_calls.setter
+    def thought_calls(self, calls: int) -> None:
+        self.inner.thought_calls = calls
+
     async def score(self, requests: Sequence[TokenisedRequest]) -> list[ActionScores]:
         """As the inner engine, with `cached=True` on what was not computed again."""
         requests = list(requests)

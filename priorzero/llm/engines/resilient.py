@@ -174,6 +174,14 @@ class ResilientEngine(LLMEngine):
             self.counters["engine_close_errors"] += 1
             logger.exception("Closing the failed LLM engine %s failed too", engine.name)
 
+    @property
+    def thought_calls(self) -> int:
+        return self._engine.thought_calls
+
+    @thought_calls.setter
+    def thought_calls(self, calls: int) -> None:
+        self._engine.thought_calls = calls
+
     async def score(self, requests: Sequence[TokenisedRequest]) -> list[ActionScores]:
         return await self._call(lambda engine: engine.score(requests))
 

@@ -12,6 +12,7 @@ from priorzero.llm.engines import transformers_engine
 from priorzero.llm.engines.base import LLMEngine, LLMEngineDead, LLMEngineError
 from priorzero.llm.engines.cached import CachedEngine
 from priorzero.llm.engines.resilient import ResilientEngine
+from priorzero.llm.engines.thoughts import Reasoner
 from priorzero.llm.engines.transformers_engine import TransformersEngine
 from priorzero.llm.prior import LLMPrior
 from priorzero.llm.weights.export import Weights
@@ -317,3 +318,24 @@ async def test_a_16_bit_copy_sees_small_updates_of_adapters(tiny, tokeniser):
     # The adapters alone travel.
     adapters = sum(p.numel() for p in trainer.state_dict()["model"].values())
     assert report["bytes"] == 4 * adapters
+
+
+async def test_a_resumed_run_draws_the_thoughts_that_would_have_come(byte_model, tokeniser):
+    """The number of calls is part of each draw's seed; wrappers pass it through."""
+
+    def engine():
+        reasoner = Reasoner(max_new_tokens=6, temperature=1.0, marker="Action:", seed=3)
+        inner = TransformersEngine(byte_model, tokeniser, reasoner=reasoner)
+        resilient = ResilientEngine(inner, None, None, max_restarts=0, attempts=1)
+        return CachedEngine(resilient, 8)
+
+    asked = tokeniser.requests([("You see a door.", "")], [["go", "look"]], reasoning=True)
+    one, two = engine(), engine()
+    thoughts = [(await one.score(asked))[0].thought_ids for _ in range(3)]
+    assert len(set(thoughts)) == 3 and one.thought_calls == 3
+
+    two.thought_calls = 2
+    assert (await two.score(asked))[0].thought_ids == thoughts[2]
+    assert two.thought_calls == 3
+    for made in (one, two):
+        await made.close()

@@ -1,0 +1,119 @@
+"""A run that was stopped and went on is the run that was not stopped, number for number."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.test_entry import (
+    SETTINGS,
+    Finished,
+    assert_one_error,
+    environment,
+    experiment,
+    metrics,
+    read_json,
+    run,
+)
+
+# What time it took differs from run to run; what was computed does not.
+TIMES = ("train_time", "seconds")
+EVAL = ["--eval-freq=2", "--save-freq=1"]
+
+
+def computed(cwd: Path, *namespaces: str) -> list[dict]:
+    return [
+        {name: value for name, value in row.items() if not name.endswith(TIMES)}
+        for row in metrics(experiment(cwd))
+        if row["namespace"] in namespaces
+    ]
+
+
+def both(tmp_path: Path, *arguments: str, tiny: bool = True) -> tuple[Path, Path, Finished]:
+    """Four iterations at once, and two and two; with the second part's output."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for cwd, more in (
+        (whole, ["--iterations=4"]),
+        (parts, ["--iterations=2"]),
+        (parts, ["--iterations=4", "--resume"]),
+    ):
+        cwd.mkdir(exist_ok=True)
+        result = run(cwd, *arguments, *more, tiny=tiny)
+        assert result.status == 0, result.output
+    return whole, parts, result
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
+    whole, parts, result = both(tmp_path, *EVAL)
+    names = ("collect", "prior", "wm", "eval")
+    rows = computed(whole, *names)
+    assert computed(parts, *names) == rows
+    assert sum(row["namespace"] == "wm" for row in rows) == 4
+    assert "transitions, 2 of 2 episodes go on" in result.output
+
+    told = [read_json(experiment(cwd) / "summary.json") for cwd in (whole, parts)]
+    for name in ("env_steps", "first_losses", "last_losses", "evaluations"):
+        assert told[0][name] == told[1][name], name
+
+
+def test_with_an_llm_too(tiny_llm, tmp_path):
+    whole, parts, _ = both(
+        tmp_path,
+        "--env-id=tw-simple",
+        "--exp-name=tiny",
+        f"--llm={tiny_llm}",
+        "--engine=transformers",
+        "--llm-train-freq=1",
+        "--rft",
+        *SETTINGS,
+        "--set=llm.sft.samples=4",
+        "--set=llm.rft.samples=4",
+        "--set=llm.lora.last_layers=1",
+        '--set=eval.modes=["world_model_llm"]',
+        *EVAL,
+        tiny=False,
+    )
+    names = ("collect", "prior", "wm", "llm", "eval")
+    rows = computed(whole, *names)
+    assert computed(parts, *names) == rows
+    assert sum(row["namespace"] == "llm" for row in rows) == 4
+    assert any(row.get("kl_from_wm", 0) > 0 for row in rows)
+
+
+def test_a_full_disk_at_the_last_save_is_one_error_and_the_checkpoint_before_goes_on(tmp_path):
+    """A real file system error: no file may grow beyond what a checkpoint needs."""
+    result = run(tmp_path, "--iterations=1", "--eval-freq=0")
+    assert result.status == 0, result.output
+    store = experiment(tmp_path) / "ckpt"
+    size = (store / "iter_00000001" / "state.pt").stat().st_size
+
+    # The command line, in a process that may not write more than half a checkpoint into a file.
+    code = (
+        "import asyncio, resource, sys\n"
+        "from priorzero_orz_entry import main\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2}, {size // 2}))\n"
+        "sys.exit(asyncio.run(main(sys.argv[1:])))\n"
+    )
+    arguments = ["--env-id=tw-simple", "--exp-name=tiny", "--no-llm", *SETTINGS]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments]
+        + ["--iterations=3", "--eval-freq=0", "--save-freq=1", "--resume"],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    failed = Finished(done.returncode, done.stderr)
+    assert_one_error(failed, "the run's last checkpoint could not be written", "--resume")
+    for iteration in (2, 3):
+        assert f"the checkpoint of iteration {iteration} could not be written" in failed.output
+    assert (store / "latest").read_text() == "iter_00000001"
+    rows = [r for r in metrics(experiment(tmp_path)) if r["namespace"] == "perf"]
+    assert [r["save_failures"] for r in rows] == [0.0, 0.0, 1.0]
+    assert read_json(experiment(tmp_path) / "summary.json")["iterations"] == 3
+
+    result = run(tmp_path, "--iterations=2", "--eval-freq=0", "--resume")
+    assert result.status == 0 and "Resumed tw-simple at iteration 1" in result.output
