@@ -299,5 +299,7 @@ def test_every_metric_of_a_run_is_explained(tiny_llm, tmp_path):
         "failures",
         "prior/sample",
         "perf/turn",
+        "plain_states",
+        "oom_splits",
     )
     assert sorted(p for p in absent if not any(r in p for r in rare)) == []

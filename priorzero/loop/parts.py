@@ -82,8 +82,6 @@ class Buffer(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any], segments: Mapping[int, Segment]) -> int: ...
 
-    def get_num_of_transitions(self) -> int: ...
-
 
 class Collector(Protocol):
     """`PriorZeroCollector`."""

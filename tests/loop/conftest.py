@@ -126,7 +126,6 @@ class Made:
                 numbered_segments=lambda: iter(()),
                 state_dict=lambda: {"pushed": 1},
                 load_state_dict=self._load_buffer,
-                get_num_of_transitions=lambda: 12,
             ),
             llm=SimpleNamespace(
                 trainer=self.trainer,
