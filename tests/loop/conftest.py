@@ -77,13 +77,14 @@ class Made:
         plays: steps of the calls of the collector to come: of finished segments, and all.
         held: transitions in the buffer.
         learns: whether the LLM finds decisions to learn from.
+        lost: running episodes that do not come back at a resume.
     """
 
     def __init__(self, folder, llm: bool = True, eval_only: bool = False, **schedule) -> None:
         self.events: list[str] = []
         self.returns: list[float] = []
         self.plays: list[tuple[int, int]] = []
-        self.held, self.learns = 0, True
+        self.held, self.learns, self.lost = 0, True, 0
         self.config = Schedule()
         for name, value in schedule.items():
             setattr(self.config, name, value)
@@ -180,7 +181,7 @@ class Made:
 
     async def _resume(self, state):
         self.events.append(f"episodes {state}")
-        return 1
+        return self.lost
 
     async def _publish(self):
         self.events.append(f"publish {self.trainer.version}")

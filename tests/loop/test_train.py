@@ -164,8 +164,8 @@ async def test_progress_is_saved_once_and_comes_back_whole(made, told):
     await train(run.parts, GO)
 
     again = made()
+    again.held, again.lost = 12, 1
     await saving.load(again.parts, "latest")
-    # Of the two running episodes the made-up collector loses one.
     assert again.parts.progress == replace(run.parts.progress, episodes_lost=1)
     assert "holds 12 transitions (3 are not on disk any more), 1 of 2 episodes go on" in told.text
     assert again.parts.llm.engine.thought_calls == 4
