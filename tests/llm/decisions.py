@@ -36,6 +36,7 @@ def sample(asked: TokenisedRequest, **fields) -> LLMSample:
         **dict(
             request=asked,
             thought_tokens=0,
+            thought_logprobs=(),
             action_index=0,
             target_policy=(0.7, 0.3) + (0.0,) * (actions - 2),
             behaviour=(1 / actions,) * actions,
