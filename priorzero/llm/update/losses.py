@@ -54,8 +54,8 @@ def clipped_surrogate(
     log_ratio: torch.Tensor,
     advantage: torch.Tensor,
     *,
-    low: float = 0.2,
-    high: float = 0.2,
+    low: float,
+    high: float,
     dual: float = 0.0,
 ) -> Surrogate:
     """Clipped surrogate of units with `log_ratio` [U] = log pi - log pi_old and `advantage` [U].

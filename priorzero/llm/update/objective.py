@@ -85,12 +85,12 @@ class Objective(ABC):
     """One way to learn from decisions.
 
     Attributes:
-        epochs: Passes over the decisions of a phase.
+        passes: Over the decisions of a phase.
         thoughts: Whether `loss` needs the thoughts' log-probabilities.
         initial: Whether `prepare` asks for scores of the LLM before any training.
     """
 
-    epochs = 1
+    passes = 1
     thoughts = False
     initial = False
 

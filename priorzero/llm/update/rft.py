@@ -140,7 +140,7 @@ class RFT(Objective):
         self._rating = rating
         self._advantages = Advantages(settings.advantage)
         self._kl_coef = KLCoefficient(train.kl_coef, settings.kl_target)
-        self.epochs = settings.epochs
+        self.passes = settings.epochs
         self.thoughts = settings.cot_weight > 0
         self.initial = settings.kl_reference == "initial"
 

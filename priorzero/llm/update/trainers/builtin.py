@@ -138,7 +138,7 @@ class BuiltinTrainer:
         tally, norms, tokens = _Tally(), [], 0
         size = self._settings.batch_size or len(samples)
         steps = [ready[start : start + size] for start in range(0, len(ready), size)]
-        for step in steps * objective.epochs:
+        for step in steps * objective.passes:
             self._optimizer.zero_grad(set_to_none=True)
             own = _Tally()
             tokens += self._gradients(objective, step, (tally, own))
