@@ -1,8 +1,9 @@
 """Alternatives that are files: a module in a plug-in folder is found by its file name.
 
 The folders are `priorzero/search/root_policies`, `priorzero/loop/schedules`,
-`priorzero/llm/update/trainers` and `priorzero/games/kinds`. A setting names the file, so that a new
-root policy, schedule, trainer or kind of game is one new file and no other change.
+`priorzero/llm/update/trainers`, `priorzero/llm/update/objectives` and `priorzero/games/kinds`. A
+setting names the file, so that a new root policy, schedule, trainer, objective or kind of game is
+one new file and no other change.
 """
 
 from __future__ import annotations

@@ -77,12 +77,18 @@ class ActionScores:
     given the prompt and the action's earlier tokens; the terminator token that ends an action is
     the last one. ``weights_version`` tells which LLM weights answered. ``thought_ids`` is the chain
     of thought generated between prompt and actions, action marker included, or empty.
+    ``thought_logprobs`` are those (temperature 1) of its tokens that the LLM wrote; the marker's
+    ids behind them were put there, so they have none.
     """
 
     token_logprobs: tuple[tuple[float, ...], ...]
     weights_version: int = 0
     thought_ids: tuple[int, ...] = ()
+    thought_logprobs: tuple[float, ...] = ()
     cached: bool = field(default=False, compare=False)
+
+    def __post_init__(self) -> None:
+        assert len(self.thought_logprobs) <= len(self.thought_ids)
 
     def totals(self, reduction: str = "sum") -> list[float]:
         """One number per action: ``sum`` of its token log-probabilities, or their ``mean``."""

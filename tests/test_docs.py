@@ -20,10 +20,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-README, MANUAL, METRICS = (
-    ROOT / name for name in ("README.md", "PRIORZERO_ORZ_EXECUTABLE.md", "docs/METRICS.md")
+README, MANUAL, METRICS, ALGORITHM = (
+    ROOT / name
+    for name in (
+        "README.md",
+        "PRIORZERO_ORZ_EXECUTABLE.md",
+        "docs/METRICS.md",
+        "docs/ALGORITHM.md",
+    )
 )
-DOCUMENTS = [README, MANUAL, METRICS]
+DOCUMENTS = [README, MANUAL, METRICS, ALGORITHM]
 SOURCES = [*ROOT.glob("*.py"), *(ROOT / "priorzero").rglob("*.py"), ROOT / "run_priorzero_orz.sh"]
 LAUNCHER_OPTIONS = {"--help"}
 

@@ -162,7 +162,10 @@ class SFTSettings(Settings):
 
 @dataclass(kw_only=True)
 class RFTSettings(Settings):
-    """PPO-style reinforcement; advantage = n-step return - the world model's predicted value."""
+    """PPO-style reinforcement; advantage = n-step return - the world model's predicted value.
+
+    The equations stand in docs/ALGORITHM.md.
+    """
 
     enable: bool = False
     """Whether the LLM learns from advantages of the world model."""
@@ -170,14 +173,65 @@ class RFTSettings(Settings):
     """Decisions per training phase."""
     recent_transitions: int = 500
     """The newest transitions they are drawn from."""
+    objective: str = "action"
+    """What a ratio is taken of: a file of priorzero/llm/update/objectives. action: the policy over
+    the valid actions; token: each token of the played action; sequence: their mean (GSPO)."""
+    cot_weight: float = 0.0
+    """How much the tokens of a chain of thought count beside the action's; 0: the thought is not
+    trained."""
+    advantage: str = "batch"
+    """Scale of advantages. raw: none; batch: mean and deviation of the phase; running: of the last
+    thousand decisions; robust: median and quartiles of the phase."""
+    clip_epsilon_high: float | None = None
+    """Clip range upwards, where it is another than train.clip_epsilon; None: the same."""
+    dual_clip: float = 0.0
+    """A bad action's loss is at most this times its advantage, however likely it has become; 0: not
+    bounded."""
+    epochs: int = 1
+    """Passes over the decisions of a phase."""
+    max_kl: float = 0.0
+    """Nats (approx_kl of an optimiser step) from the policy before the phase at which the phase
+    ends; 0: never."""
     max_importance: float = 2.0
     """Truncates the weight pi_LLM / mu of an action the search drew from mu; 0 switches the
     correction off."""
+    mismatch: str = "off"
+    """Correction of ratios k between trainer's and engine's numbers. truncate: weight k, at most
+    mismatch_high; mask: weight k, 0 outside of mismatch_low to mismatch_high."""
+    mismatch_low: float = 0.5
+    """Smallest k that `mask` lets pass."""
+    mismatch_high: float = 2.0
+    """Largest k."""
+    max_staleness: int | None = None
+    """Training phases a decision may be old; older ones are left out and counted. None: any."""
+    kl_estimator: str = "exact"
+    """KL from the reference, times train.kl_coef. exact: over the valid actions; k1, k2, k3: from
+    the played action's (and thought's) own probabilities, k1 within the advantage."""
+    kl_reference: str = "collected"
+    """collected: the policy that collected; initial: the LLM before any training, which is the
+    adapters switched off, or with all weights training a second copy of them in memory."""
+    kl_target: float = 0.0
+    """Nats to which train.kl_coef is adapted, doubled or halved after a phase; 0: it stays."""
 
     def rules(self) -> Iterator[Rule]:
         """See `Settings.rules`."""
-        yield from positive(self, "samples", "recent_transitions")
-        yield from not_negative(self, "max_importance")
+        yield from positive(self, "samples", "recent_transitions", "epochs")
+        yield from not_negative(
+            self, "cot_weight", "max_kl", "max_importance", "mismatch_low", "kl_target"
+        )
+        yield from a_file_of(self, "objective", "priorzero.llm.update.objectives")
+        yield from one_of(self, "advantage", "raw", "batch", "running", "robust")
+        yield from one_of(self, "mismatch", "off", "truncate", "mask")
+        yield from one_of(self, "kl_estimator", "exact", "k1", "k2", "k3")
+        yield from one_of(self, "kl_reference", "collected", "initial")
+        high, staleness = self.clip_epsilon_high, self.max_staleness
+        yield Rule("clip_epsilon_high", high is None or high > 0, "it must be positive or None")
+        yield Rule(
+            "dual_clip", self.dual_clip == 0 or self.dual_clip > 1, "it must be 0 or above 1"
+        )
+        yield Rule("mismatch_low", self.mismatch_low <= 1, "it must be at most 1")
+        yield Rule("mismatch_high", self.mismatch_high >= 1, "it must be at least 1")
+        yield Rule("max_staleness", staleness is None or staleness >= 0, "it must not be negative")
 
 
 @dataclass(kw_only=True)
@@ -263,6 +317,16 @@ class LLMSettings(Settings):
         yield from one_of(self, "dtype", "auto", "float32", "bfloat16")
         yield from one_of(self, "residual_dtype", "auto", "float32", "bfloat16")
         yield from a_file_of(self, "trainer", "priorzero.llm.update.trainers")
+        yield Rule(
+            "rft.cot_weight",
+            not self.rft.cot_weight or self.prompt.use_cot,
+            "there is no chain of thought to train without prompt.use_cot",
+        )
+        yield Rule(
+            "rft.kl_target",
+            not self.rft.kl_target or self.train.kl_coef > 0,
+            "train.kl_coef is 0, and no doubling makes it anything else",
+        )
         yield from positive(self, "attempts")
         yield from not_negative(
             self, "max_batch_tokens", "max_restarts", "score_cache_size", "trunk_cache_mib"

@@ -26,9 +26,9 @@ from priorzero.llm.engines.choice import create_engine
 from priorzero.llm.engines.transformers_engine import TransformersEngine
 from priorzero.llm.scoring.requests import Tokeniser
 from priorzero.llm.weights.publish import publish
-from priorzero.settings.llm import LLMSettings, ReasoningSettings, VLLMSettings
+from priorzero.settings.llm import LLMSettings, LoraSettings, ReasoningSettings, VLLMSettings
 from priorzero.types import TokenisedRequest
-from tests.llm.decisions import sample, trainer_of
+from tests.llm.decisions import policy, rft_settings, sample, says, trainer_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -89,6 +89,39 @@ async def test_residual_dtype_of_the_engines_copy(residual, stored, smollm, requ
         assert got.totals() == pytest.approx(want.totals(), abs=0.3)
     await engine.close()
     await exact.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["action", "token", "sequence"])
+def test_reinforcement_of_the_real_model(objective, smollm, requests):
+    """A good action gets likelier, a bad one less; a written thought goes with the good one."""
+    marker = tuple(smollm[1]("\nAction:", add_special_tokens=False)["input_ids"])
+    written = tuple(smollm[1](" The door is north.", add_special_tokens=False)["input_ids"])
+    few = [first_actions(r, 3) for r in requests]
+    good = sample(
+        few[0].with_thought(written + marker),
+        thought_tokens=len(written + marker),
+        thought_logprobs=(-1.0,) * len(written),
+        value_target=1.0,
+    )
+    bad = sample(few[1], action_index=1, value_target=-1.0)
+    trainer = trainer_of(
+        copy.deepcopy(smollm[0]),
+        rft=rft_settings(objective=objective, cot_weight=1.0, epochs=2, advantage="raw"),
+        lora=LoraSettings(enable=True, rank=8, last_layers=4),
+        learning_rate=3e-4,
+    )
+
+    def now() -> tuple[float, float, float]:
+        with torch.no_grad():
+            thought = says(trainer.weights().module, good)[1].sum()
+        return policy(trainer, good.request)[0], policy(trainer, bad.request)[1], thought
+
+    before = now()
+    metrics = trainer.update({"rft": [good, bad]})
+    after = now()
+    assert after[0] > before[0] and after[1] < before[1] and after[2] > before[2]
+    assert metrics["rft_ratio"] != 1.0 and metrics["rft_epochs"] == 2.0
 
 
 def _trained(smollm, requests):
@@ -153,12 +186,14 @@ class TestVLLM:
         prompts = [r.prompt_ids for r in requests]
         own = TransformersEngine(smollm[0], vllm.tokeniser)
         greedy = await own.generate(prompts, 8, 0.0)
-        assert await vllm.generate(prompts, 8, 0.0) == greedy
+        theirs = await vllm.generate(prompts, 8, 0.0)
+        assert [a.ids for a in theirs] == [a.ids for a in greedy]
+        for a, b in zip(theirs, greedy, strict=True):
+            assert list(a.logprobs) == pytest.approx(b.logprobs, abs=0.01)
         # A stop text ends the answer with the token that completes it.
-        stop = (vllm.tokeniser.decode(greedy[0][2:3]),)
-        assert await vllm.generate(prompts, 8, 0.0, stop) == await own.generate(
-            prompts, 8, 0.0, stop
-        )
+        stop = (vllm.tokeniser.decode(greedy[0].ids[2:3]),)
+        theirs, ours = [await e.generate(prompts, 8, 0.0, stop) for e in (vllm, own)]
+        assert [a.ids for a in theirs] == [a.ids for a in ours]
 
     async def test_new_weights_answer_and_survive_a_killed_engine(
         self, vllm, smollm, requests, reference

@@ -35,7 +35,6 @@ ORDINARY = {
 PENDING = {
     "priorzero/llm/engines/transformers_engine.py",
     "priorzero/llm/scoring/requests.py",
-    "priorzero/llm/update/losses.py",
     "priorzero/llm/update/trainers/builtin.py",
     "priorzero_evaluator.py",
 }

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
-from priorzero.llm.engines.thoughts import Reasoner
+from priorzero.llm.engines.thoughts import Generated, Reasoner, Thought
 from priorzero.llm.scoring.requests import Tokeniser, check_length
 from priorzero.llm.weights.export import Weights
 from priorzero.types import ActionScores, TokenisedRequest
@@ -71,7 +71,7 @@ class LLMEngine(ABC):
         """
         requests = list(requests)
         thoughts = await self._reason(requests)
-        asked = [r.with_thought(t) for r, t in zip(requests, thoughts, strict=True)]
+        asked = [r.with_thought(t.ids) for r, t in zip(requests, thoughts, strict=True)]
 
         unique = {request: None for request in asked if request.action_ids}
         for request in unique:
@@ -85,13 +85,15 @@ class LLMEngine(ABC):
         self.counters["states"] += len(requests)
         self.counters["states_computed"] += len(unique)
         return [
-            ActionScores(check_scores(request, answer_of[request]), version, thought)
+            ActionScores(
+                check_scores(request, answer_of[request]), version, thought.ids, thought.logprobs
+            )
             for request, thought in zip(asked, thoughts, strict=True)
         ]
 
-    async def _reason(self, requests: Sequence[TokenisedRequest]) -> list[Ids]:
-        """Ids of the chain of thought for the requests that ask for one, () for the others."""
-        thoughts: list[Ids] = [()] * len(requests)
+    async def _reason(self, requests: Sequence[TokenisedRequest]) -> list[Thought]:
+        """The chain of thought for the requests that ask for one, an empty one for the others."""
+        thoughts = [Thought()] * len(requests)
         wanted = [i for i, r in enumerate(requests) if r.reasoning and r.action_ids]
         if not wanted:
             return thoughts
@@ -105,12 +107,12 @@ class LLMEngine(ABC):
             (self.reasoner.marker,),
             seed=self.reasoner.seed + self._thought_calls,
         )
-        for i, ids in zip(wanted, generated, strict=True):
+        for i, written in zip(wanted, generated, strict=True):
             longest = max(len(a) for a in requests[i].action_ids)
             room = self.max_tokens - requests[i].num_prompt_tokens - longest
-            thoughts[i], had_marker = self.reasoner.finish(ids, self.tokeniser, room)
+            thoughts[i] = self.reasoner.finish(written, self.tokeniser, room)
             self.counters["reasoning"] += 1
-            self.counters["reasoning_without_marker"] += not had_marker
+            self.counters["reasoning_without_marker"] += not thoughts[i].had_marker
         return thoughts
 
     async def generate(
@@ -120,20 +122,27 @@ class LLMEngine(ABC):
         temperature: float = 1.0,
         stop: Sequence[str] = (),
         seed: int | None = None,
-    ) -> list[Ids]:
-        """Continue `prompts`, given and answered as token ids.
+    ) -> list[Generated]:
+        """Continue `prompts`, given and answered as token ids, each with its log-probability.
 
         An answer ends before the end of turn, at `max_new_tokens`, or with the token that
         completes a `stop` text. Temperature 0 is greedy.
 
         Raises:
-            LLMEngineError: no answer.
+            LLMEngineError: no answer, or a log-probability that is none.
         """
         if not prompts:
             return []
-        return await self._generate_tokens(
+        written = await self._generate_tokens(
             list(prompts), max_new_tokens, temperature, tuple(stop), seed
         )
+        for value in (value for answer in written for value in answer.logprobs):
+            if not math.isfinite(value) or value > 1e-3:
+                raise LLMEngineError(
+                    f"a generated token got the log-probability {value}; expected a finite value "
+                    "<= 0"
+                )
+        return written
 
     @abstractmethod
     async def _score_tokens(
@@ -151,7 +160,7 @@ class LLMEngine(ABC):
         temperature: float,
         stop: tuple[str, ...],
         seed: int | None,
-    ) -> list[Ids]:
+    ) -> list[Generated]:
         """See `generate`."""
 
     @abstractmethod

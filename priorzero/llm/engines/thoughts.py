@@ -9,6 +9,37 @@ from priorzero.llm.scoring.requests import Tokeniser
 
 
 @dataclass(frozen=True)
+class Generated:
+    """What an engine wrote behind a prompt.
+
+    Attributes:
+        ids: Its tokens.
+        logprobs: Of each, natural log at temperature 1 whatever it was drawn at.
+    """
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        assert len(self.ids) == len(self.logprobs)
+
+
+@dataclass(frozen=True)
+class Thought:
+    """A chain of thought as it stands before the actions.
+
+    Attributes:
+        ids: What the LLM wrote, then the marker's own ids.
+        logprobs: Of the ids that the LLM wrote; fewer than `ids`.
+        had_marker: Whether it had written the marker itself.
+    """
+
+    ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    had_marker: bool = False
+
+
+@dataclass(frozen=True)
 class Reasoner:
     """How a chain of thought is generated before the actions are scored.
 
@@ -24,28 +55,24 @@ class Reasoner:
     marker: str
     seed: int
 
-    def finish(
-        self, generated: Sequence[int], tokeniser: Tokeniser, room: int
-    ) -> tuple[tuple[int, ...], bool]:
-        """The thought's ids: what was generated up to before the marker, then the marker's own.
+    def finish(self, generated: Generated, tokeniser: Tokeniser, room: int) -> Thought:
+        """The thought: what was generated up to before the marker, then the marker's own.
 
         The ids before the marker are those the model wrote; a token that holds the marker's
         beginning and something before it is dropped. The marker is tokenised apart, on a new line
         where the model wrote none, so that it is the same ids behind every thought.
 
         Args:
-            generated: Ids, with or without the marker.
+            generated: With or without the marker.
             room: Ids the prompt still has room for; the thought loses its end where it is longer.
-
-        Returns:
-            The ids, and whether the model had written the marker itself.
         """
-        kept, found = before_text(generated, self.marker, tokeniser)
+        kept, found = before_text(generated.ids, self.marker, tokeniser)
         own = tokeniser.ids(self.marker)
         line_end = tokeniser.ids("\n" + self.marker)
         kept = kept[: max(0, room - max(len(own), len(line_end)))]
         closed = tokeniser.decode(kept).endswith("\n")
-        return kept + (own if closed else line_end), found
+        ids = kept + (own if closed else line_end)
+        return Thought(ids, generated.logprobs[: len(kept)], found)
 
 
 def before_text(

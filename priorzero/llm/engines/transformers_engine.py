@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 
 from priorzero.llm.engines.base import Ids, LLMEngine, LLMEngineDead, LLMEngineError, TokenLogprobs
-from priorzero.llm.engines.thoughts import Reasoner
+from priorzero.llm.engines.thoughts import Generated, Reasoner
 from priorzero.llm.model import base_model
 from priorzero.llm.scoring.forward import choose_way, computing, tree_logprobs
 from priorzero.llm.scoring.head_cache import HeadCache
@@ -156,9 +156,9 @@ class TransformersEngine(LLMEngine):
         temperature: float,
         stop: tuple[str, ...],
         seed: int | None,
-    ) -> list[Ids]:
-        def work() -> list[Ids]:
-            written: list[Ids] = []
+    ) -> list[Generated]:
+        def work() -> list[Generated]:
+            written: list[Generated] = []
             longest = max(len(p) for p in prompts) + max_new_tokens
             together = max(1, self.max_batch_tokens // longest)
             for start in range(0, len(prompts), together):
@@ -176,7 +176,7 @@ class TransformersEngine(LLMEngine):
         temperature: float,
         stop: tuple[str, ...],
         seed: int | None,
-    ) -> list[Ids]:
+    ) -> list[Generated]:
         """Sample a left-padded batch token by token, with a generator of its own (the global one
         stays untouched).
         """
@@ -194,6 +194,7 @@ class TransformersEngine(LLMEngine):
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
 
         written: list[list[int]] = [[] for _ in prompts]
+        logprobs: list[list[float]] = [[] for _ in prompts]
         unfinished = set(range(len(prompts)))
         for _ in range(max_new_tokens):
             out = causal_lm(
@@ -210,6 +211,7 @@ class TransformersEngine(LLMEngine):
                 tokens = torch.multinomial(chances, 1, generator=generator)
             else:
                 tokens = logits.argmax(-1, keepdim=True)
+            values = logits.log_softmax(-1).gather(-1, tokens)[:, 0].tolist()
 
             for i in sorted(unfinished):
                 token = int(tokens[i])
@@ -217,13 +219,14 @@ class TransformersEngine(LLMEngine):
                     unfinished.discard(i)
                     continue
                 written[i].append(token)
+                logprobs[i].append(values[i])
                 if stop and any(s in self.tokeniser.decode(written[i]) for s in stop):
                     unfinished.discard(i)
             if not unfinished:
                 break
             step_ids, positions = tokens, positions[:, -1:] + 1
             mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], -1)
-        return [tuple(w) for w in written]
+        return [Generated(tuple(w), tuple(p)) for w, p in zip(written, logprobs, strict=True)]
 
     async def push_weights(self, weights: Weights, version: int) -> dict[str, float]:
         """Take over `weights`: nothing moves when the object is shared, else they are copied.

@@ -28,7 +28,7 @@ import torch
 
 from priorzero.llm.engines.base import Ids, LLMEngine, LLMEngineDead, LLMEngineError, TokenLogprobs
 from priorzero.llm.engines.gate import Gate
-from priorzero.llm.engines.thoughts import Reasoner
+from priorzero.llm.engines.thoughts import Generated, Reasoner
 from priorzero.llm.engines.vllm_adapters import check_adapter, hot_load_rank
 from priorzero.llm.engines.vllm_worker import TRAINER_PID
 from priorzero.llm.model import ResolvedModel, pick_dtype
@@ -283,7 +283,7 @@ class VLLMEngine(LLMEngine):
         temperature: float,
         stop: tuple[str, ...],
         seed: int | None,
-    ) -> list[Ids]:
+    ) -> list[Generated]:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -294,6 +294,7 @@ class VLLMEngine(LLMEngine):
                 stop=list(stop) or None,
                 seed=None if seed is None else seed + index,
                 stop_token_ids=[self.tokeniser.terminator_id],
+                logprobs=0,  # of the drawn tokens alone; taken before the temperature
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
 
@@ -301,11 +302,18 @@ class VLLMEngine(LLMEngine):
             outputs = await self._all(
                 [self._ask(list(p), params(i)) for i, p in enumerate(prompts)]
             )
-        written = [list(output.token_ids) for output in outputs]
-        for ids in written:
-            if ids and ids[-1] in self.tokeniser.end_ids:
-                ids.pop()
-        return [tuple(ids) for ids in written]
+        return [self._written(output) for output in outputs]
+
+    def _written(self, output) -> Generated:
+        """Ids and log-probabilities of a final output, without the token that ends a turn."""
+        ids, rows = list(output.token_ids), list(output.logprobs or ())
+        if len(rows) != len(ids) or any(t not in row for t, row in zip(ids, rows, strict=False)):
+            raise LLMEngineError(f"vLLM gave {len(rows)} log-probabilities of {len(ids)} tokens")
+        if ids and ids[-1] in self.tokeniser.end_ids:
+            ids.pop()
+        return Generated(
+            tuple(ids), tuple(row[t].logprob for t, row in zip(ids, rows, strict=False))
+        )
 
     async def push_weights(self, weights: Weights, version: int) -> dict[str, float]:
         """Answer with `weights`: with the adapters alone where vLLM was started for them, else with

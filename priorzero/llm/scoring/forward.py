@@ -81,7 +81,7 @@ def tree_logprobs(
 
     Returns:
         Per item one flat tensor: the tokens of its actions one after another, with the lengths of
-        `request.action_ids`.
+        `request.action_ids`, then those of its `written` thought.
     """
     assert not any(item.request.reasoning for item in items), "the chain of thought comes first"
     head_ids = items[0].request.head_ids
@@ -107,7 +107,7 @@ def _row_states(
     head_ids, head_kv = items[0].request.head_ids, None
 
     # An empty body has no token whose output ends the prompt, so the head joins the body then.
-    if head_ids and (way == "two_pass" or any(not item.request.body_ids for item in items)):
+    if head_ids and (way == "two_pass" or any(item.needs_body for item in items)):
         items, head_ids = [headless(item) for item in items], ()
     if head_ids and heads is not None:
         head_kv = heads.get(model, head_ids, trunk)
@@ -217,7 +217,7 @@ def _compare(causal_lm: torch.nn.Module, way: str) -> str:
 
 
 def _made_up_states(vocabulary: int) -> list[TreeItem]:
-    """Two states of two lengths behind one head, whose actions branch."""
+    """Two states of two lengths behind one head, whose actions branch; one has a thought."""
 
     def ids(count: int, start: int) -> tuple[int, ...]:
         return tuple((start + 7919 * i) % vocabulary for i in range(1, count + 1))
@@ -228,5 +228,6 @@ def _made_up_states(vocabulary: int) -> list[TreeItem]:
         [
             TokenisedRequest(head, ids(13, 17), actions),
             TokenisedRequest(head, ids(8, 29), actions[1:]),
-        ]
+        ],
+        [range(9, 12), range(0)],
     )

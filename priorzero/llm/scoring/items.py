@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -26,15 +26,41 @@ def key_values(output) -> LayerKV:
 
 @dataclass(frozen=True)
 class TreeItem:
-    """One state ready for the forward: its tokens and the trie of its actions."""
+    """One state ready for the forward: its tokens and the trie of its actions.
+
+    A *row* is a token whose next-token distribution is asked for: those that read the end of the
+    prompt and the trie's nodes (`TokenTrie`), then those before the ids of `written`.
+
+    Attributes:
+        written: Where in `request.body_ids` a chain of thought stands whose log-probabilities are
+            asked for too; usually nowhere.
+    """
 
     request: TokenisedRequest
     trie: TokenTrie
+    written: range = field(default=range(0))
 
     @property
     def num_tokens(self) -> int:
         """Tokens behind the head."""
         return len(self.request.body_ids) + len(self.trie.tokens)
+
+    @property
+    def needs_body(self) -> bool:
+        """Whether a row lies in the head: then the head has to be computed with the body."""
+        return not self.request.body_ids or (bool(self.written) and self.written.start == 0)
+
+    def rows(self) -> list[int]:
+        """Places of the rows among the state's own tokens (body, then nodes)."""
+        end = len(self.request.body_ids) - 1
+        assert end >= 0 and (not self.written or self.written.start > 0), "see `needs_body`"
+        return [*range(end, end + self.trie.num_rows), *(place - 1 for place in self.written)]
+
+    def lookups(self) -> list[tuple[int, int]]:
+        """(row, token) of everything asked for: action after action, then the thought."""
+        actions = [pair for lookup in self.trie.lookups for pair in lookup]
+        first, body = self.trie.num_rows, self.request.body_ids
+        return actions + [(first + i, body[place]) for i, place in enumerate(self.written)]
 
     def node_mask(self) -> torch.Tensor:
         """`[nodes, nodes]`, True where a node may attend: its ancestors and itself."""
@@ -54,20 +80,29 @@ class TreeItem:
         return mask
 
 
-def prepare(requests: Sequence[TokenisedRequest]) -> list[TreeItem]:
+def prepare(
+    requests: Sequence[TokenisedRequest], written: Sequence[range] | None = None
+) -> list[TreeItem]:
     """The items of `requests`, in order.
 
     A request that still waits for its chain of thought cannot be scored: its actions would stand
     behind another text than in the game.
+
+    Args:
+        written: Per request the places in its body whose log-probabilities are asked for beside
+            the actions'; None: none of any.
     """
     assert not any(r.reasoning for r in requests), "generate the chain of thought before scoring"
-    return [TreeItem(r, build_trie(r.action_ids)) for r in requests]
+    places = [range(0)] * len(requests) if written is None else written
+    return [TreeItem(r, build_trie(r.action_ids), w) for r, w in zip(requests, places, strict=True)]
 
 
 def headless(item: TreeItem) -> TreeItem:
     """The same state with its head as part of the body."""
+    head = len(item.request.head_ids)
     request = replace(item.request, head_ids=(), body_ids=item.request.prompt_ids)
-    return TreeItem(request, item.trie)
+    written = range(item.written.start + head, item.written.stop + head) if item.written else ()
+    return TreeItem(request, item.trie, written or range(0))
 
 
 def plan_batches(

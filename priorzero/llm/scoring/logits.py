@@ -50,14 +50,14 @@ def token_logprobs(
         logit_rows: Rows of logits `[R, N]` held at a time (autograd keeps them all).
 
     Returns:
-        Per item one flat tensor: the tokens of its actions one after another.
+        Per item one flat tensor: the tokens of its actions one after another, then the thought's.
     """
     lookups: list[tuple[int, int]] = []  # (row of `hidden`, token)
     counts: list[int] = []
     first = 0
     for item in items:
-        wanted = [(first + row, token) for lookup in item.trie.lookups for row, token in lookup]
-        first += item.trie.num_rows
+        wanted = [(first + row, token) for row, token in item.lookups()]
+        first += item.trie.num_rows + len(item.written)
         lookups.extend(wanted)
         counts.append(len(wanted))
     assert first == len(hidden), f"{len(hidden)} hidden states for {first} rows"

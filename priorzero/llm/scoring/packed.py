@@ -145,7 +145,7 @@ def lay_out(
         positions += range(first, first + len(body))
         positions += (first + len(body) + depth for depth in item.trie.depths)
         spans.append((start, len(ids)))
-        places += range(start + len(body) - 1, start + len(body) - 1 + item.trie.num_rows)
+        places += (start + row for row in item.rows())
         allowed = item.mask()
         mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, float("-inf"))
         masks.append(mask.to(device))
@@ -195,7 +195,7 @@ def run_packed(
 def packed_pass(
     causal_lm: torch.nn.Module, items: Sequence[TreeItem], head_kv: LayerKV | None
 ) -> torch.Tensor:
-    """Hidden states `[R, D]` of the rows: end of prompt and inner nodes, state after state.
+    """Hidden states `[R, D]` of the rows (`TreeItem.rows`), state after state.
 
     Args:
         head_kv: Keys and values of the items' common head; None: it is computed at the line's

@@ -38,11 +38,7 @@ def padded_pass(
         use_cache=past is not None,
     ).last_hidden_state  # [B, S, D]
 
-    places = [
-        (b, len(item.request.body_ids) - 1 + row)
-        for b, item in enumerate(items)
-        for row in range(item.trie.num_rows)
-    ]
+    places = [(b, row) for b, item in enumerate(items) for row in item.rows()]
     state, position = torch.tensor(places, device=device).T
     return hidden[state, position]
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from priorzero.llm.scoring.items import TreeItem
+from priorzero.llm.scoring.items import TreeItem, headless
 
 
 def plain_logprobs(
@@ -30,6 +30,7 @@ def plain_logprobs(
 
 def _one(causal_lm, item: TreeItem, max_tokens: int, device: torch.device) -> torch.Tensor:
     prompt, actions = item.request.prompt_ids, item.request.action_ids
+    thought = [_thought(causal_lm, headless(item), device)] if item.written else []
     longest = max(len(a) for a in actions)
     length = len(prompt) + longest - 1  # the last token is predicted, never read
     together = max(1, max_tokens // length)
@@ -45,4 +46,15 @@ def _one(causal_lm, item: TreeItem, max_tokens: int, device: torch.device) -> to
         tokens = torch.tensor(padded, device=device)
         values = logits.log_softmax(-1).gather(2, tokens[..., None])[..., 0]
         flats += [values[i, : len(action)] for i, action in enumerate(chunk)]
-    return torch.cat(flats)
+    return torch.cat(flats + thought)
+
+
+def _thought(causal_lm, item: TreeItem, device: torch.device) -> torch.Tensor:
+    """Log-probabilities of the ids at `item.written`."""
+    first, end = item.written.start, item.written.stop
+    assert first > 0, "nothing stands before the thought"
+    ids = torch.tensor([item.request.body_ids[: end - 1]], device=device)
+    out = causal_lm(input_ids=ids, logits_to_keep=end - first, use_cache=False)
+    logits = out.logits[0, first - end :].float()
+    tokens = torch.tensor(item.request.body_ids[first:end], device=device)
+    return logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]

@@ -44,9 +44,8 @@ def two_pass(causal_lm: torch.nn.Module, items: Sequence[TreeItem]) -> torch.Ten
     second_start = len(items) * width
     places: list[int] = []
     for b, item in enumerate(items):
-        nodes_start = second_start + b * nodes
-        places.append(b * width + lengths[b] - 1)
-        places += range(nodes_start, nodes_start + len(item.trie.tokens))
+        nodes_start = second_start + b * nodes - lengths[b]
+        places += (b * width + r if r < lengths[b] else nodes_start + r for r in item.rows())
     ids, tokens, positions, mask, places = (
         x.to(device) for x in (ids, tokens, positions, mask, torch.tensor(places))
     )

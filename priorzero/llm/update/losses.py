@@ -1,13 +1,13 @@
-"""Losses that train the LLM: pure functions of one state's action totals, in natural logs.
+"""Losses that train the LLM: pure functions of the numbers of one decision, in natural logs.
 
-Letters: `A` valid actions of the state. ``totals`` [A] are the summed (or mean) token
-log-probabilities of the actions; the policy over the valid actions is their softmax, as in the root
-prior.
+Letters: `A` valid actions of the state, `U` units of a decision that have a ratio of their own
+(`priorzero/llm/update/objectives`). ``totals`` [A] are the summed (or mean) token log-probabilities
+of the actions; the policy over the valid actions is their softmax, as in the root prior.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -42,51 +42,59 @@ def kl_divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     return (log_p.exp() * (log_p - log_q)).sum()
 
 
-@dataclass(frozen=True)
-class PolicyGradientTerms:
-    """The parts of the RFT loss of one state; scalars with gradients where they have any."""
+class Surrogate(NamedTuple):
+    """`[U]` each: what is maximised, the ratio new / old, and whether the clip cut the gradient."""
 
-    loss: torch.Tensor
-    policy_loss: torch.Tensor
+    value: torch.Tensor
     ratio: torch.Tensor
-    approx_kl: torch.Tensor
-    clipped: bool
-    entropy: torch.Tensor
-    kl_reference: torch.Tensor
+    clipped: torch.Tensor
 
 
-def rft_loss(
-    totals: torch.Tensor,
-    action: int,
-    advantage: float,
-    old_logprob: float,
+def clipped_surrogate(
+    log_ratio: torch.Tensor,
+    advantage: torch.Tensor,
     *,
-    weight: float = 1.0,
-    clip_epsilon: float = 0.2,
-    reference: torch.Tensor | None = None,
-    kl_coef: float = 0.0,
-    entropy_coef: float = 0.0,
-) -> PolicyGradientTerms:
-    """Clipped policy-gradient loss (PPO, arXiv:1707.06347, eq. 7) on the policy over the valid
-    actions.
+    low: float,
+    high: float,
+    dual: float = 0.0,
+) -> Surrogate:
+    """Clipped surrogate of units with `log_ratio` [U] = log pi - log pi_old and `advantage` [U].
 
-        r = exp(log pi(action) - old_logprob)
-        loss = weight * -min(r * advantage, clip(r, 1 - eps, 1 + eps) * advantage)
-               + kl_coef * KL(pi || reference) - entropy_coef * H(pi)
+        r = exp(log_ratio)
+        value = min(r * A, clip(r, 1 - low, 1 + high) * A)          PPO, arXiv:1707.06347, eq. 7
+        value = max(value, dual * A) where A < 0, if dual > 1        dual clip, arXiv:1912.09729
 
-    ``weight`` corrects for a behaviour policy (search) other than the one ``old_logprob`` speaks
-    of. ``reference`` [A] are stored log-probabilities of a reference policy over the same actions.
-    KL and entropy are exact, not sampled; ``approx_kl`` of old from new policy is (estimator k3,
-    http://joschu.net/blog/kl-approx.html).
+    `high` > `low` lets unlikely actions grow more (clip-higher, DAPO, arXiv:2503.14476). Without
+    the dual clip a bad action whose probability has grown a lot is punished without bound.
     """
-    log_policy = totals.log_softmax(-1)
-    log_ratio = log_policy[action] - old_logprob
     ratio = log_ratio.exp()
-    bounded = ratio.clamp(1 - clip_epsilon, 1 + clip_epsilon)
-    policy_loss = -weight * torch.minimum(ratio * advantage, bounded * advantage)
-    spread = entropy(log_policy)
-    kl = kl_divergence(log_policy, reference) if reference is not None else torch.zeros_like(spread)
-    loss = policy_loss + kl_coef * kl - entropy_coef * spread
-    clipped = bool(bounded.detach() * advantage < ratio.detach() * advantage)
-    approx_kl = ratio - 1 - log_ratio
-    return PolicyGradientTerms(loss, policy_loss, ratio, approx_kl, clipped, spread, kl)
+    bounded = ratio.clamp(1 - low, 1 + high) * advantage
+    value = torch.minimum(ratio * advantage, bounded)
+    clipped = bounded < ratio * advantage
+    if dual > 1:
+        floor = dual * advantage
+        below = (advantage < 0) & (value < floor)
+        value, clipped = torch.where(below, floor, value), clipped | below
+    return Surrogate(value, ratio, clipped)
+
+
+def approx_kl(log_ratio: torch.Tensor) -> torch.Tensor:
+    """KL(old || new) from actions of the old policy: exp(log_ratio) - 1 - log_ratio (k3)."""
+    return log_ratio.exp() - 1 - log_ratio
+
+
+def kl_estimate(log_p: torch.Tensor, log_q: torch.Tensor, estimator: str) -> torch.Tensor:
+    """Estimates of KL(p || q) from what was drawn from p (http://joschu.net/blog/kl-approx.html).
+
+        d = log q - log p         k1 = -d         k2 = d^2 / 2         k3 = exp(d) - 1 - d
+
+    As a loss over p's own draws, k2 has the gradient of KL(p || q) and k3 that of KL(q || p); k1's
+    is zero in the mean, so it belongs into the reward (arXiv:2506.09477), see `RFT`.
+    """
+    difference = log_q - log_p
+    if estimator == "k1":
+        return -difference
+    if estimator == "k2":
+        return difference.square() / 2
+    assert estimator == "k3", estimator
+    return difference.exp() - 1 - difference

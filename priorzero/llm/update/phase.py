@@ -40,15 +40,16 @@ class LLMPhase:
             draw: The buffer's `sample_llm`.
 
         Returns:
-            Metrics for the `llm/` namespace; empty where there was no decision to learn from.
+            Metrics for the `llm/` namespace; without losses where there was no decision to learn
+            from.
 
         Raises:
             PriorZeroError: The loss or a gradient is not finite, or the engine does not take over
                 the weights.
         """
-        samples = self._draw(draw)
+        samples, counts = self._draw(draw)
         if not samples:
-            return {}
+            return counts
         self._canary = list(samples.values())[-1][0].request
 
         # The engine gives its memory to the trainer meanwhile, where it can.
@@ -57,17 +58,34 @@ class LLMPhase:
             metrics = await asyncio.to_thread(self._trainer.update, samples)
         finally:
             await self._engine.wake()
-        return metrics | await self.publish()
+        return metrics | counts | await self.publish()
 
-    def _draw(self, draw: Draw) -> dict[str, list[LLMSample]]:
-        """Decisions by objective, without those that got none; SFT first."""
+    def _draw(self, draw: Draw) -> tuple[dict[str, list[LLMSample]], dict[str, float]]:
+        """Decisions by objective, without those that got none; SFT first. And metrics of RFT's."""
         groups = {"sft": self._settings.sft, "rft": self._settings.rft}
         drawn = {
             name: draw(group.samples, group.recent_transitions)
             for name, group in groups.items()
             if group.enable
         }
-        return {name: found for name, found in drawn.items() if found}
+        counts: dict[str, float] = {}
+        if drawn.get("rft"):
+            drawn["rft"], counts = self._fresh(drawn["rft"])
+        return {name: found for name, found in drawn.items() if found}, counts
+
+    def _fresh(self, samples: list[LLMSample]) -> tuple[list[LLMSample], dict[str, float]]:
+        """Those within `max_staleness`, and by how many versions all were old (mean)."""
+        # The LLM had no part in a decision it did not answer for.
+        ages = [
+            self._trainer.version - s.policy_version if s.collected_logprobs is not None else 0
+            for s in samples
+        ]
+        limit = self._settings.rft.max_staleness
+        fresh = [s for s, age in zip(samples, ages, strict=True) if limit is None or age <= limit]
+        return fresh, {
+            "rft_staleness": sum(ages) / len(ages),
+            "rft_stale": float(len(samples) - len(fresh)),
+        }
 
     async def publish(self) -> dict[str, float]:
         """Let the engine answer with the trainer's weights, and check that it does.

@@ -31,6 +31,8 @@ class LLMSample:
             valid action.
         thought_tokens: How many ids at the end of `request.body_ids` are the chain of thought,
             action marker included; 0 where none was generated.
+        thought_logprobs: What the engine gave to the thought's ids as it wrote them; they are the
+            first ones, the marker's behind them were not written.
         action_index: Which action was executed.
         target_policy: `[A]` probabilities, what the search would play (no exploration noise).
         behaviour: `[A]` probabilities the executed action was drawn from.
@@ -43,6 +45,7 @@ class LLMSample:
 
     request: TokenisedRequest
     thought_tokens: int
+    thought_logprobs: tuple[float, ...]
     action_index: int
     target_policy: tuple[float, ...]
     behaviour: tuple[float, ...]
@@ -55,12 +58,19 @@ class LLMSample:
         actions = len(self.request.action_ids)
         assert not self.request.reasoning, "the thought belongs into the prompt of a sample"
         assert 0 <= self.thought_tokens <= len(self.request.body_ids)
+        assert len(self.thought_logprobs) <= self.thought_tokens
         assert 0 <= self.action_index < actions, f"action {self.action_index} of {actions}"
         assert len(self.target_policy) == len(self.behaviour) == actions
         assert min(self.target_policy) >= 0 and abs(sum(self.target_policy) - 1) < 1e-3, (
             f"a target must be a distribution, got {self.target_policy}"
         )
         assert self.collected_logprobs is None or len(self.collected_logprobs) == actions
+
+    @property
+    def written(self) -> range:
+        """Where in `request.body_ids` the ids are that the LLM wrote itself."""
+        start = len(self.request.body_ids) - self.thought_tokens
+        return range(start, start + len(self.thought_logprobs))
 
     @property
     def advantage(self) -> float:
@@ -89,6 +99,7 @@ def build_sample(step: StepRecord, value_target: float) -> LLMSample | None:
     return LLMSample(
         request=request.with_thought(thought) if thought else request,
         thought_tokens=len(thought),
+        thought_logprobs=scores.thought_logprobs if scores is not None else (),
         action_index=step.action_index,
         target_policy=tuple(float(p) for p in step.target_policy),
         behaviour=tuple(float(p) for p in step.behaviour),

@@ -155,7 +155,8 @@ class TestHotLoad:
         assert vllm.stats()["adapter_pushes"] == vllm.stats()["pushes"] == pushed + 2
         prompts = [asked[0].prompt_ids]
         own = TransformersEngine(trainer.weights().module, vllm.tokeniser)
-        assert await vllm.generate(prompts, 8, 0.0) == await own.generate(prompts, 8, 0.0)
+        theirs, ours = await vllm.generate(prompts, 8, 0.0), await own.generate(prompts, 8, 0.0)
+        assert theirs[0].ids == ours[0].ids
 
     async def test_a_killed_engine_gets_the_adapters_again(self, vllm, smollm, asked):
         trainer = lora_trainer(smollm, 4)

@@ -85,13 +85,30 @@ async def test_generation_stops_and_is_reproducible(byte_model, tokeniser):
                 break
             ids.append(token)
             written.append(token)
-        assert answer == tuple(written)
+        assert answer.ids == tuple(written)
 
     # A stop text ends the answer with the token that completes it.
-    text = tokeniser.decode(first[0])
+    text = tokeniser.decode(first[0].ids)
     letter = next(c for c in text if c.isascii())
     stopped = await engine.generate(prompts, 12, 1.0, (letter,), seed=3)
-    assert tokeniser.decode(stopped[0]) == text[: text.index(letter) + 1]
+    assert tokeniser.decode(stopped[0].ids) == text[: text.index(letter) + 1]
+
+
+async def test_written_tokens_come_with_their_log_probabilities(byte_model, tokeniser):
+    """At temperature 1, whatever they were drawn at, as a full forward of each prompt gives."""
+    engine = TransformersEngine(byte_model, tokeniser)
+    prompts = [tokeniser.ids("A dark room."), tokeniser.ids("x")]
+    for temperature in (0.0, 2.5):
+        for prompt, answer in zip(
+            prompts, await engine.generate(prompts, 6, temperature, seed=1), strict=True
+        ):
+            logits = (
+                byte_model(torch.tensor([prompt + answer.ids])).logits[0].detach().log_softmax(-1)
+            )
+            expected = [
+                float(logits[len(prompt) - 1 + i, token]) for i, token in enumerate(answer.ids)
+            ]
+            assert answer.ids and list(answer.logprobs) == pytest.approx(expected, abs=1e-4)
 
 
 async def test_cache_answers_repeats_and_is_emptied_by_new_weights(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from priorzero.llm.engines.thoughts import Reasoner, before_text
+from priorzero.llm.engines.thoughts import Generated, Reasoner, before_text
 from priorzero.llm.engines.transformers_engine import TransformersEngine
 from priorzero.llm.scoring.requests import Tokeniser
 
@@ -31,8 +31,12 @@ class Pieces:
 def finish(pieces: tuple[str, ...], room: int = 100) -> tuple[str, tuple[int, ...], bool]:
     """(text of the thought, ids kept of what was generated, had it the marker)"""
     tokeniser = Tokeniser(Pieces(*pieces), 512)
-    ids, found = REASONER.finish(tuple(range(len(pieces))), tokeniser, room)
-    return tokeniser.decode(ids), tuple(i for i in ids if i < 1000), found
+    generated = Generated(tuple(range(len(pieces))), tuple(-1.0 - i for i in range(len(pieces))))
+    thought = REASONER.finish(generated, tokeniser, room)
+    kept = tuple(i for i in thought.ids if i < 1000)
+    # What the model wrote keeps its log-probability, the marker behind it has none.
+    assert thought.logprobs == tuple(-1.0 - i for i in kept)
+    return tokeniser.decode(thought.ids), kept, thought.had_marker
 
 
 @pytest.mark.parametrize(
@@ -68,7 +72,8 @@ async def test_the_thought_is_part_of_the_answer(byte_model, tokeniser, referenc
 
     marker = tokeniser.ids("\nAction:")
     written = (await engine.generate([asked.prompt_ids], 5, 0.0))[0]
-    assert answer.thought_ids == written + marker and 0 < len(written) <= 5
+    assert answer.thought_ids == written.ids + marker and 0 < len(written.ids) <= 5
+    assert answer.thought_logprobs == written.logprobs
     assert engine.stats()["reasoning_without_marker"] == 1
     expected = reference(byte_model, asked.with_thought(answer.thought_ids))
     for got, want in zip(answer.token_logprobs, expected, strict=True):

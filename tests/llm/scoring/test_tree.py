@@ -65,6 +65,29 @@ def test_tree_equals_full_forward(head_len, way, tiny, reference):
         assert action_totals(flat, request, "mean").tolist() == pytest.approx(means, abs=1e-4)
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("start", [0, 4])
+def test_a_thought_is_scored_where_it_stands(start, way, tiny):
+    """Its tokens behind the actions' own, each as the public forward gives it; 0: the body begins
+    with it, so that the head's last token predicts it.
+    """
+    rng = torch.Generator().manual_seed(2)
+    model, requests = tiny(), _random_requests(rng, (4, 5, 6, 7))[:2]
+    places = [range(start, start + 3), range(0)]
+    if start == 0:
+        requests = requests[:1]
+    items = prepare(requests, places[: len(requests)])
+    flats = tree_logprobs(model, items, way=way, logit_rows=3)
+
+    ids = requests[0].prompt_ids
+    logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    expected = [float(logits[4 + i - 1, ids[4 + i]].detach()) for i in places[0]]
+    assert flats[0][-3:].tolist() == pytest.approx(expected, abs=2e-5)
+    # The actions' numbers are what they are without.
+    for flat, bare in zip(flats, tree_logprobs(model, prepare(requests), way=way), strict=True):
+        assert flat[: len(bare)].tolist() == pytest.approx(bare.tolist(), abs=2e-5)
+
+
 def test_empty_body_is_scored_after_the_head(tiny, reference):
     request = TokenisedRequest((4, 5, 6), (), ((7, 1), (8, 9, 1)))
     model = tiny()

@@ -9,7 +9,7 @@ from priorzero.llm.engines.base import LLMEngineError
 from priorzero.llm.update.phase import LLMPhase
 from priorzero.llm.weights.canary import StaleWeightsError
 from priorzero.types import ActionScores, PriorZeroError
-from tests.llm.decisions import REQUESTS, SAMPLES, settings
+from tests.llm.decisions import REQUESTS, SAMPLES, rft_settings, sample, settings
 
 
 class FakeTrainer:
@@ -81,8 +81,36 @@ async def test_a_phase_draws_trains_and_publishes():
         ("canary", [REQUESTS[3]]),
     ]
     assert metrics == dict(
-        sft_loss=0.5, push_seconds=0.0, push_bytes=8.0, push_canary_diff=0.0, push_version=1.0
+        sft_loss=0.5,
+        rft_stale=0.0,
+        rft_staleness=0.0,
+        push_seconds=0.0,
+        push_bytes=8.0,
+        push_canary_diff=0.0,
+        push_version=1.0,
     )
+
+
+SCORED = ((-1.0,), (-2.0,))
+
+
+async def test_decisions_of_old_weights_are_left_out_and_counted():
+    """Versions 5, 4, 2 and no answer at all, seen from version 5."""
+    log: list = []
+    trainer = FakeTrainer(log)
+    trainer.version = 5
+    phase = LLMPhase(settings(rft=rft_settings(max_staleness=1)), trainer, FakeEngine(log))
+    drawn = [sample(REQUESTS[0], policy_version=v, collected_logprobs=SCORED) for v in (5, 4, 2)]
+    drawn.append(sample(REQUESTS[0]))
+
+    metrics = await phase.run(lambda count, recent: drawn if recent == 500 else [])
+    assert ("update", {"rft": 3}) in log
+    assert metrics["rft_stale"] == 1.0 and metrics["rft_staleness"] == (0 + 1 + 3 + 0) / 4
+
+    trainer.version = 9
+    log.clear()
+    metrics = await phase.run(lambda count, recent: drawn[:3] if recent == 500 else [])
+    assert metrics == {"rft_stale": 3.0, "rft_staleness": (4 + 5 + 7) / 3} and log == []
 
 
 async def test_objectives_without_decisions_are_left_out():

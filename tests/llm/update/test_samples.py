@@ -60,11 +60,14 @@ class TestChainOfThought:
     asked = dataclasses.replace(ASKED, reasoning=True)
 
     def test_the_thought_is_the_end_of_the_prompt(self):
-        answer = dataclasses.replace(ANSWER, thought_ids=THOUGHT)
+        written = (-0.5, -1.5, -2.5)
+        answer = dataclasses.replace(ANSWER, thought_ids=THOUGHT, thought_logprobs=written)
         sample = build_sample(step(request=self.asked, scores=answer), 4.0)
         assert sample.request.prompt_ids == ASKED.prompt_ids + THOUGHT
         assert sample.request.body_ids[-sample.thought_tokens :] == THOUGHT
         assert not sample.request.reasoning
+        assert sample.thought_logprobs == written
+        assert [sample.request.body_ids[i] for i in sample.written] == list(THOUGHT[:3])
 
     @pytest.mark.parametrize("scores", [None, ANSWER])
     def test_a_step_without_the_thought_it_wanted_is_none(self, scores):

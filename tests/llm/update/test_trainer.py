@@ -70,6 +70,7 @@ def test_an_update_without_decisions_changes_nothing(trainer):
         dict(target_policy=(1.0, 1.0)),
         dict(action_index=9),
         dict(thought_tokens=99),
+        dict(thought_logprobs=(-1.0,)),  # of no thought
         dict(request=dataclasses.replace(REQUESTS[0], reasoning=True)),
     ],
 )

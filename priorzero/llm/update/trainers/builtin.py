@@ -8,6 +8,7 @@ round to nothing; and an engine on the same object under the same autocast needs
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import logging
 import math
@@ -25,7 +26,8 @@ from priorzero.llm.scoring.head_cache import HeadCache
 from priorzero.llm.scoring.items import TreeItem, plan_batches, prepare
 from priorzero.llm.scoring.logits import split_actions
 from priorzero.llm.scoring.trunk import TrunkCache, frozen_layers
-from priorzero.llm.update.objectives import Objective, make_objectives
+from priorzero.llm.update.build import make_objectives
+from priorzero.llm.update.objective import Answer, Objective
 from priorzero.llm.update.samples import LLMSample
 from priorzero.llm.weights.export import Weights
 from priorzero.llm.weights.identity import ModelIdentity
@@ -58,7 +60,8 @@ class BuiltinTrainer:
             `settings.lora` it gets adapters and only they train, and the frozen layers are kept in
             the dtype they are multiplied in.
         settings: The `llm` group.
-        objectives: By name, see `make_objectives`.
+        objectives: By name, see `make_objectives`. Where one asks for the LLM before any training,
+            it is this model with its adapters switched off, or a copy of all weights.
 
     Raises:
         PriorZeroError: The adapters' target modules do not exist in this model.
@@ -78,6 +81,9 @@ class BuiltinTrainer:
         self._compute_dtype = None if wanted == torch.float32 else wanted
         self._base = ModelIdentity.of(model)
         model = model.float()
+        self._initial: torch.nn.Module | None = None
+        if not settings.lora.enable and any(o.initial for o in objectives.values()):
+            self._initial = copy.deepcopy(model).requires_grad_(False).eval()
         if settings.lora.enable:
             model = _with_adapters(model, settings.lora, self._compute_dtype)
         self._model = model.eval()
@@ -101,10 +107,11 @@ class BuiltinTrainer:
     # ---- training --------------------------------------------------------------------------------
 
     def update(self, samples: Mapping[str, Sequence[LLMSample]]) -> dict[str, float]:
-        """See `LLMTrainer.update`. One pass over the samples of each objective.
+        """See `LLMTrainer.update`.
 
         Metrics of every objective besides its own: grad_norm (mean over the steps, before
-        clipping), tokens, samples, seconds.
+        clipping), epochs (passes over the samples, fewer where the objective stopped), tokens,
+        samples, seconds.
         """
         metrics: dict[str, float] = {}
         with self.lock:
@@ -124,33 +131,49 @@ class BuiltinTrainer:
         its samples.
         """
         started = time.perf_counter()
-        prepared, metrics = objective.prepare(samples, self.score)
-        items = prepare([s.request for s in samples])
+        prepared, metrics = objective.prepare(samples, self._answers)
+        items = _items(samples, objective.thoughts)
+        ready = list(zip(items, prepared, strict=True))
 
         tally, norms, tokens = _Tally(), [], 0
         size = self._settings.batch_size or len(samples)
-        for start in range(0, len(samples), size):
-            chunk = range(start, min(start + size, len(samples)))
+        steps = [ready[start : start + size] for start in range(0, len(ready), size)]
+        for step in steps * objective.passes:
             self._optimizer.zero_grad(set_to_none=True)
-            for batch in plan_batches([items[i] for i in chunk], self._settings.max_batch_tokens):
-                rows = [start + j for j in batch]
-                self._backward(
-                    objective, [(items[i], prepared[i]) for i in rows], len(chunk), tally
-                )
-                tokens += sum(items[i].num_tokens for i in rows)
-                tokens += len(items[rows[0]].request.head_ids)
+            own = _Tally()
+            tokens += self._gradients(objective, step, (tally, own))
+            if objective.stops(own.means()):
+                break
             norms.append(self._step())
 
+        objective.finish(tally.means())
         return tally.means() | {
             **metrics,
-            "grad_norm": sum(norms) / len(norms),
+            "grad_norm": sum(norms) / max(1, len(norms)),
+            "epochs": len(norms) / len(steps),
             "tokens": float(tokens),
             "samples": float(len(samples)),
             "seconds": time.perf_counter() - started,
         }
 
+    def _gradients(
+        self, objective: Objective, step: Sequence[tuple[TreeItem, Any]], tallies: Sequence[_Tally]
+    ) -> int:
+        """Gradients of one optimiser step; returns the tokens it computed."""
+        tokens = 0
+        items = [item for item, _ in step]
+        for batch in plan_batches(items, self._settings.max_batch_tokens):
+            self._backward(objective, [step[i] for i in batch], len(step), tallies)
+            tokens += sum(items[i].num_tokens for i in batch)
+            tokens += len(items[batch[0]].request.head_ids)
+        return tokens
+
     def _backward(
-        self, objective: Objective, batch: list[tuple[TreeItem, Any]], share: int, tally: _Tally
+        self,
+        objective: Objective,
+        batch: list[tuple[TreeItem, Any]],
+        share: int,
+        tallies: Sequence[_Tally],
     ) -> None:
         """Add one micro-batch's gradients; `share` samples make one step."""
         with computing(self.device, self._compute_dtype):
@@ -158,9 +181,10 @@ class BuiltinTrainer:
 
         losses = []
         for flat, (item, prepared) in zip(flats, batch, strict=True):
-            loss, metrics = objective.loss(flat, item.request, prepared)
+            loss, metrics = objective.loss(_answer(item, flat), prepared)
             losses.append(loss)
-            tally.add(metrics)
+            for tally in tallies:
+                tally.add(metrics)
 
         total = torch.stack(losses).sum() / share
         if not torch.isfinite(total):
@@ -204,23 +228,44 @@ class BuiltinTrainer:
         items = prepare(requests)
         answers: list[ActionScores] = [ActionScores((), self.version)] * len(items)
         filled = [i for i, item in enumerate(items) if item.request.action_ids]
-        heads = HeadCache()
 
-        with (
-            self.lock,
-            torch.no_grad(),
-            _float32_layers(self._model, compute is None),
-            computing(self.device, compute),
-        ):
-            for batch in plan_batches([items[i] for i in filled], self._settings.max_batch_tokens):
-                rows = [filled[j] for j in batch]
-                flats = tree_logprobs(
-                    self._model, [items[i] for i in rows], heads=heads, trunk=trunk
-                )
-                for i, flat in zip(rows, flats, strict=True):
-                    parts = split_actions(flat.cpu(), items[i].request)
-                    answers[i] = ActionScores(tuple(tuple(p.tolist()) for p in parts), self.version)
+        with self.lock, _float32_layers(self._model, compute is None):
+            flats = self._forward(self._model, [items[i] for i in filled], compute, trunk)
+        for i, flat in zip(filled, flats, strict=True):
+            parts = split_actions(flat, items[i].request)
+            answers[i] = ActionScores(tuple(tuple(p.tolist()) for p in parts), self.version)
         return answers
+
+    def _answers(
+        self, samples: Sequence[LLMSample], *, thoughts: bool = False, initial: bool = False
+    ) -> list[Answer]:
+        """See `Score`."""
+        items = _items(samples, thoughts)
+        with self.lock, contextlib.ExitStack() as stack:
+            model, trunk = self._model, self.trunk
+            if initial and self._initial is not None:
+                model, trunk = self._initial, None
+            elif initial:
+                stack.enter_context(model.disable_adapter())
+            flats = self._forward(model, items, self._compute_dtype, trunk)
+        return [_answer(item, flat.double()) for item, flat in zip(items, flats, strict=True)]
+
+    def _forward(
+        self,
+        model: torch.nn.Module,
+        items: Sequence[TreeItem],
+        dtype: torch.dtype | None,
+        trunk: TrunkCache | None,
+    ) -> list[torch.Tensor]:
+        """Flat log-probabilities per item on the CPU, without gradients."""
+        found: list[torch.Tensor] = [torch.empty(0)] * len(items)
+        heads = HeadCache()
+        with torch.no_grad(), computing(self.device, dtype):
+            for batch in plan_batches(items, self._settings.max_batch_tokens):
+                flats = tree_logprobs(model, [items[i] for i in batch], heads=heads, trunk=trunk)
+                for i, flat in zip(batch, flats, strict=True):
+                    found[i] = flat.cpu()
+        return found
 
     # ---- weights and state -----------------------------------------------------------------------
 
@@ -229,7 +274,8 @@ class BuiltinTrainer:
         return Weights(self._model)
 
     def state_dict(self) -> dict:
-        """Trained weights (adapters only with LoRA), optimiser, counters, identity of the base.
+        """Trained weights (adapters only with LoRA), optimiser, counters, what the objectives
+        remember, identity of the base.
 
         The tensors are the live ones, as torch's own state_dict gives them: write them out before
         the next update.
@@ -243,6 +289,7 @@ class BuiltinTrainer:
                 "optimizer": self._optimizer.state_dict(),
                 "version": self.version,
                 "steps": self._steps,
+                "objectives": {name: o.state_dict() for name, o in self._objectives.items()},
             }
 
     def load_state_dict(self, state: dict) -> None:
@@ -255,6 +302,10 @@ class BuiltinTrainer:
                     own[name].copy_(value)
             self._optimizer.load_state_dict(state["optimizer"])
             self.version, self._steps = state["version"], state["steps"]
+            # Earlier checkpoints have none; one may have been switched on or off since.
+            for name, kept in state.get("objectives", {}).items():
+                if name in self._objectives:
+                    self._objectives[name].load_state_dict(kept)
 
     def _check_fit(self, state: dict, own: Mapping[str, torch.Tensor]) -> None:
         """Refuse a state of another model, or of other settings of the adapters."""
@@ -284,6 +335,18 @@ class BuiltinTrainer:
 
     def close(self) -> None:
         """See `LLMTrainer.close`; nothing outlives this object."""
+
+
+def _items(samples: Sequence[LLMSample], thoughts: bool) -> list[TreeItem]:
+    """The samples ready for a forward, with or without the tokens of their thoughts."""
+    written = [s.written if thoughts else range(0) for s in samples]
+    return prepare([s.request for s in samples], written)
+
+
+def _answer(item: TreeItem, flat: torch.Tensor) -> Answer:
+    """What a forward gave to one item."""
+    actions = len(flat) - len(item.written)
+    return Answer(item.request, flat[:actions], flat[actions:])
 
 
 class _Tally:
