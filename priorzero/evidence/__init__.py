@@ -4,9 +4,11 @@
 | --- | --- |
 | `walk` | a game's walkthrough, with what every valid command would have led to |
 | `metrics` | ranks, calibration, reductions: pure functions |
+| `variants` | the prompts an LLM is asked with |
 | `scores` | what an LLM says to every step of a walk |
 | `play` | whole episodes of the LLM alone, and of uniform play |
 | `choice` | which reduction and temperature do best, by family of games |
+| `measure` | all of it, game by game and LLM by LLM |
 | `page`, `plots` | tables, one page, pictures |
 
 The command is `python -m priorzero.prior_report`.

@@ -195,7 +195,7 @@ def _games(games: Sequence[Row]) -> list[str]:
 def _prior(report: Mapping[str, Any]) -> str:
     lines = []
     for game in report["games"]:
-        name = game["game"] + (" (judging only)" if game["judging_only"] else "")
+        name = _game(game)
         for row in report["uniform"]:
             if row["game"] == game["game"]:
                 lines.append((name, "", _UNIFORM, *_ranks(row), "", "", "", ""))
@@ -222,6 +222,10 @@ def _prior(report: Mapping[str, Any]) -> str:
     return _table((*header, "log loss", "ECE", "best T", "log loss there", "ECE there"), lines)
 
 
+def _game(row: Row) -> str:
+    return row["game"] + (" (judging only)" if row["judging_only"] else "")
+
+
 def _ranks(row: Row) -> tuple[str, ...]:
     error = f" ± {row['mrr_error']:.3f}" if "mrr_error" in row else ""
     return (
@@ -239,7 +243,7 @@ def _names(row: Row) -> tuple:
 def _mass(rows: Sequence[Row]) -> str:
     return _table(
         ("game", "LLM", "prompt", "mass outside"),
-        ((r["game"], r["llm"], r["variant"], f"{r['mass_outside']:.3f}") for r in rows),
+        ((_game(r), r["llm"], r["variant"], f"{r['mass_outside']:.3f}") for r in rows),
     )
 
 
@@ -267,7 +271,7 @@ def _play(rows: Sequence[Row]) -> str:
         ),
         (
             (
-                r["game"] + (" (judging only)" if r["judging_only"] else ""),
+                _game(r),
                 r["llm"],
                 r["player"],
                 r["episodes"],
