@@ -149,11 +149,20 @@ class PriorZeroGameBuffer:
         """
         s = self._settings
         batch = WorldModelBatch.zeros(
-            s.num_unroll_steps, self._dim, s.action_vocabulary.capacity, weights, indices
+            s.num_unroll_steps,
+            s.burn_in,
+            self._dim,
+            s.action_vocabulary.capacity,
+            weights,
+            indices,
         )
 
-        for row, (segment, position) in enumerate(self._locate(indices)):
-            view = window(segment, position, s.num_unroll_steps + s.td_steps)
+        reach = s.burn_in
+        views = [
+            window(segment, position, s.num_unroll_steps + s.td_steps, reach)
+            for segment, position in self._locate(indices)
+        ]
+        for row, view in enumerate(views):
             filler = int(self._rng.choice(view.steps[-1].valid_ids))
             fill_row(batch, row, view, s.num_unroll_steps, s.td_steps, s.discount_factor, filler)
         return batch

@@ -184,6 +184,9 @@ class PolicySettings(Settings):
     # ---- learning ----
     num_unroll_steps: int = 10
     """Steps the model is unrolled."""
+    burn_in: int = 0
+    """Real steps before a window, and before the states its values bootstrap from, that are read as
+    context and not trained on. 0: windows start cold; context_steps - 1: as roots do."""
     td_steps: int = 5
     """Steps of the value target before it bootstraps."""
     value_bootstrap: str = "target_network"
@@ -252,9 +255,15 @@ class PolicySettings(Settings):
         )
         yield Rule(
             "context_steps",
-            1 <= self.context_steps <= self.num_unroll_steps,
-            f"it must lie in 1..num_unroll_steps ({self.num_unroll_steps}), the positions that are "
-            "trained",
+            1 <= self.context_steps <= self.num_unroll_steps + self.burn_in,
+            "it must lie in 1..num_unroll_steps + burn_in "
+            f"({self.num_unroll_steps + self.burn_in}), the positions that are trained",
+        )
+        yield Rule(
+            "burn_in",
+            0 <= self.burn_in < max(1, self.context_steps),
+            f"it must lie in 0..context_steps - 1 ({self.context_steps - 1}): a root looks back no "
+            "further",
         )
         yield Rule("discount_factor", 0 < self.discount_factor <= 1, "it must lie in (0, 1]")
         yield Rule(
