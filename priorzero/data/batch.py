@@ -10,12 +10,31 @@ bootstrap steps (td_steps), `E` embedding dimension, `V` vocabulary size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from priorzero.data.returns import n_step_return
-from priorzero.data.segment import Window
+from priorzero.data.segment import StepRecord, Window
+
+
+@dataclass(frozen=True, eq=False)
+class Revisit:
+    """A step of a batch that is to be searched anew.
+
+    Attributes:
+        step: As it was played.
+        context: At most context_steps - 1 steps before it, oldest first: what its root looked back
+            on.
+        policy_of: Rows and steps `(b, k)` whose policy target it is.
+        value_of: Rows and steps that bootstrap from it.
+    """
+
+    step: StepRecord
+    context: list[StepRecord]
+    policy_of: list[tuple[int, int]] = field(default_factory=list)
+    value_of: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +64,7 @@ class WorldModelBatch:
             nan.
         weights: `[B]` importance weights.
         indices: `[B]` of the rows' first transitions, for `update_priority`.
+        revisits: Steps to be searched anew before the update; empty without reanalysis.
     """
 
     observations: np.ndarray
@@ -63,6 +83,7 @@ class WorldModelBatch:
     search_values: np.ndarray
     weights: np.ndarray
     indices: np.ndarray
+    revisits: list[Revisit] = field(default_factory=list)
 
     @classmethod
     def zeros(
@@ -185,6 +206,37 @@ def fill_row(
 
     if over:
         batch.mask_value[row, known:] = batch.mask_reward[row, known:] = 1.0
+
+
+def find_revisits(
+    views: Mapping[int, Window],
+    unroll: int,
+    td_steps: int,
+    discount: float,
+    context_steps: int,
+    *,
+    with_values: bool,
+) -> list[Revisit]:
+    """What is to be searched anew for these rows of a batch, each step once.
+
+    Args:
+        views: By row: the windows they were made of, with context_steps - 1 steps before them.
+        with_values: The states that the rows bootstrap from as well.
+    """
+    found: dict[StepRecord, Revisit] = {}
+
+    def visit(view: Window, index: int) -> Revisit:
+        step = view.steps[index]
+        return found.setdefault(step, Revisit(step, view.history(index, context_steps - 1)))
+
+    for row, view in views.items():
+        known = len(view.steps)
+        for k in range(min(unroll, known)):
+            visit(view, k).policy_of.append((row, k))
+            target = n_step_return(view, k, td_steps, discount, last_valued=known)
+            if with_values and target.state < known:
+                visit(view, target.state).value_of.append((row, k))
+    return list(found.values())
 
 
 def _write_sequence(

@@ -191,7 +191,11 @@ class PolicySettings(Settings):
     """Steps of the value target before it bootstraps."""
     value_bootstrap: str = "target_network"
     """target_network: the target network's value now; search: the root value found when the step
-    was played."""
+    was played, or reanalysed."""
+    reanalyse_ratio: float = 0.0
+    """Share of a batch's rows whose policy targets are searched anew with the present network, from
+    the stored steps and the LLM's stored answers; with value_bootstrap search their bootstrap
+    values too. Above 0 it is one row at least, and costs a search per step of each such row."""
     discount_factor: float = 0.99
     """Discount of rewards, per game step."""
     batch_size: int = 64
@@ -244,7 +248,9 @@ class PolicySettings(Settings):
             "train_start_after_envsteps",
             "weight_decay",
         )
-        yield from in_unit_interval(self, "root_noise_weight", "target_update_theta")
+        yield from in_unit_interval(
+            self, "root_noise_weight", "target_update_theta", "reanalyse_ratio"
+        )
 
         # Several settings that have to fit together.
         parts = max(1, self.num_heads), max(1, self.group_size)

@@ -59,6 +59,7 @@ class Made:
 
     def __init__(self, folder, llm: bool = True, eval_only: bool = False, **schedule) -> None:
         self.events: list[str] = []
+        self.revisits: list = []
         self.returns: list[float] = []
         self.plays: list[tuple[int, int]] = []
         self.config = Schedule()
@@ -86,13 +87,16 @@ class Made:
                     state_dict=lambda: {"model": 1},
                     load_state_dict=lambda state: self.events.append(f"world model {state}"),
                 ),
+                reanalyse=self._reanalyse,
                 vocabulary=nothing,
                 positions_clamped=0,
             ),
             buffer=SimpleNamespace(
                 push_game_segments=lambda segments: None,
                 remove_oldest_data_to_fit=lambda: 0,
-                sample=lambda size: SimpleNamespace(indices=np.arange(size)),
+                sample=lambda size: SimpleNamespace(
+                    indices=np.arange(size), revisits=self.revisits
+                ),
                 update_priority=self._priorities,
                 sample_llm="the buffer's draw",
             ),
@@ -116,6 +120,10 @@ class Made:
         self.events.append(f"collect from {env_steps}")
         transitions, steps = self.plays.pop(0) if self.plays else (3, 5)
         return CollectResult([[None] * transitions], steps, {"segments": 1.0}, {})
+
+    def _reanalyse(self, batch, env_steps):
+        self.events.append(f"reanalyse {batch.revisits} at {env_steps}")
+        return batch, {"reanalyse_share": 0.5}
 
     def _learn(self, batch):
         self.updates += 1
