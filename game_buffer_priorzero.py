@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from easydict import EasyDict
 
-from priorzero.data.batch import WorldModelBatch, fill_row
+from priorzero.data.batch import Revisit, WorldModelBatch, fill_row, find_revisits
 from priorzero.data.returns import n_step_return
-from priorzero.data.segment import Segment, window
+from priorzero.data.segment import Segment, Window, window
 from priorzero.llm.update.samples import LLMSample, build_sample
 from priorzero.quiet import quiet_base
 from priorzero.run.randomness import generator_state, set_generator_state
@@ -206,14 +207,37 @@ class PriorZeroGameBuffer:
         """
         s = self._settings
         batch = WorldModelBatch.zeros(
-            s.num_unroll_steps, self._dim, s.action_vocabulary.capacity, weights, indices
+            s.num_unroll_steps,
+            s.burn_in,
+            self._dim,
+            s.action_vocabulary.capacity,
+            weights,
+            indices,
         )
 
-        for row, (segment, position) in enumerate(self._locate(indices)):
-            view = window(segment, position, s.num_unroll_steps + s.td_steps)
+        reach = max(s.burn_in, s.context_steps - 1 if s.reanalyse_ratio else 0)
+        views = [
+            window(segment, position, s.num_unroll_steps + s.td_steps, reach)
+            for segment, position in self._locate(indices)
+        ]
+        for row, view in enumerate(views):
             filler = int(self._rng.choice(view.steps[-1].valid_ids))
             fill_row(batch, row, view, s.num_unroll_steps, s.td_steps, s.discount_factor, filler)
-        return batch
+        return replace(batch, revisits=self._revisits(views)) if s.reanalyse_ratio else batch
+
+    def _revisits(self, views: Sequence[Window]) -> list[Revisit]:
+        """Of a share of the rows, drawn anew for each batch."""
+        s = self._settings
+        count = max(1, round(s.reanalyse_ratio * len(views)))
+        rows = self._rng.choice(len(views), size=count, replace=False)
+        return find_revisits(
+            {int(row): views[row] for row in rows},
+            s.num_unroll_steps,
+            s.td_steps,
+            s.discount_factor,
+            s.context_steps,
+            with_values=s.value_bootstrap == "search",
+        )
 
     def update_priority(self, indices: np.ndarray, priorities: np.ndarray) -> None:
         """Take over new priorities; transitions dropped meanwhile are skipped.

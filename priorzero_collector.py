@@ -189,7 +189,9 @@ class PriorZeroCollector:
             self._episodes += 1
 
     def _new_segment(self, slot: Slot) -> Segment:
-        return Segment(slot.env_id, slot.episode_id, self._settings.game_segment_length)
+        last, reach = slot.segment, self._settings.context_steps - 1
+        before = last.history(len(last), reach) if last is not None else ()
+        return Segment(slot.env_id, slot.episode_id, self._settings.game_segment_length, before)
 
     async def _decide(self, slots: Sequence[Slot], ask_llm: bool) -> list[Decision]:
         """Decisions with what the LLM is asked and, where it is asked, its scores."""

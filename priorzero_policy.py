@@ -25,6 +25,7 @@ from priorzero.data.batch import LearnOutput, WorldModelBatch
 from priorzero.quiet import quiet_base
 from priorzero.run.randomness import generator_state, set_generator_state
 from priorzero.search.planner import Plan, Planner
+from priorzero.search.reanalyse import reanalyse
 from priorzero.search.roots import Root, SearchOutput
 from priorzero.settings.policy import PolicySettings
 from priorzero.text.vocabulary import ActionVocabulary, make_vocabulary
@@ -215,6 +216,22 @@ class PriorZeroPolicy(UniZeroPolicy):
         """Nothing to forget."""
 
     # ---- learning --------------------------------------------------------------------------------
+
+    def reanalyse(
+        self, batch: WorldModelBatch, env_steps: int
+    ) -> tuple[WorldModelBatch, dict[str, float]]:
+        """The batch with fresh targets for its `revisits`, found by the online network as it is,
+        and metrics; see `priorzero/search/reanalyse.py`.
+
+        Args:
+            env_steps: As in `_forward_collect`.
+        """
+
+        def plan(roots: Sequence[Root]) -> list[Plan]:
+            root_prior = self._settings.root_prior
+            return self._planner.plan(roots, self._inner_actions(), root_prior, env_steps, None)
+
+        return reanalyse(batch, plan, self._settings.root_prior.reduction)
 
     def _forward_learn(self, batch: WorldModelBatch) -> LearnOutput:
         """One update of the world model.

@@ -69,11 +69,12 @@ def _model(settings: ExperimentSettings, device: str, text_dim: int) -> dict[str
     """LightZero's model settings; names and places are its own."""
     p: PolicySettings = settings.policy
     capacity = p.action_vocabulary.capacity
+    positions = p.burn_in + p.num_unroll_steps  # that training visits
     world_model = dict(
         continuous_action_space=False,
         tokens_per_block=2,
-        max_blocks=p.num_unroll_steps,
-        max_tokens=2 * p.num_unroll_steps,
+        max_blocks=positions,
+        max_tokens=2 * positions,
         context_length=2 * p.context_steps,
         device=device,
         action_space_size=capacity,

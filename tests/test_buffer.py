@@ -7,6 +7,7 @@ from.
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -86,7 +87,7 @@ class Episode:
     def segments(self) -> list[Segment]:
         cuts, result, at = list(self.cuts) or [len(self.steps)], [], 0
         for length in cuts:
-            segment = Segment(0, self.number, length)
+            segment = Segment(0, self.number, length, self.steps[max(at - 9, 0) : at])
             for t in range(at, at + length):
                 segment.record(self.steps[t], state_vector(self.number, t + 1))
             result.append(segment)
@@ -354,6 +355,117 @@ def test_random_episodes_equal_the_reference(seed):
     assert drawn.indices.min() >= pushed - alive and drawn.indices.max() < pushed
     for row, index in enumerate(drawn.indices):
         check_row(drawn, row, *place[int(index)], unroll, td)
+
+
+# ---- burn-in -------------------------------------------------------------------------------------
+
+
+def test_burn_in_by_hand():
+    """Five steps in segments of 3 and 2; T = 3, n = 2, two steps of context: five states a row."""
+    episode = Episode(0, [1.0, 2.0, 3.0, 4.0, 5.0], "terminated", cuts=[3, 2])
+    buffer = filled([episode], context_steps=3, burn_in=2)
+    batch, taken = sample_at(buffer, [0, 1, 3]), [s.action_id for s in episode.steps]
+
+    # The oldest state stands first; the window begins behind the context there is.
+    assert batch.starts.tolist() == [0, 1, 2] and batch.burn_in == 2
+    assert batch.observations[:, :, 1].tolist() == [
+        [0, 1, 2, 3, 4, 5],
+        [0, 1, 2, 3, 4, 5],
+        [1, 2, 3, 4, 5, 5],
+    ]
+    assert batch.actions[0].tolist() == batch.actions[1].tolist() == taken
+    assert batch.actions[2, :4].tolist() == taken[1:]
+    # Only the window has targets.
+    assert batch.rewards.tolist() == [[1, 2, 3], [2, 3, 4], [4, 5, 0]]
+    assert batch.returns[1] == pytest.approx([2 + 0.9 * 3, 3 + 0.9 * 4, 4 + 0.9 * 5])
+
+    # The state after each step's two rewards: in the row's own sequence (from 5 on) while it lasts.
+    assert batch.bootstrap_index[0].tolist() == [5 + 2, 5 + 3, 5 + 4]
+    assert batch.bootstrap_index[1].tolist() == [5 + 3, 5 + 4, 4]
+    # s5 does not fit there; its bootstrap sequence begins two steps before the first of them, s3.
+    assert batch.bootstrap_observations[1, :, 1].tolist() == [1, 2, 3, 4, 5]
+    assert batch.bootstrap_actions[1, :4].tolist() == taken[1:]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_burn_in_equals_the_reference(seed):
+    """Context and bootstrap states from whole episodes; targets are those of cold windows."""
+    rng = np.random.default_rng(seed)
+    unroll, td, burn_in = (int(rng.integers(*span)) for span in ((2, 7), (1, 4), (1, 5)))
+    sizes = dict(num_unroll_steps=unroll, td_steps=td, context_steps=burn_in + 1, burn_in=burn_in)
+    buffer, place, pushed = empty(settings(replay_buffer_size=50, **sizes)), {}, 0
+    for number in range(25):
+        episode = random_episode(number, rng)
+        for segment in episode.segments():
+            buffer.push_game_segments([segment])
+            place |= {pushed + i: (episode, s.timestep) for i, s in enumerate(segment.steps)}
+            pushed += len(segment)
+        buffer.remove_oldest_data_to_fit()  # what was dropped still is context of what was not
+    indices = range(pushed - buffer.get_num_of_transitions(), pushed)
+    batch, length, seen_own, seen_other = sample_at(buffer, indices), burn_in + unroll, 0, 0
+
+    for row, index in enumerate(indices):
+        episode, start = place[index]
+        n, first = len(episode.steps), max(0, start - burn_in)
+        assert batch.starts[row] == start - first
+        window_end = min(n, start + unroll)
+        states = [min(s, n) for s in range(first, window_end + 1)]
+        own = batch.observations[row, :, :2].tolist()
+        assert own[: len(states)] == [[episode.number, s] for s in states]
+        for s in range(first, min(n, start + unroll)):
+            assert batch.actions[row, s - first] == episode.steps[s].action_id
+
+        want = expected_row(episode, start, unroll, td)
+        np.testing.assert_allclose(batch.rewards[row], want["reward"], atol=1e-5)
+        np.testing.assert_allclose(batch.returns[row], want["returns"], atol=1e-5)
+        np.testing.assert_allclose(batch.discounts[row], want["discount"], atol=1e-5)
+        np.testing.assert_allclose(batch.policies[row], want["policy"], atol=1e-5)
+        np.testing.assert_array_equal(batch.mask_step[row], want["step"])
+        np.testing.assert_array_equal(batch.mask_value[row], want["value"])
+
+        # A bootstrap state is seen with the row's own history if that fits, else with burn-in steps
+        # before the first bootstrap state; and all before it is the episode as it was played.
+        base = min(start + td, n)
+        for k, state in enumerate(want["bootstrap_state"]):
+            if state is None:
+                continue
+            at = int(batch.bootstrap_index[row, k])
+            fits = state < first + length
+            assert (at >= length) == fits
+            seen_own, seen_other = seen_own + fits, seen_other + (not fits)
+            begin = first if fits else max(0, base - burn_in)
+            side = batch.observations if fits else batch.bootstrap_observations
+            taken = batch.actions if fits else batch.bootstrap_actions
+            at %= length
+            assert at == state - begin
+            history = [[episode.number, s] for s in range(begin, state + 1)]
+            assert side[row, : at + 1, :2].tolist() == history
+            ids = [episode.steps[s].action_id for s in range(begin, state)]
+            assert taken[row, :at].tolist() == ids
+    assert seen_own > 20 and seen_other > 5
+
+
+def test_burn_in_changes_no_target_and_no_draw():
+    episodes = [random_episode(i, np.random.default_rng(i)) for i in range(9)]
+    cold = filled(episodes, context_steps=3).sample(40)
+    warm = filled(episodes, context_steps=3, burn_in=2).sample(40)
+    for name in ("indices", "rewards", "policies", "returns", "discounts", "mask_step", "weights"):
+        np.testing.assert_array_equal(getattr(cold, name), getattr(warm, name))
+    window = np.stack([o[s : s + 4] for o, s in zip(warm.observations, warm.starts, strict=True)])
+    np.testing.assert_array_equal(window, cold.observations)
+
+
+def test_what_is_dropped_is_forgotten_but_for_its_last_steps():
+    episode = Episode(0, [1.0] * 30, "truncated", cuts=[10, 10, 10])
+    first, second, third = episode.segments()
+    gone, kept = weakref.ref(first.steps[0]), weakref.ref(second)
+    buffer = empty(settings(context_steps=4, burn_in=3, replay_buffer_size=10))
+    buffer.push_game_segments([first, second, third])
+    episode.steps.clear()
+    del first, second
+    buffer.remove_oldest_data_to_fit()
+    assert gone() is None and kept() is None
+    assert sample_at(buffer, [20]).observations[0, :4, 1].tolist() == [17, 18, 19, 20]
 
 
 # ---- removal -------------------------------------------------------------------------------------

@@ -110,6 +110,25 @@ async def test_segments_carry_what_was_played(parts, encoder):
     assert result.steps == 3 * len(made.prior.calls)
 
 
+async def test_a_segment_remembers_what_its_first_root_saw(parts):
+    """Three steps are planned from: the present one and the two before, across segments too."""
+    made = parts(prior=None)
+    result = await collect(made, 9)
+    roots = [root for (given, *_), _ in made.policy.calls for root in given]
+    by_last = {root.observations[-1].tobytes(): root for root in roots}
+
+    reached = set()
+    for segment in result.segments:
+        for position, step in enumerate(segment.steps):
+            before = segment.history(position, 2)
+            root = by_last[step.observation.tobytes()]
+            seen = np.stack([*(s.observation for s in before), step.observation])
+            np.testing.assert_array_equal(root.observations, seen)
+            assert root.actions.tolist() == [s.action_id for s in before]
+            reached.add((position, len(before)))
+    assert reached >= {(0, 0), (0, 2), (1, 1), (1, 2), (3, 2)}
+
+
 async def test_each_text_is_encoded_once_and_each_prompt_built_once(parts, encoder, monkeypatch):
     asked: list[str] = []
     real = encoder.encode

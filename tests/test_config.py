@@ -131,6 +131,9 @@ def test_every_setting_is_known_by_name_and_type(path):
     [
         ("policy.embed_dim", 100, "num_heads 8 and group_size 8 must divide it"),
         ("policy.context_steps", 11, r"1\.\.num_unroll_steps"),
+        ("policy.burn_in", 4, r"0\.\.context_steps - 1 \(3\)"),
+        ("policy.burn_in", -1, r"0\.\.context_steps - 1"),
+        ("policy.reanalyse_ratio", 1.5, r"\[0, 1\]"),
         ("policy.num_simulations", 0, "positive"),
         ("policy.batch_size", -1, "positive"),
         ("policy.discount_factor", 1.5, r"\(0, 1\]"),

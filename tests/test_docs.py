@@ -242,6 +242,7 @@ def test_every_metric_of_a_run_is_explained(tiny_llm, tmp_path):
             batch_size=4,
             game_segment_length=4,
             replay_ratio=0.2,
+            reanalyse_ratio=0.5,
         ),
         llm=dict(sft=dict(samples=2), rft=dict(samples=2)),
         eval=dict(modes=["world_model_llm", "random"]),

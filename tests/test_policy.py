@@ -270,6 +270,165 @@ def test_value_targets_by_hand(make_policy, make_buffer, end, bootstrap):
     assert targets[0].tolist() == pytest.approx(by_hand)
 
 
+class RememberingTarget(StateIndexTarget):
+    """Its value of state i, seen from state j on, is 10 i + 1000 j."""
+
+    def unroll(self, latents, actions):
+        value = 10.0 * latents[..., :1] + 1000.0 * latents[:, :1, :1]
+        return Unrolled(latent=None, reward=None, policy=None, value=value)
+
+
+@pytest.mark.parametrize(
+    ("start", "by_hand"),
+    [
+        # T = 2, n = 2, one step of context, so sequences of 3 states; gamma = 0.5.
+        # From s0 it holds s0 s1 s2, and s2 is seen from s0 on; s3 follows s1 s2.
+        (0, [1 + 0.5 * 2 + 0.25 * 20.0, 2 + 0.5 * 3 + 0.25 * 1030.0]),
+        # From s1 it holds s0 s1 s2: neither s3 nor s4 is there, they follow s2.
+        (1, [2 + 0.5 * 3 + 0.25 * 2030.0, 3 + 0.5 * 4 + 0.25 * 2040.0]),
+        # From s3 it holds s2 s3 s4; the last state s5, after a cut, follows s4.
+        (3, [4 + 0.5 * 5 + 0.25 * 4050.0, 5 + 0.5 * 4050.0]),
+    ],
+)
+def test_value_targets_with_burn_in_by_hand(make_policy, make_buffer, start, by_hand):
+    policy = make_policy(
+        num_unroll_steps=2, td_steps=2, context_steps=2, burn_in=1, discount_factor=0.5
+    )
+    buffer = indexed_buffer(make_buffer(policy), "truncated")
+    batch = buffer.batch_of(np.array([start]), np.ones(1, dtype=np.float32))
+    targets = value_targets(batch, RememberingTarget(), lambda x: x, "target_network")
+    assert targets[0].tolist() == pytest.approx(by_hand)
+
+
+def walk(number: int, vectors: np.ndarray, lengths: list[int], reach: int, reward: float):
+    """Segments of one episode through these states `[n + 1, 6]`, always by "action 0" of two, with
+    one reward, at its end.
+    """
+    segments, t = [], 0
+    for length in lengths:
+        before = segments[-1].history(len(segments[-1]), reach) if segments else ()
+        segments.append(Segment(0, number, length, before))
+        for _ in range(length):
+            over = t == sum(lengths) - 1
+            step = StepRecord(
+                state=TextState("", ("action 0", "action 1")),
+                observation=vectors[t],
+                valid_actions=("action 0", "action 1"),
+                valid_ids=np.array([0, 1]),
+                action_index=0,
+                visit_counts=np.array([3.0, 1.0]),
+                behaviour=np.array([0.75, 0.25]),
+                target_policy=np.array([0.75, 0.25]),
+                root_value=0.0,
+                predicted_value=0.0,
+                reward=reward if over else 0.0,
+                done_kind="terminated" if over else "running",
+                timestep=t,
+            )
+            segments[-1].record(step, vectors[t + 1])
+            t += 1
+    return segments
+
+
+def test_what_is_trained_is_what_a_root_sees(make_policy, make_buffer, randomise, monkeypatch):
+    """With burn_in = context_steps - 1 a window's first prediction is the search's own at the root
+    of that state; the others are LightZero's forward over context and window.
+    """
+    from priorzero.world_model import learner
+
+    policy = make_policy(
+        burn_in=2, td_steps=2, num_simulations=1, root_prior=dict(mode="wm_logits")
+    )
+    assert policy.network.world_model.pos_emb.weight.shape[0] == 2 * (5 + 2)
+    network = randomise(policy.network, seed=4)
+    monkeypatch.setattr(network, "train", lambda mode=True: network)  # no dropout to compare with
+
+    vectors, buffer = np.stack([observation(t) for t in range(10)]), make_buffer(policy)
+    segments = walk(0, vectors, [4, 5], 2, reward=1.0)
+    buffer.push_game_segments(segments)
+    batch, given = buffer.batch_of(np.arange(9), np.ones(9, dtype=np.float32)), {}
+    real = learner.world_model_loss
+
+    def spy(outputs, targets, *others):
+        given.update(outputs=Unrolled(*(x.detach() for x in outputs)), targets=targets)
+        return real(outputs, targets, *others)
+
+    def look(start, stop):
+        """The last states' predictions, from s_start on."""
+        with torch.no_grad():
+            latents = network.encode(torch.from_numpy(vectors[start:stop])[None])
+            return network.unroll(latents, torch.zeros(1, stop - start, dtype=torch.long))
+
+    firsts = [max(0, t - 2) for t in range(9)]
+    roots = [
+        Root(vectors[first : t + 1], np.zeros(t - first, dtype=np.int64), np.array([0, 1]))
+        for t, first in enumerate(firsts)
+    ]
+    planned = policy.eval_mode.forward(roots, 0)
+    slow = [look(first, min(t + 5, 10)) for t, first in enumerate(firsts)]
+
+    monkeypatch.setattr(learner, "world_model_loss", spy)
+    encoder = copy.deepcopy(policy.target_network)
+    policy.learn_mode.forward(batch)
+    outputs, targets = given["outputs"], given["targets"]
+    for t, first in enumerate(firsts):
+        known = min(5, 9 - t)
+        for ours, full in zip(outputs, slow[t], strict=True):
+            torch.testing.assert_close(
+                ours[t, :known], full[0, t - first :][:known], atol=1e-5, rtol=0
+            )
+        log_wm = torch.log_softmax(outputs.policy[t, 0, :2], 0)
+        np.testing.assert_allclose(planned[t].prior.log_wm, log_wm.numpy(), atol=1e-4)
+        following = torch.from_numpy(vectors[t + 1 : t + 1 + known])
+        torch.testing.assert_close(targets.latent[t, :known], encoder.encode(following))
+    assert outputs.value.std() > 0.01
+
+
+@pytest.mark.parametrize("burn_in", [0, 3])
+def test_targets_that_remember(make_policy, make_buffer, burn_in):
+    """Start A or B, then eight observations that are the same after both; reward 1 at the end
+    after A only.
+
+    A root with a context of 4 sees the start in s1, s2 and s3. Cold windows do not, but for those
+    that begin there, and what they bootstrap from never does: the value head says the mean of both.
+    With burn-in it tells them apart.
+    """
+    policy = make_policy(
+        burn_in=burn_in,
+        context_steps=4,
+        num_unroll_steps=8,
+        td_steps=3,
+        discount_factor=0.95,
+        learning_rate=3e-3,
+        loss_weights=dict(latent=1.0, policy=0.0, value=5.0),
+        batch_size=32,
+        num_simulations=1,
+        root_prior=dict(mode="wm_logits"),
+    )
+    buffer = make_buffer(policy)
+    same = [observation(t) for t in range(1, 10)]
+    starts = {"A": observation(40), "B": -observation(40)}
+    for number, (name, start) in enumerate(starts.items()):
+        states = np.stack([start, *same])
+        buffer.push_game_segments(walk(number, states, [5, 4], 3, reward=float(name == "A")))
+    learn(policy, buffer, 500)
+
+    values = {}
+    for name, start in starts.items():
+        states = np.stack([start, *same])
+        roots = [
+            Root(states[: t + 1], np.zeros(t, dtype=np.int64), np.array([0, 1])) for t in (1, 2, 3)
+        ]
+        planned = policy.eval_mode.forward(roots, 0)
+        values[name] = np.array([output.predicted_value for output in planned])
+
+    if burn_in:
+        # True values: 0.70, 0.74, 0.77 and 0.
+        assert values["A"].min() > 0.45 and np.abs(values["B"]).max() < 0.15
+    else:
+        assert values["A"].max() < 0.6 and np.abs(values["A"] - values["B"]).max() < 0.2
+
+
 def test_soft_update(corridor):
     policy, buffer = corridor
     learn(policy, buffer, 2)

@@ -1,46 +1,75 @@
 """The world model's batches, and the pure function that makes one row of one.
 
-Letters: `B` rows, `T` unroll steps, `n` bootstrap steps (td_steps), `E` embedding dimension, `V`
-vocabulary size.
+With burn-in a row does not start cold: its window stands behind up to `c` real steps that only
+serve as context, as the root of a search stands behind the steps before it. Both begin at the
+network's position 0 with the oldest of them, so that a window at an episode's beginning has fewer.
+
+Letters: `B` rows, `T` unroll steps, `c` steps of burn-in, `W` = c + T steps the network reads, `n`
+bootstrap steps (td_steps), `E` embedding dimension, `V` vocabulary size.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from priorzero.data.returns import n_step_return
-from priorzero.data.segment import Window
+from priorzero.data.segment import StepRecord, Window
+
+
+@dataclass(frozen=True, eq=False)
+class Revisit:
+    """A step of a batch that is to be searched anew.
+
+    Attributes:
+        step: As it was played.
+        context: At most context_steps - 1 steps before it, oldest first: what its root looked back
+            on.
+        policy_of: Rows and steps `(b, k)` whose policy target it is.
+        value_of: Rows and steps that bootstrap from it.
+    """
+
+    step: StepRecord
+    context: list[StepRecord]
+    policy_of: list[tuple[int, int]] = field(default_factory=list)
+    value_of: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, eq=False)
 class WorldModelBatch:
     """What one update of the world model reads.
 
-    The n-step value target of step k is returns[k] + discounts[k] * v(s), where s is state
-    bootstrap_index[k] of the row's bootstrap window, a stretch of the same episode.
+    The n-step value target of step k is returns[k] + discounts[k] * v(s), where s is found at
+    bootstrap_index[k] of the row's bootstrap sequence, a stretch of the same episode, or with
+    burn-in from W on in its own sequence (see `fill_row`).
 
     Attributes:
-        observations: `[B, T+1, E]` states of the unrolled window and the one after it.
-        actions: `[B, T]` ids taken in them.
+        observations: `[B, W+1, E]` a row's own sequence: its context, the unrolled window and what
+            follows.
+        actions: `[B, W]` ids taken in them.
+        starts: `[B]` int64, 0..c, steps of context: where the window stands in the sequence.
         rewards: `[B, T]` what they earned.
         policies: `[B, T, V]` target policies, 0 for what was not valid.
         mask_step: `[B, T]` 1.0 where the transition was played (policy, next latent).
         mask_value, mask_reward: `[B, T]` 1.0 there and in the absorbing steps after a true end,
             whose value and reward are zero.
         returns, discounts: `[B, T]` of the value targets.
-        bootstrap_observations: `[B, T, E]` states of the bootstrap window.
-        bootstrap_actions: `[B, T]` ids taken in them.
-        bootstrap_index: `[B, T]` int64.
+        bootstrap_observations: `[B, W, E]` the bootstrap sequence: context, and the `T` states from
+            the one on where the first step's return ends.
+        bootstrap_actions: `[B, W]` ids taken in them.
+        bootstrap_index: `[B, T]` int64, 0..2W-1.
         search_values: `[B, T]` the search's own values of the bootstrap states where known, else
             nan.
         weights: `[B]` importance weights.
         indices: `[B]` of the rows' first transitions, for `update_priority`.
+        revisits: Steps to be searched anew before the update; empty without reanalysis.
     """
 
     observations: np.ndarray
     actions: np.ndarray
+    starts: np.ndarray
     rewards: np.ndarray
     policies: np.ndarray
     mask_step: np.ndarray
@@ -54,21 +83,29 @@ class WorldModelBatch:
     search_values: np.ndarray
     weights: np.ndarray
     indices: np.ndarray
+    revisits: list[Revisit] = field(default_factory=list)
 
     @classmethod
     def zeros(
-        cls, unroll: int, dim: int, vocabulary: int, weights: np.ndarray, indices: np.ndarray
+        cls,
+        unroll: int,
+        burn_in: int,
+        dim: int,
+        vocabulary: int,
+        weights: np.ndarray,
+        indices: np.ndarray,
     ) -> WorldModelBatch:
         """An empty batch for `fill_row`, one row per index."""
         assert len(weights) == len(indices)
-        shape = (len(indices), unroll)
+        shape, length = (len(indices), unroll), burn_in + unroll
 
         def empty(*more: int, steps: int = unroll, dtype=np.float32) -> np.ndarray:
             return np.zeros((len(indices), steps, *more), dtype=dtype)
 
         return cls(
-            observations=empty(dim, steps=unroll + 1),
-            actions=empty(dtype=np.int64),
+            observations=empty(dim, steps=length + 1),
+            actions=empty(steps=length, dtype=np.int64),
+            starts=np.zeros(len(indices), dtype=np.int64),
             rewards=empty(),
             policies=empty(vocabulary),
             mask_step=empty(),
@@ -76,13 +113,18 @@ class WorldModelBatch:
             mask_reward=empty(),
             returns=empty(),
             discounts=empty(),
-            bootstrap_observations=empty(dim),
-            bootstrap_actions=empty(dtype=np.int64),
+            bootstrap_observations=empty(dim, steps=length),
+            bootstrap_actions=empty(steps=length, dtype=np.int64),
             bootstrap_index=empty(dtype=np.int64),
             search_values=np.full(shape, np.nan, dtype=np.float32),
             weights=weights,
             indices=indices,
         )
+
+    @property
+    def burn_in(self) -> int:
+        """`c`, most steps of context of a row."""
+        return self.actions.shape[1] - self.rewards.shape[1]
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -116,28 +158,37 @@ def fill_row(
     the state after a true end, whose value is zero. Steps k >= m are absorbing after a true end and
     masked out otherwise.
 
+    With burn-in the bootstrap state is read from the row's own sequence, as far as that reaches,
+    and only beyond from the bootstrap sequence: seen with less history than the step itself has,
+    its value would average over what the step can still tell apart.
+
     Args:
-        view: Steps r_0.., at most unroll + td_steps of them.
+        view: Steps r_0.., at most unroll + td_steps of them, and the context before them.
         unroll: `T`.
         filler_action: The id fed to the model where no action was played.
     """
-    known = len(view.steps)
+    known, length = len(view.steps), batch.burn_in + unroll
     assert 1 <= known <= unroll + td_steps
     over = view.end == "terminated"
 
-    for k in range(unroll + 1):
-        batch.observations[row, k] = view.observation(k)
+    start = _write_sequence(
+        batch.observations[row], batch.actions[row], view, 0, batch.burn_in, filler_action
+    )
+    batch.starts[row] = start
 
     # The bootstrap window begins where the first step's return ends.
     base = min(td_steps, known)
-    for k in range(unroll):
-        at = base + k
-        batch.bootstrap_observations[row, k] = view.observation(at)
-        batch.bootstrap_actions[row, k] = view.steps[at].action_id if at < known else filler_action
+    bootstrap_start = _write_sequence(
+        batch.bootstrap_observations[row],
+        batch.bootstrap_actions[row],
+        view,
+        base,
+        batch.burn_in,
+        filler_action,
+    )
 
     for k in range(min(unroll, known)):
         step = view.steps[k]
-        batch.actions[row, k] = step.action_id
         batch.rewards[row, k] = step.reward
         batch.policies[row, k, step.valid_ids] = step.target_policy
         batch.mask_step[row, k] = batch.mask_value[row, k] = batch.mask_reward[row, k] = 1.0
@@ -146,11 +197,75 @@ def fill_row(
         target = n_step_return(view, k, td_steps, discount, last_valued=known)
         batch.returns[row, k] = target.reward_sum
         batch.discounts[row, k] = target.discount
-        batch.bootstrap_index[row, k] = target.state - base
+        in_own = batch.burn_in > 0 and start + target.state < length
+        batch.bootstrap_index[row, k] = (
+            length + start + target.state if in_own else bootstrap_start + target.state - base
+        )
         if target.state < known:
             batch.search_values[row, k] = view.steps[target.state].root_value
 
-    for k in range(known, unroll):
-        batch.actions[row, k] = filler_action
-        if over:
-            batch.mask_value[row, k] = batch.mask_reward[row, k] = 1.0
+    if over:
+        batch.mask_value[row, known:] = batch.mask_reward[row, known:] = 1.0
+
+
+def find_revisits(
+    views: Mapping[int, Window],
+    unroll: int,
+    td_steps: int,
+    discount: float,
+    context_steps: int,
+    *,
+    with_values: bool,
+) -> list[Revisit]:
+    """What is to be searched anew for these rows of a batch, each step once.
+
+    Args:
+        views: By row: the windows they were made of, with context_steps - 1 steps before them.
+        with_values: The states that the rows bootstrap from as well.
+    """
+    found: dict[StepRecord, Revisit] = {}
+
+    def visit(view: Window, index: int) -> Revisit:
+        step = view.steps[index]
+        return found.setdefault(step, Revisit(step, view.history(index, context_steps - 1)))
+
+    for row, view in views.items():
+        known = len(view.steps)
+        for k in range(min(unroll, known)):
+            visit(view, k).policy_of.append((row, k))
+            target = n_step_return(view, k, td_steps, discount, last_valued=known)
+            if with_values and target.state < known:
+                visit(view, target.state).value_of.append((row, k))
+    return list(found.values())
+
+
+def _write_sequence(
+    observations: np.ndarray,
+    actions: np.ndarray,
+    view: Window,
+    first: int,
+    burn_in: int,
+    filler_action: int,
+) -> int:
+    """Fill a row's sequence with the states from s_first on, behind at most `burn_in` steps.
+
+    Beyond the last known state that one is repeated, and the filler action.
+
+    Args:
+        observations: `[n, E]`, written to. actions: `[m]`, written to.
+
+    Returns:
+        Where s_first stands in the sequence.
+    """
+    context = view.history(first, burn_in)
+    for position, step in enumerate(context):
+        observations[position], actions[position] = step.observation, step.action_id
+
+    start = len(context)
+    for position in range(start, len(observations)):
+        observations[position] = view.observation(first + position - start)
+    for position in range(start, len(actions)):
+        at = first + position - start
+        known = at < len(view.steps)
+        actions[position] = view.steps[at].action_id if known else filler_action
+    return start

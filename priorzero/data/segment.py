@@ -3,11 +3,13 @@ about each step.
 
 Written by `priorzero_collector.py`, held by `game_buffer_priorzero.py`. Segments of one episode are
 linked by `successor`, so a window of steps runs on across a segment's end as long as the episode
-does.
+does. Backwards a segment itself keeps the few steps that its first root looked back on: a link
+would keep a whole episode alive in the buffer, or break when its beginning is dropped.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,6 +85,8 @@ class Segment:
         env_id: where it was played.
         episode_id: the same for all segments of an episode, and for no other.
         length: steps it holds when it is full.
+        before: the episode's steps right before the first one here, oldest first: as many as a root
+            looks back on, or as the episode has.
 
     Attributes:
         env_id, episode_id, length: as given.
@@ -91,9 +95,12 @@ class Segment:
         successor: the next segment of the episode, once the buffer holds it.
     """
 
-    def __init__(self, env_id: int, episode_id: int, length: int) -> None:
+    def __init__(
+        self, env_id: int, episode_id: int, length: int, before: Sequence[StepRecord] = ()
+    ) -> None:
         self.env_id = env_id
         self.episode_id = episode_id
+        self.before = tuple(before)
         self.steps: list[StepRecord] = []
         self.final_observation: np.ndarray | None = None
         self.successor: Segment | None = None
@@ -112,6 +119,17 @@ class Segment:
         """How the last step left the episode; "running" where it goes on in another segment."""
         return self.steps[-1].done_kind if self.steps else "running"
 
+    def history(self, position: int, reach: int) -> list[StepRecord]:
+        """The steps before `position`, oldest first: at most `reach`, fewer at the episode's start.
+
+        Args:
+            position: 0..len(self); the latter for what a next segment has before it.
+        """
+        assert 0 <= position <= len(self.steps) and reach >= 0
+        own = self.steps[max(position - reach, 0) : position]
+        missing = reach - len(own)
+        return [*self.before[max(len(self.before) - missing, 0) :], *own]
+
     def __len__(self) -> int:
         return len(self.steps)
 
@@ -128,20 +146,29 @@ class Window:
         final_observation: `[E]` embedding of s_m, the state after them.
         end: "more" (s_m was played in the data too), "terminated", or "cut" (truncated, or not
             collected any further).
+        before: the steps right before r_0, oldest first.
     """
 
     steps: list[StepRecord]
     final_observation: np.ndarray
     end: str
+    before: list[StepRecord]
 
     def observation(self, index: int) -> np.ndarray:
         """Embedding `[E]` of state s_index; beyond the end, of the last state."""
         return self.steps[index].observation if index < len(self.steps) else self.final_observation
 
+    def history(self, index: int, reach: int) -> list[StepRecord]:
+        """At most `reach` steps before state s_index, oldest first."""
+        assert 0 <= index <= len(self.steps) and reach >= 0
+        known = [*self.before, *self.steps[:index]]
+        return known[max(len(known) - reach, 0) :]
 
-def window(segment: Segment, position: int, length: int) -> Window:
-    """Up to `length` steps from `position` on, across successors."""
+
+def window(segment: Segment, position: int, length: int, reach: int = 0) -> Window:
+    """Up to `length` steps from `position` on, across successors, and up to `reach` before them."""
     assert 0 <= position < len(segment) and length >= 1
+    before = segment.history(position, reach)
     steps: list[StepRecord] = []
 
     while True:
@@ -153,8 +180,8 @@ def window(segment: Segment, position: int, length: int) -> Window:
         segment, position = segment.successor, 0
 
     if end < len(segment.steps):
-        return Window(steps, segment.steps[end].observation, "more")
+        return Window(steps, segment.steps[end].observation, "more", before)
     if segment.done_kind == "terminated":
-        return Window(steps, segment.final_observation, "terminated")
+        return Window(steps, segment.final_observation, "terminated", before)
     goes_on = segment.successor is not None
-    return Window(steps, segment.final_observation, "more" if goes_on else "cut")
+    return Window(steps, segment.final_observation, "more" if goes_on else "cut", before)

@@ -60,6 +60,10 @@ class Policy(Protocol):
     vocabulary: Any
     positions_clamped: int
 
+    def reanalyse(
+        self, batch: WorldModelBatch, env_steps: int
+    ) -> tuple[WorldModelBatch, dict[str, float]]: ...
+
 
 class Buffer(Protocol):
     """`PriorZeroGameBuffer`: segments in; world-model batches and LLM samples out."""

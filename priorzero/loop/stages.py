@@ -70,7 +70,7 @@ async def train_world_model(parts: Parts, updates: int) -> dict[str, float]:
 
     Returns:
         Means over the updates, their number as `updates`, and seconds per update, without drawing
-        the batch, as `train_time`; empty without updates.
+        the batch or searching it anew, as `train_time`; empty without updates.
     """
     if updates == 0:
         return {}
@@ -86,10 +86,14 @@ def _update_world_model(parts: Parts, updates: int) -> dict[str, float]:
     rows: list[dict[str, float]] = []
     for _ in range(updates):
         batch = parts.buffer.sample(settings.batch_size)
+        fresh: dict[str, float] = {}
+        if batch.revisits:
+            with parts.watch("reanalyse"):
+                batch, fresh = parts.policy.reanalyse(batch, parts.progress.env_steps)
 
         started = time.perf_counter()
         output = parts.policy.learn_mode.forward(batch)
-        rows.append(output.metrics | {"train_time": time.perf_counter() - started})
+        rows.append(output.metrics | fresh | {"train_time": time.perf_counter() - started})
 
         if settings.use_priority:
             parts.buffer.update_priority(batch.indices, output.priorities)

@@ -187,11 +187,18 @@ class PolicySettings(Settings):
     # ---- learning ----
     num_unroll_steps: int = 10
     """Steps the model is unrolled."""
+    burn_in: int = 0
+    """Real steps before a window, and before the states its values bootstrap from, that are read as
+    context and not trained on. 0: windows start cold; context_steps - 1: as roots do."""
     td_steps: int = 5
     """Steps of the value target before it bootstraps."""
     value_bootstrap: str = "target_network"
     """target_network: the target network's value now; search: the root value found when the step
-    was played."""
+    was played, or reanalysed."""
+    reanalyse_ratio: float = 0.0
+    """Share of a batch's rows whose policy targets are searched anew with the present network, from
+    the stored steps and the LLM's stored answers; with value_bootstrap search their bootstrap
+    values too. Above 0 it is one row at least, and costs a search per step of each such row."""
     discount_factor: float = 0.99
     """Discount of rewards, per game step."""
     batch_size: int = 64
@@ -245,7 +252,9 @@ class PolicySettings(Settings):
             "replay_save_mib",
             "weight_decay",
         )
-        yield from in_unit_interval(self, "root_noise_weight", "target_update_theta")
+        yield from in_unit_interval(
+            self, "root_noise_weight", "target_update_theta", "reanalyse_ratio"
+        )
 
         # Several settings that have to fit together.
         parts = max(1, self.num_heads), max(1, self.group_size)
@@ -256,9 +265,15 @@ class PolicySettings(Settings):
         )
         yield Rule(
             "context_steps",
-            1 <= self.context_steps <= self.num_unroll_steps,
-            f"it must lie in 1..num_unroll_steps ({self.num_unroll_steps}), the positions that are "
-            "trained",
+            1 <= self.context_steps <= self.num_unroll_steps + self.burn_in,
+            "it must lie in 1..num_unroll_steps + burn_in "
+            f"({self.num_unroll_steps + self.burn_in}), the positions that are trained",
+        )
+        yield Rule(
+            "burn_in",
+            0 <= self.burn_in < max(1, self.context_steps),
+            f"it must lie in 0..context_steps - 1 ({self.context_steps - 1}): a root looks back no "
+            "further",
         )
         yield Rule("discount_factor", 0 < self.discount_factor <= 1, "it must lie in (0, 1]")
         yield Rule(

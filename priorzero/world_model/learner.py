@@ -2,7 +2,8 @@
 
 `priorzero_policy.py` owns a `WorldModelLearner` and calls it from its learn mode.
 
-Letters: `B` rows, `T` unroll steps, `S` support size, `V` vocabulary size.
+Letters: `B` rows, `T` unroll steps, `W` steps the network reads, burn-in and unroll; `S` support
+size, `V` vocabulary size.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from priorzero.quiet import quiet_base
 from priorzero.settings.policy import PolicySettings
 from priorzero.types import PriorZeroError
 from priorzero.world_model.loss import WorldModelTargets, world_model_loss
-from priorzero.world_model.model import PriorZeroModel
+from priorzero.world_model.model import PriorZeroModel, Unrolled
 
 with quiet_base():
     from lzero.policy import DiscreteSupport, phi_transform, scalar_transform
@@ -78,7 +79,7 @@ class WorldModelLearner:
         observations, actions = self._tensor(batch.observations), self._tensor(batch.actions)
         value = value_targets(batch, self.target, self._scalar_of, settings.value_bootstrap)
         with torch.no_grad():
-            next_latents = self.target.encode(observations[:, 1:])
+            next_latents = self.target.encode(in_window(observations[:, 1:], batch))
         targets = WorldModelTargets(
             latent=next_latents,
             reward=self._categorical(self._tensor(batch.rewards)),
@@ -91,8 +92,9 @@ class WorldModelLearner:
             used_actions=self._tensor(used_actions),
         )
 
-        # 2. Predictions along the window, and their loss.
-        outputs = self._model.unroll(self._model.encode(observations[:, :-1]), actions)
+        # 2. Predictions along the window, and their loss. What was only read as context has none.
+        sequence = self._model.unroll(self._model.encode(observations[:, :-1]), actions)
+        outputs = Unrolled(*(in_window(output, batch) for output in sequence))
         total, terms = world_model_loss(
             outputs,
             targets,
@@ -168,6 +170,15 @@ class WorldModelLearner:
             group["fused"] = True
 
 
+def in_window(sequences: Tensor, batch: WorldModelBatch) -> Tensor:
+    """`[B, W, ...]` along the batch's own sequences -> `[B, T, ...]` along its windows."""
+    if batch.burn_in == 0:
+        return sequences
+    rows = torch.arange(len(batch), device=sequences.device)[:, None]
+    steps = torch.arange(batch.rewards.shape[1], device=sequences.device)
+    return sequences[rows, torch.from_numpy(batch.starts).to(sequences.device)[:, None] + steps]
+
+
 def value_targets(
     batch: WorldModelBatch,
     network: PriorZeroModel,
@@ -177,7 +188,7 @@ def value_targets(
     """n-step value targets `[B, T]`: returns + discounts * bootstrap value.
 
     Args:
-        network: Gives the values of the bootstrap windows' states.
+        network: Gives the values of the bootstrap states.
         bootstrap: "target_network": these values; "search": the search's own where they are known.
     """
     device = next(network.parameters()).device
@@ -194,7 +205,12 @@ def value_targets(
     )
     with torch.no_grad():
         logits = network.unroll(network.encode(observations), actions).value
-        values = scalar_of(logits.flatten(0, 1)).view(returns.shape).gather(1, index)
+        if batch.burn_in:
+            own = torch.from_numpy(batch.observations).to(device)[:, :-1]
+            own_actions = torch.from_numpy(batch.actions).to(device)
+            own_logits = network.unroll(network.encode(own), own_actions).value
+            logits = torch.cat([logits, own_logits], dim=1)
+        values = scalar_of(logits.flatten(0, 1)).view(logits.shape[:2]).gather(1, index)
 
     if bootstrap == "search":
         values = torch.where(searched.isnan(), values, searched)

@@ -82,6 +82,7 @@ class Made:
 
     def __init__(self, folder, llm: bool = True, eval_only: bool = False, **schedule) -> None:
         self.events: list[str] = []
+        self.revisits: list = []
         self.returns: list[float] = []
         self.plays: list[tuple[int, int]] = []
         self.held, self.learns, self.lost = 0, True, 0
@@ -114,6 +115,7 @@ class Made:
                     state_dict=lambda: {"model": 1},
                     load_state_dict=lambda state: self.events.append(f"world model {state}"),
                 ),
+                reanalyse=self._reanalyse,
                 vocabulary=nothing,
                 positions_clamped=0,
             ),
@@ -121,7 +123,9 @@ class Made:
                 push_game_segments=self._push,
                 remove_oldest_data_to_fit=lambda: 0,
                 get_num_of_transitions=lambda: self.held,
-                sample=lambda size: SimpleNamespace(indices=np.arange(size)),
+                sample=lambda size: SimpleNamespace(
+                    indices=np.arange(size), revisits=self.revisits
+                ),
                 update_priority=self._priorities,
                 sample_llm="the buffer's draw",
                 numbered_segments=lambda: iter(()),
@@ -158,6 +162,10 @@ class Made:
 
     def _push(self, segments):
         self.held += sum(len(segment) for segment in segments)
+
+    def _reanalyse(self, batch, env_steps):
+        self.events.append(f"reanalyse {batch.revisits} at {env_steps}")
+        return batch, {"reanalyse_share": 0.5}
 
     def _learn(self, batch):
         self.updates += 1

@@ -159,6 +159,16 @@ async def test_world_model_metrics_are_means_over_the_updates(made):
     assert 0 <= metrics["train_time"] < 1
 
 
+async def test_what_the_buffer_asks_for_is_searched_anew_before_the_update(made):
+    run = made()
+    run.revisits.append("a step")
+    run.parts.progress.env_steps = 7
+    metrics = await stages.train_world_model(run.parts, 2)
+    assert run.take() == ["reanalyse ['a step'] at 7", "update"] * 2
+    assert metrics["reanalyse_share"] == 0.5 and metrics["wm_loss"] == 1.5
+    assert run.parts.watch.calls["reanalyse"] == 2
+
+
 async def test_progress_is_saved_once_and_comes_back_whole(made, told):
     run = made(save_freq=1)
     await train(run.parts, GO)
