@@ -54,7 +54,7 @@ def pack(segments: Sequence[Segment]) -> Arrays:
         Arrays without objects, so that `np.load(allow_pickle=False)` and `torch.load(
         weights_only=True)` take them.
     """
-    steps = [step for segment in segments for step in segment.steps]
+    steps = [step for segment in segments for step in (*segment.before, *segment.steps)]
     texts, vectors = _Table(), _Table()
 
     arrays = _pack_steps(steps, vectors)
@@ -74,6 +74,7 @@ def _pack_segments(segments: Sequence[Segment], vectors: _Table) -> Arrays:
         "segment_env": np.array([s.env_id for s in segments], dtype=np.int64),
         "segment_episode": np.array([s.episode_id for s in segments], dtype=np.int64),
         "segment_length": np.array([s.length for s in segments], dtype=np.int64),
+        "segment_before": np.array([len(s.before) for s in segments], dtype=np.int64),
         "segment_steps": np.array([len(s) for s in segments], dtype=np.int64),
         "segment_final": np.array(
             [_NONE if v is None else vectors.add(_bytes(v)) for v in final], dtype=np.int64
@@ -122,7 +123,7 @@ def _pack_llm(steps: Sequence[StepRecord]) -> Arrays:
 
     # The tuples themselves live in the steps, so that their ids tell them apart.
     answers: dict[int, tuple[int, tuple[tuple[float, ...], ...]]] = {}
-    answered, versions, thoughts, cached = [], [], [], []
+    answered, versions, thoughts, written, cached = [], [], [], [], []
     for step in steps:
         scores = step.scores or ActionScores(())
         logprobs = scores.token_logprobs
@@ -130,6 +131,7 @@ def _pack_llm(steps: Sequence[StepRecord]) -> Arrays:
         answered.append(_NONE if step.scores is None else position)
         versions.append(scores.weights_version)
         thoughts.append(tokens.add(scores.thought_ids))
+        written.append(scores.thought_logprobs)
         cached.append(scores.cached)
 
     rows = [logprobs for _, logprobs in answers.values()]
@@ -145,6 +147,7 @@ def _pack_llm(steps: Sequence[StepRecord]) -> Arrays:
     }
     arrays |= _ragged("request_actions", ([tokens.add(a) for a in r.action_ids] for r in requests))
     arrays |= _ragged("tokens", tokens)
+    arrays |= _ragged("thought_logprobs", written, np.float64)
     arrays["answers_n"] = np.array([len(row) for row in rows], np.int64)
     return arrays | _ragged("logprobs", (part for row in rows for part in row), np.float64)
 
@@ -176,15 +179,16 @@ def unpack(arrays: Mapping[str, np.ndarray], pool: Pool | None = None) -> list[S
     vectors = arrays["vectors"]
 
     segments, start = [], 0
-    columns = ("segment_env", "segment_episode", "segment_length", "segment_steps", "segment_final")
-    for env, episode, length, count, final in zip(
-        *(arrays[c].tolist() for c in columns), strict=True
+    columns = ("env", "episode", "length", "before", "steps", "final")
+    for env, episode, length, before, count, final in zip(
+        *(arrays[f"segment_{c}"].tolist() for c in columns), strict=True
     ):
-        segment = Segment(env, episode, length)
-        segment.steps = steps[start : start + count]
+        first = start + before
+        segment = Segment(env, episode, length, steps[start:first])
+        segment.steps = steps[first : first + count]
         segment.final_observation = None if final == _NONE else vectors[final]
         segments.append(segment)
-        start += count
+        start = first + count
     assert start == len(steps)
     return segments
 
@@ -260,13 +264,20 @@ def _unpack_scores(arrays: Mapping[str, np.ndarray], pool: Pool) -> list[ActionS
     parts = [tuple(row) for row in _rows(arrays, "logprobs")]
     ends = np.cumsum(arrays["answers_n"]).tolist()
     answers = [tuple(parts[a:b]) for a, b in zip([0, *ends], ends, strict=False)]
+    written = _rows(arrays, "thought_logprobs")
     columns = ("scores", "scores_version", "scores_thought", "scores_cached")
     return [
         None
         if answer == _NONE
-        else ActionScores(answers[answer], version, _pooled(pool, tuple(tokens[thought])), cached)
-        for answer, version, thought, cached in zip(
-            *(arrays[c].tolist() for c in columns), strict=True
+        else ActionScores(
+            token_logprobs=answers[answer],
+            weights_version=version,
+            thought_ids=_pooled(pool, tuple(tokens[thought])),
+            thought_logprobs=tuple(own),
+            cached=cached,
+        )
+        for answer, version, thought, cached, own in zip(
+            *(arrays[c].tolist() for c in columns), written, strict=True
         )
     ]
 

@@ -28,14 +28,16 @@ def rich_segments() -> list[Segment]:
         changed = dict(
             state=TextState(f"room {t}", actions, history[: t % 3], "win", t / 7),
             request=TokenisedRequest((1, 2), (3,) * t, ((4, 5), (6,)), reasoning=t % 2 == 0),
-            scores=None if t == 3 else ActionScores(logprobs, t, (8,) * t, cached=t == 2),
+            scores=None if t == 3 else ActionScores(logprobs, t, (8,) * t, (-0.3 * t,) * t, t == 2),
             prior_weight=t / 9,
         )
         rich.steps[t] = dataclasses.replace(step, **changed)
     rich.steps[1] = dataclasses.replace(rich.steps[1], request=None)
     opened = Segment(3, 9, 50)
     opened.record(dataclasses.replace(rich.steps[0]), np.array([7, 8, 9], np.float32))
-    return [*plain.segments(), *rich.segments(), Segment(2, 8, 5), opened]
+    behind = Segment(3, 9, 50, before=rich.steps[1:3])
+    behind.record(dataclasses.replace(rich.steps[3]), np.array([7, 8, 9], np.float32))
+    return [*plain.segments(), *rich.segments(), Segment(2, 8, 5), opened, behind]
 
 
 def assert_equal(one: Segment, two: Segment) -> None:
@@ -45,8 +47,8 @@ def assert_equal(one: Segment, two: Segment) -> None:
     if one.final_observation is not None:
         np.testing.assert_array_equal(one.final_observation, two.final_observation)
 
-    assert len(one) == len(two)
-    for a, b in zip(one.steps, two.steps, strict=True):
+    assert len(one) == len(two) and len(one.before) == len(two.before)
+    for a, b in zip((*one.before, *one.steps), (*two.before, *two.steps), strict=True):
         for field in dataclasses.fields(a):
             left, right = getattr(a, field.name), getattr(b, field.name)
             assert type(left) is type(right), field.name
@@ -64,7 +66,7 @@ def test_every_bit_comes_back_through_a_file():
     file.seek(0)
     with np.load(file, allow_pickle=False) as arrays:
         found = unpack(dict(arrays))
-    assert len(found) == len(segments) == 5
+    assert len(found) == len(segments) == 6
     for one, two in zip(segments, found, strict=True):
         assert_equal(one, two)
 
