@@ -3,8 +3,8 @@ listens to an LLM.
 
 Registered in DI-engine's policy registry as ``priorzero``; UniZero's network and optimiser are
 LightZero's. It joins four parts, each of which can be used alone: the network
-(`priorzero/world_model/model.py`), the planner (`priorzero/search/planner.py`), the learner
-(`priorzero/world_model/learner.py`) and the vocabulary of actions. The collector asks
+(`priorzero/world_model/model.py`), the planner (`priorzero/search/planner.py`), the trainer
+(`priorzero/world_model/trainer.py`) and the vocabulary of actions. The collector asks
 `collect_mode.forward`, the evaluator `eval_mode.forward`, the training stage `learn_mode.forward`.
 It keeps nothing of the episodes that are played: their roots bring their own context.
 
@@ -29,8 +29,8 @@ from priorzero.search.reanalyse import reanalyse
 from priorzero.search.roots import Root, SearchOutput
 from priorzero.settings.policy import PolicySettings
 from priorzero.text.vocabulary import ActionVocabulary, make_vocabulary
-from priorzero.world_model.learner import WorldModelLearner
 from priorzero.world_model.model import PriorZeroModel
+from priorzero.world_model.trainer import WorldModelTrainer
 
 with quiet_base():
     from ding.utils import POLICY_REGISTRY
@@ -62,7 +62,7 @@ class PriorZeroPolicy(UniZeroPolicy):
         self.vocabulary = make_vocabulary(self._settings.action_vocabulary)
         self._embed_text: Callable[[list[str]], np.ndarray] | None = None
         self._rng = np.random.default_rng(cfg.seed)
-        self._learner = WorldModelLearner(self._model, self._settings, scalar_of, cfg.device)
+        self._trainer = WorldModelTrainer(self._model, self._settings, scalar_of, cfg.device)
         self._planner = Planner(self._model, self._settings, scalar_of, cfg.device)
         self._named = [self.network, self.target_network]  # what new actions are named in
 
@@ -85,7 +85,7 @@ class PriorZeroPolicy(UniZeroPolicy):
     @property
     def target_network(self) -> PriorZeroModel:
         """The slowly following copy that targets come from."""
-        return self._learner.target
+        return self._trainer.target
 
     @property
     def positions_clamped(self) -> int:
@@ -239,16 +239,16 @@ class PriorZeroPolicy(UniZeroPolicy):
         Raises:
             PriorZeroError: The loss is not finite.
         """
-        return self._learner.update(batch, self.vocabulary.used_mask)
+        return self._trainer.update(batch, self.vocabulary.used_mask)
 
     def _state_dict_learn(self) -> dict[str, Any]:
-        return self._learner.state_dict() | {
+        return self._trainer.state_dict() | {
             "vocabulary": self.vocabulary.state_dict(),
             "rng": generator_state(self._rng),
         }
 
     def _load_state_dict_learn(self, state: dict[str, Any]) -> None:
-        self._learner.load_state_dict(state)
+        self._trainer.load_state_dict(state)
         self.vocabulary.load_state_dict(state["vocabulary"])
         if "rng" in state:  # older checkpoints have none
             set_generator_state(self._rng, state["rng"])

@@ -70,6 +70,8 @@ def _model(settings: ExperimentSettings, device: str, text_dim: int) -> dict[str
     p: PolicySettings = settings.policy
     capacity = p.action_vocabulary.capacity
     positions = p.burn_in + p.num_unroll_steps  # that training visits
+
+    # What its transformer takes; a token each for an observation and an action.
     world_model = dict(
         continuous_action_space=False,
         tokens_per_block=2,
@@ -89,6 +91,7 @@ def _model(settings: ExperimentSettings, device: str, text_dim: int) -> dict[str
         num_simulations=1,
         rotary_emb=False,
     )
+
     return dict(
         type="PriorZeroModel",
         import_names=["priorzero.world_model.model"],

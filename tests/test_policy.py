@@ -14,8 +14,8 @@ from game_buffer_priorzero import PriorZeroGameBuffer
 from priorzero.data.segment import Segment, StepRecord
 from priorzero.search.roots import Root
 from priorzero.types import PriorZeroError, TextState
-from priorzero.world_model.learner import value_targets
 from priorzero.world_model.model import Unrolled
+from priorzero.world_model.trainer import value_targets
 from priorzero_policy import tempered
 
 GAMMA = 0.9

@@ -1,4 +1,4 @@
-"""A segment: a stretch of one episode as it was played, with everything both learners need to know
+"""A segment: a stretch of one episode as it was played, with everything both trainers need to know
 about each step.
 
 Written by `priorzero_collector.py`, held by `game_buffer_priorzero.py`. Segments of one episode are

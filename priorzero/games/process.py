@@ -67,11 +67,14 @@ class Nursery:
                 ours, theirs = socket.socketpair()
                 try:
                     self._start()
+
+                    # The worker gets its end of the pair, and the nursery answers with its pid.
                     socket.send_fds(self._control, [REQUEST.pack(b"n", 0)], [theirs.fileno()])
                     pid = self._reply()
                     if pid > 0:
                         return pid, Connection(ours.detach())
                     raise PriorZeroError(self._read(self._reply()).decode())
+
                 except OSError as error:
                     self._stop()
                     logger.warning(

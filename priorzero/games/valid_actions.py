@@ -143,6 +143,7 @@ class ValidActionCache:
             try:
                 if self._db is None:
                     self._db = _open_database(self.path)
+
                 if what == "get":
                     return self._db.execute(
                         "SELECT payload FROM details WHERE story=? AND state=?", arguments
@@ -152,11 +153,14 @@ class ValidActionCache:
                         "INSERT INTO details VALUES (?, ?, ?) ON CONFLICT DO NOTHING", arguments
                     )
                 return None
+
             except (sqlite3.Error, OSError) as error:
                 code = getattr(error, "sqlite_errorcode", 0) or 0
                 if code & 0xFF in _DAMAGED_CODES and attempt == 1:
                     self._set_aside(error)
                     continue
+
+                # Not to be mended: the run goes on with what memory holds.
                 self._counts["store_errors"] += 1
                 if not self._warned:
                     self._warned = True

@@ -14,6 +14,8 @@ from priorzero import plugins
 def option_parser(description: str, presets: Sequence[str]) -> argparse.ArgumentParser:
     """Options for what people change often; the rest with --set."""
     parser = argparse.ArgumentParser(prog="priorzero_orz_entry", description=description)
+
+    # The run: game, seed, length, name.
     parser.add_argument(
         "--env-id",
         default="auto",
@@ -22,6 +24,8 @@ def option_parser(description: str, presets: Sequence[str]) -> argparse.Argument
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--iterations", type=int, help="iterations of collect and train")
     parser.add_argument("--exp-name", help="folder under data_priorzero/")
+
+    # Models, and where they run.
     parser.add_argument("--llm", help="auto, a hub name or a folder")
     parser.add_argument("--engine", choices=["auto", "vllm", "transformers"])
     parser.add_argument(
@@ -33,6 +37,8 @@ def option_parser(description: str, presets: Sequence[str]) -> argparse.Argument
     )
     parser.add_argument("--encoder", help="sentence encoder: auto, a hub name or a folder")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"])
+
+    # Settings and schedule.
     parser.add_argument(
         "--preset",
         action="append",
@@ -59,6 +65,8 @@ def option_parser(description: str, presets: Sequence[str]) -> argparse.Argument
         dest="assignments",
         help="any setting of priorzero/settings, e.g. policy.num_simulations=30",
     )
+
+    # Going on from a checkpoint.
     parser.add_argument(
         "--resume", action="store_true", help="continue the experiment's latest checkpoint"
     )

@@ -122,6 +122,8 @@ class ResilientEngine(LLMEngine):
                 return  # another task met the same failure and has already replaced the engine
             if self._fallen_back:
                 raise error  # nothing is left to take over: the caller's rule applies
+
+            # 1. A fresh engine of the same kind, as often as the settings allow.
             await self._close_quietly(failed)
             while self.counters["engine_restarts"] < self._max_restarts:
                 self.counters["engine_restarts"] += 1
@@ -137,12 +139,15 @@ class ResilientEngine(LLMEngine):
                     return
                 except LLMEngineError as again:
                     error = again
+
+            # 2. Another kind, for good; or the end of the run.
             if self._fallback is None:
                 raise PriorZeroError(
                     f"the LLM engine {failed.name} failed and {self._max_restarts} restarts did "
                     f"not help: {error}. Raise llm.max_restarts, allow the fallback "
                     "(llm.required=False), or choose the transformers engine"
                 ) from error
+
             logger.error(
                 "LLM engine %s is given up (%s); the transformers engine takes over",
                 failed.name,

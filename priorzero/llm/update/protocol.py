@@ -24,7 +24,8 @@ class LLMTrainer(Protocol):
     """Trains the LLM. Methods are synchronous and heavy: call them with `asyncio.to_thread`.
 
     Attributes:
-        version: Which weights these are; one more with every `update` that changed them.
+        version: Which weights these are; one more with every `update` that changed them. The
+            loop saves it with its progress and sets it after `load_state_dict`.
         device: Where `score` computes; engines elsewhere round differently.
         lock: Held while weights move. An engine that shares the model or the trunk takes it too.
         trunk: Outputs of layers that no update changes, for engines to share; None where there

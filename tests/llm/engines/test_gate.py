@@ -38,14 +38,16 @@ async def test_a_change_waits_for_requests_and_holds_new_ones_back():
 async def test_a_cancelled_change_opens_the_gate_again():
     """Cancelled while it waits for a request inside: it used to leave the gate shut for good."""
     gate, leave = Gate(), asyncio.Event()
+    went_in: list[str] = []
 
     async def request():
         async with gate.request():
+            went_in.append("request")
             await leave.wait()
 
     async def change():
         async with gate.change():
-            pass
+            went_in.append("change")
 
     inside = asyncio.create_task(request())
     await settle()
@@ -58,3 +60,4 @@ async def test_a_cancelled_change_opens_the_gate_again():
     await asyncio.wait_for(change(), 5)
     leave.set()
     await asyncio.wait_for(request(), 5)
+    assert went_in == ["request", "change", "request"]

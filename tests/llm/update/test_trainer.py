@@ -156,7 +156,6 @@ def test_checkpoint_continues_exactly(tiny):
 
     second = trainer_of(tiny(seed=9, vocab=262))
     second.load_state_dict(saved)
-    assert second.version == 1
     second.update({"sft": SAMPLES})
     for name, value in trained_parameters(first).items():
         torch.testing.assert_close(value, trained_parameters(second)[name], rtol=0, atol=1e-7)
@@ -191,7 +190,8 @@ def test_adapters_fit_their_model_in_another_number_format(tiny):
     first.update({"sft": SAMPLES})
     second = trainer_of(published, lora=ADAPTERS, dtype="bfloat16")
     second.load_state_dict(through_a_file(first.state_dict()))
-    assert second.version == 1
+    trained = first.state_dict()["model"]
+    assert all(torch.equal(second.state_dict()["model"][k], v) for k, v in trained.items())
 
 
 def test_full_weights_of_another_shape_are_refused(tiny):

@@ -274,8 +274,8 @@ class BuiltinTrainer:
         return Weights(self._model)
 
     def state_dict(self) -> dict:
-        """Trained weights (adapters only with LoRA), optimiser, counters, what the objectives
-        remember, identity of the base.
+        """Trained weights (adapters only with LoRA), optimiser, its steps, what the objectives
+        remember, identity of the base. Their version is the loop's to save (`Progress`).
 
         The tensors are the live ones, as torch's own state_dict gives them: write them out before
         the next update.
@@ -287,7 +287,6 @@ class BuiltinTrainer:
                 "base": self._base.as_dict(),
                 "model": weights,
                 "optimizer": self._optimizer.state_dict(),
-                "version": self.version,
                 "steps": self._steps,
                 "objectives": {name: o.state_dict() for name, o in self._objectives.items()},
             }
@@ -301,7 +300,7 @@ class BuiltinTrainer:
                 for name, value in state["model"].items():
                     own[name].copy_(value)
             self._optimizer.load_state_dict(state["optimizer"])
-            self.version, self._steps = state["version"], state["steps"]
+            self._steps = state["steps"]
             # Earlier checkpoints have none; one may have been switched on or off since.
             for name, kept in state.get("objectives", {}).items():
                 if name in self._objectives:

@@ -1,6 +1,6 @@
 """One update of the world model: targets, loss, optimiser step, target network.
 
-`priorzero_policy.py` owns a `WorldModelLearner` and calls it from its learn mode.
+`priorzero_policy.py` owns a `WorldModelTrainer` and calls it from its learn mode.
 
 Letters: `B` rows, `T` unroll steps, `W` steps the network reads, burn-in and unroll; `S` support
 size, `V` vocabulary size.
@@ -28,7 +28,7 @@ with quiet_base():
     from lzero.policy.utils import configure_optimizers_nanogpt
 
 
-class WorldModelLearner:
+class WorldModelTrainer:
     """Trains a network in place.
 
     Args:
