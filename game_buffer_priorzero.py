@@ -34,9 +34,9 @@ class PriorZeroGameBuffer:
     `indices` hold.
 
     Args:
-        settings: Replay size, unroll and bootstrap steps, discount, priorities, vocabulary.
+        settings: replay size, unroll and bootstrap steps, discount, priorities, vocabulary.
         observation_dim: `E`.
-        seed: Of the sampling.
+        seed: of the sampling.
     """
 
     config = dict(type="game_buffer_priorzero")
@@ -137,8 +137,9 @@ class PriorZeroGameBuffer:
         Args:
             state: of `state_dict`.
             segments: by running number; those that are missing are left out.
+
         Returns:
-            Transitions that are missing.
+            transitions that are missing.
         """
         assert not self._segments, "a state is loaded into a new buffer"
         numbers, lengths = np.asarray(state["numbers"]), np.asarray(state["lengths"])
@@ -261,8 +262,8 @@ class PriorZeroGameBuffer:
         and are left out, so fewer than `count` may come back.
 
         Args:
-            count: How many.
-            recent: Draw from the newest so many transitions; None: from all.
+            count: how many.
+            recent: draw from the newest so many transitions; None: from all.
         """
         low = max(self._transitions - recent, 0) if recent else 0
         order = self._dropped + low + self._rng.permutation(self._transitions - low)

@@ -100,6 +100,7 @@ class PriorZeroCollector:
             temperature: actions are drawn from visit counts ** (1 / temperature).
             ask_llm: False searches without the LLM's prior. What it would have been asked is
                 written down all the same, so that it can learn from these decisions.
+
         Raises:
             PriorZeroError: an environment cannot be started, or a required LLM failed.
         """
@@ -143,7 +144,7 @@ class PriorZeroCollector:
         segments, and a new one begins in its place.
 
         Returns:
-            How many were cut.
+            how many were cut.
         """
         assert not self._slots, "a state is loaded into a new collector"
         self._episodes = state["episodes"]
@@ -233,7 +234,7 @@ class PriorZeroCollector:
         """Play the chosen actions and write down what came of them.
 
         Returns:
-            The environments whose episode ended.
+            the environments whose episode ended.
         """
         chosen = {
             slot.env_id: decision.valid_actions[plan.action_index]

@@ -89,6 +89,7 @@ class PriorZeroEvaluator:
         Args:
             env_steps: of the training so far, for the mixture's schedule.
             label: part of the transcripts' names.
+
         Raises:
             PriorZeroError: the LLM failed while it was to play alone, or while it is required.
         """

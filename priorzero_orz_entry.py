@@ -49,6 +49,7 @@ async def train_priorzero_orz(
     Args:
         config: checked again here, so attributes may have been overwritten since its construction.
         eval_only: load the checkpoint, evaluate once, and stop.
+
     Raises:
         PriorZeroError: a fault the user can mend, before anything is lost.
     """
@@ -82,9 +83,11 @@ async def build(config: HybridTrainingConfig, eval_only: bool = False) -> Parts:
     Args:
         config: schedule and settings.
         eval_only: leave the training run's config, summary and checkpoints as they are.
+
     Returns:
-        The parts; `close` them, or use them in `async with`. A build that fails closes what it
+        the parts; `close` them, or use them in `async with`. A build that fails closes what it
         opened.
+
     Raises:
         PriorZeroError: the game or a model cannot be had, or a required engine does not start.
     """
@@ -268,7 +271,7 @@ async def main(arguments: list[str] | None = None) -> int:
     """The command line's run.
 
     Returns:
-        The exit status: 0 also after SIGINT or SIGTERM, 2 for a fault the user can mend.
+        the exit status: 0 also after SIGINT or SIGTERM, 2 for a fault the user can mend.
     """
     calm_openmp()
     setup_logging(None)

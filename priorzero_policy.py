@@ -1,7 +1,7 @@
 """PriorZeroPolicy: UniZero's world model, trained from the buffer, and a search whose root also
 listens to an LLM.
 
-Registered in DI-engine's policy registry as ``priorzero``; UniZero's network and optimiser are
+Registered in DI-engine's policy registry as `priorzero`; UniZero's network and optimiser are
 LightZero's. It joins four parts, each of which can be used alone: the network
 (`priorzero/world_model/model.py`), the planner (`priorzero/search/planner.py`), the trainer
 (`priorzero/world_model/trainer.py`) and the vocabulary of actions. The collector asks
@@ -148,10 +148,10 @@ class PriorZeroPolicy(UniZeroPolicy):
         policy that chooses itself is followed, whatever the temperature.
 
         Args:
-            env_steps: Of the training so far, for the mixture's schedule.
+            env_steps: of the training so far, for the mixture's schedule.
 
         Returns:
-            One output per root, in their order.
+            one output per root, in their order.
         """
         plans = self._planner.plan(
             roots, self._inner_actions(), self._settings.root_prior, env_steps, self._rng
@@ -179,14 +179,14 @@ class PriorZeroPolicy(UniZeroPolicy):
         """Plan without noise.
 
         Args:
-            env_steps: As in `_forward_collect`.
-            prior_mode: Overrides the mixture's mode.
+            env_steps: as in `_forward_collect`.
+            prior_mode: overrides the mixture's mode.
             temperature: 0 takes the most visited action, or the root policy's own choice; a higher
                 one draws with `rng` from visit counts ** (1 / temperature), or so from the target
                 of a root policy that chooses itself.
 
         Returns:
-            One output per root, in their order.
+            one output per root, in their order.
         """
         root_prior = self._settings.root_prior
         if prior_mode is not None:
@@ -224,7 +224,7 @@ class PriorZeroPolicy(UniZeroPolicy):
         and metrics; see `priorzero/search/reanalyse.py`.
 
         Args:
-            env_steps: As in `_forward_collect`.
+            env_steps: as in `_forward_collect`.
         """
 
         def plan(roots: Sequence[Root]) -> list[Plan]:
@@ -237,7 +237,7 @@ class PriorZeroPolicy(UniZeroPolicy):
         """One update of the world model.
 
         Raises:
-            PriorZeroError: The loss is not finite.
+            PriorZeroError: the loss is not finite.
         """
         return self._trainer.update(batch, self.vocabulary.used_mask)
 

@@ -33,6 +33,7 @@ def load(package: str, name: str) -> ModuleType:
 
     Args:
         package: dotted name of the folder. name: the file's name without `.py`.
+
     Raises:
         PriorZeroError: there is no such file; the message names those there are.
     """

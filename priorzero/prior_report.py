@@ -141,7 +141,7 @@ async def main(arguments: list[str] | None = None) -> int:
     """The command.
 
     Returns:
-        The exit status: 0, or 2 for a fault the user can mend.
+        the exit status: 0, or 2 for a fault the user can mend.
     """
     calm_openmp()
     setup_logging(None)

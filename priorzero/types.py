@@ -29,7 +29,7 @@ class HistoryItem:
 class TextState:
     """Everything a text policy may know of the present state.
 
-    ``history`` is oldest first and ends with the step that led here. ``valid_actions`` is sorted
+    `history` is oldest first and ends with the step that led here. `valid_actions` is sorted
     and free of duplicates; it may be empty only in a state that ends the episode.
     """
 
@@ -44,9 +44,9 @@ class TextState:
 class TokenisedRequest:
     """One state as the LLM is asked about it, in token ids.
 
-    ``head_ids`` begin every prompt of a run (the fixed system text), ``body_ids`` are the rest of
-    the prompt, ``action_ids[a]`` are the tokens of valid action a and end with the terminator.
-    With ``reasoning`` an engine generates a chain of thought behind the prompt before it scores the
+    `head_ids` begin every prompt of a run (the fixed system text), `body_ids` are the rest of
+    the prompt, `action_ids[a]` are the tokens of valid action a and end with the terminator.
+    With `reasoning` an engine generates a chain of thought behind the prompt before it scores the
     actions; without it the actions stand right behind the prompt.
     """
 
@@ -64,20 +64,20 @@ class TokenisedRequest:
         return len(self.head_ids) + len(self.body_ids)
 
     def with_thought(self, thought_ids: Sequence[int]) -> TokenisedRequest:
-        """The same state behind the chain of thought ``thought_ids`` (action marker included)."""
+        """The same state behind the chain of thought `thought_ids` (action marker included)."""
         return replace(self, body_ids=self.body_ids + tuple(thought_ids), reasoning=False)
 
 
 @dataclass(frozen=True)
 class ActionScores:
     """Log-probabilities an LLM gives to the valid actions of one state, in the order of
-    ``valid_actions``.
+    `valid_actions`.
 
-    ``token_logprobs[i][j]`` is the natural-log probability (temperature 1) of token j of action i,
+    `token_logprobs[i][j]` is the natural-log probability (temperature 1) of token j of action i,
     given the prompt and the action's earlier tokens; the terminator token that ends an action is
-    the last one. ``weights_version`` tells which LLM weights answered. ``thought_ids`` is the chain
+    the last one. `weights_version` tells which LLM weights answered. `thought_ids` is the chain
     of thought generated between prompt and actions, action marker included, or empty.
-    ``thought_logprobs`` are those (temperature 1) of its tokens that the LLM wrote; the marker's
+    `thought_logprobs` are those (temperature 1) of its tokens that the LLM wrote; the marker's
     ids behind them were put there, so they have none.
     """
 
@@ -91,7 +91,7 @@ class ActionScores:
         assert len(self.thought_logprobs) <= len(self.thought_ids)
 
     def totals(self, reduction: str = "sum") -> list[float]:
-        """One number per action: ``sum`` of its token log-probabilities, or their ``mean``."""
+        """One number per action: `sum` of its token log-probabilities, or their `mean`."""
         assert reduction in ("sum", "mean"), reduction
 
         sums = [sum(tokens) for tokens in self.token_logprobs]

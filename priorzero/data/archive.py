@@ -58,8 +58,10 @@ class SegmentArchive:
 
         Args:
             segments: all that the buffer holds with their running numbers, oldest first.
+
         Returns:
-            The index for the checkpoint.
+            the index for the checkpoint.
+
         Raises:
             OSError: a file cannot be written; what was written before stands.
         """
@@ -124,7 +126,7 @@ class SegmentArchive:
         A file that is gone or damaged costs the segments in it, and is named in the log.
 
         Returns:
-            Segments by running number.
+            segments by running number.
         """
         pool: Pool = {}
         found: dict[int, Segment] = {}

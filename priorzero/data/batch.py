@@ -24,11 +24,11 @@ class Revisit:
     """A step of a batch that is to be searched anew.
 
     Attributes:
-        step: As it was played.
-        context: At most context_steps - 1 steps before it, oldest first: what its root looked back
+        step: as it was played.
+        context: at most context_steps - 1 steps before it, oldest first: what its root looked back
             on.
-        policy_of: Rows and steps `(b, k)` whose policy target it is.
-        value_of: Rows and steps that bootstrap from it.
+        policy_of: rows and steps `(b, k)` whose policy target it is.
+        value_of: rows and steps that bootstrap from it.
     """
 
     step: StepRecord
@@ -64,7 +64,7 @@ class WorldModelBatch:
             nan.
         weights: `[B]` importance weights.
         indices: `[B]` of the rows' first transitions, for `update_priority`.
-        revisits: Steps to be searched anew before the update; empty without reanalysis.
+        revisits: steps to be searched anew before the update; empty without reanalysis.
     """
 
     observations: np.ndarray
@@ -163,9 +163,9 @@ def fill_row(
     its value would average over what the step can still tell apart.
 
     Args:
-        view: Steps r_0.., at most unroll + td_steps of them, and the context before them.
+        view: steps r_0.., at most unroll + td_steps of them, and the context before them.
         unroll: `T`.
-        filler_action: The id fed to the model where no action was played.
+        filler_action: the id fed to the model where no action was played.
     """
     known, length = len(view.steps), batch.burn_in + unroll
     assert 1 <= known <= unroll + td_steps
@@ -220,8 +220,8 @@ def find_revisits(
     """What is to be searched anew for these rows of a batch, each step once.
 
     Args:
-        views: By row: the windows they were made of, with context_steps - 1 steps before them.
-        with_values: The states that the rows bootstrap from as well.
+        views: by row: the windows they were made of, with context_steps - 1 steps before them.
+        with_values: the states that the rows bootstrap from as well.
     """
     found: dict[StepRecord, Revisit] = {}
 
@@ -255,7 +255,7 @@ def _write_sequence(
         observations: `[n, E]`, written to. actions: `[m]`, written to.
 
     Returns:
-        Where s_first stands in the sequence.
+        where s_first stands in the sequence.
     """
     context = view.history(first, burn_in)
     for position, step in enumerate(context):

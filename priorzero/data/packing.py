@@ -51,7 +51,7 @@ def pack(segments: Sequence[Segment]) -> Arrays:
     """All of these segments but their successors; `unpack` undoes it.
 
     Returns:
-        Arrays without objects, so that `np.load(allow_pickle=False)` and `torch.load(
+        arrays without objects, so that `np.load(allow_pickle=False)` and `torch.load(
         weights_only=True)` take them.
     """
     steps = [step for segment in segments for step in (*segment.before, *segment.steps)]

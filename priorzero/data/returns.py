@@ -35,11 +35,11 @@ def n_step_return(
     before the state it bootstraps from, and no reward counts twice.
 
     Args:
-        view: Steps of one episode, `m` of them.
+        view: steps of one episode, `m` of them.
         start: 0 <= start < m.
-        td_steps: Most rewards in a return.
-        discount: Per step.
-        last_valued: Last state s_0..s_m that the caller has a value of, where the episode does not
+        td_steps: most rewards in a return.
+        discount: per step.
+        last_valued: last state s_0..s_m that the caller has a value of, where the episode does not
             end in s_m: m for a network, which can look at any state; m - 1 for values of the
             search, which s_m may never have seen.
     """

@@ -23,7 +23,7 @@ def best_settings(rows: Sequence[Row]) -> list[Row]:
     then its temperature with the lowest mean log loss.
 
     Returns:
-        One line each: llm, family, variant, reduction, temperature, games, decisions, mrr and its
+        one line each: llm, family, variant, reduction, temperature, games, decisions, mrr and its
         mrr_error, top1, log_loss; under `all` per reduction its mean MRR; `best` marks the variant
         with the highest MRR of its LLM and family.
     """

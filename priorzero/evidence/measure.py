@@ -76,8 +76,9 @@ async def measure(plan: Plan) -> dict[str, Any]:
     """All figures of the report.
 
     Returns:
-        Lists of rows: `games` (what was walked), `uniform` and `prior` (ranks and calibration),
+        lists of rows: `games` (what was walked), `uniform` and `prior` (ranks and calibration),
         `reliability` (curves), `mass`, `play`, `best`, `held_out`.
+
     Raises:
         PriorZeroError: a game or model cannot be had, nothing can be judged, or an engine fails.
     """

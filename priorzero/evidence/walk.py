@@ -81,6 +81,7 @@ def walk(game: GameSpec, limit: int, history_length: int) -> Walk:
     Args:
         limit: commands at most; 0: all.
         history_length: past steps kept in the states.
+
     Raises:
         PriorZeroError: the game has no walkthrough, or its interpreter fails at once.
     """

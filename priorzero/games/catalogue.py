@@ -1,8 +1,8 @@
-"""From an ``env_id`` to a game.
+"""From an `env_id` to a game.
 
-``env_id`` is what a kind of game in `priorzero.games.kinds` makes of it: a story file's name or
-path (``zork1.z5``, ``zork1``), a generated game (``tw-simple``, ``tw-coin:level=5,seed=3``); or
-``auto``: zork1.z5 if it is found, else tw-simple.
+`env_id` is what a kind of game in `priorzero.games.kinds` makes of it: a story file's name or
+path (`zork1.z5`, `zork1`), a generated game (`tw-simple`, `tw-coin:level=5,seed=3`); or
+`auto`: zork1.z5 if it is found, else tw-simple.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ AUTO_GENERATED = "tw-simple"
 
 
 def resolve_game(env_id: str, games_dir: str | os.PathLike | None = None) -> GameSpec:
-    """The game that ``env_id`` names.
+    """The game that `env_id` names.
 
     Args:
         env_id: see the module's text.
         games_dir: a folder that is searched first.
+
     Raises:
         PriorZeroError: no kind knows it, or it cannot be played. The message lists what is
             available and how to get more.
@@ -43,7 +44,7 @@ def resolve_game(env_id: str, games_dir: str | os.PathLike | None = None) -> Gam
 
 
 def list_games(games_dir: str | os.PathLike | None = None) -> list[str]:
-    """One line per available game, for the launcher's ``check`` and for error messages."""
+    """One line per available game, for the launcher's `check` and for error messages."""
     folders = search_folders(games_dir)
     return [line for kind in kinds.names() for line in kinds.load(kind).available(folders)]
 

@@ -1,6 +1,6 @@
-"""A text adventure as a DI-engine environment, registered as ``priorzero_text_game``.
+"""A text adventure as a DI-engine environment, registered as `priorzero_text_game`.
 
-Observations are dicts (see ``TextGameEnv.reset``), actions are the command strings themselves. The
+Observations are dicts (see `TextGameEnv.reset`), actions are the command strings themselves. The
 interpreter runs in a worker process: a hang or crash ends the episode as truncated, never the run.
 """
 
@@ -61,13 +61,13 @@ def episode_seed(seed: int, env_index: int, episode: int, split: str) -> int:
 
 @ENV_REGISTRY.register("priorzero_text_game")
 class TextGameEnv(BaseEnv):
-    """One game, one interpreter process. Nothing is started before the first ``reset``.
+    """One game, one interpreter process. Nothing is started before the first `reset`.
 
     What a seed changes is the kind of game's matter: the random numbers of a Jericho game (fights,
     thieves), nothing in detective or in a game that TextWorld generated.
 
     If no valid action is known in a state that does not end the game (darkness, a scripted scene),
-    ``fallback_actions`` are offered, counted in ``stats()["fallback_states"]``.
+    `fallback_actions` are offered, counted in `stats()["fallback_states"]`.
     """
 
     config = {
@@ -89,7 +89,7 @@ class TextGameEnv(BaseEnv):
 
     @staticmethod
     def create_collector_env_cfg(cfg: dict) -> list[dict]:
-        """``collector_env_num`` configs of split "train", told apart by ``env_index``."""
+        """`collector_env_num` configs of split "train", told apart by `env_index`."""
         cfg = dict(cfg)
         return [
             EasyDict({**cfg, "split": "train", "env_index": i})
@@ -98,7 +98,7 @@ class TextGameEnv(BaseEnv):
 
     @staticmethod
     def create_evaluator_env_cfg(cfg: dict) -> list[dict]:
-        """``evaluator_env_num`` configs of split "eval", told apart by ``env_index``."""
+        """`evaluator_env_num` configs of split "eval", told apart by `env_index`."""
         cfg = dict(cfg)
         return [
             EasyDict({**cfg, "split": "eval", "env_index": i})
@@ -110,6 +110,7 @@ class TextGameEnv(BaseEnv):
 
         Args:
             cfg: settings that differ from `config`.
+
         Raises:
             PriorZeroError: there is no such game, or it cannot be played.
         """
@@ -137,7 +138,7 @@ class TextGameEnv(BaseEnv):
 
     @property
     def game(self) -> GameSpec:
-        """The game's settings; ``game.goal`` and ``game.max_score`` among them."""
+        """The game's settings; `game.goal` and `game.max_score` among them."""
         return self._game
 
     @property
@@ -151,14 +152,14 @@ class TextGameEnv(BaseEnv):
         return self._episode_seed
 
     def use_state_cache(self, cache: ValidActionCache) -> None:
-        """Take known states from ``cache`` instead of this process's shared one."""
+        """Take known states from `cache` instead of this process's shared one."""
         self._cache = cache
 
     def seed(self, seed: int, dynamic_seed: bool = True, env_index: int | None = None) -> None:
-        """Set the run's seed and start counting episodes anew; takes effect at the next ``reset``.
+        """Set the run's seed and start counting episodes anew; takes effect at the next `reset`.
 
         Args:
-            seed: the run's. (DI-engine's managers pass ``seed + index``.)
+            seed: the run's. (DI-engine's managers pass `seed + index`.)
             dynamic_seed: False gives every episode the seed of the first.
             env_index: this environment's, apart from the seed so that run 0's second environment
                 is not run 1's first; None: as in the settings.
@@ -173,12 +174,12 @@ class TextGameEnv(BaseEnv):
     def reset(self) -> dict[str, Any]:
         """Start the next episode; returns its first observation.
 
-        Keys: ``text`` (str), ``valid_actions`` (sorted tuple of str, never empty unless the episode
-        is over), ``timestep`` (int, actions taken so far), ``score`` (float, the game's),
-        ``state_hash`` (str, of the world state).
+        Keys: `text` (str), `valid_actions` (sorted tuple of str, never empty unless the episode
+        is over), `timestep` (int, actions taken so far), `score` (float, the game's),
+        `state_hash` (str, of the world state).
 
         Raises:
-            PriorZeroError: two fresh workers in a row failed the same way, or ``reset_attempts``
+            PriorZeroError: two fresh workers in a row failed the same way, or `reset_attempts`
                 workers in a row hung or died.
         """
         self._obs = None
@@ -208,7 +209,7 @@ class TextGameEnv(BaseEnv):
         )
 
     def _start_episode(self) -> dict[str, Any]:
-        """One attempt of ``reset``, with a seed of its own. Raises WorkerFault."""
+        """One attempt of `reset`, with a seed of its own. Raises WorkerFault."""
         start = time.perf_counter()
         self._episode += 1
         self._episode_seed = episode_seed(
@@ -233,16 +234,16 @@ class TextGameEnv(BaseEnv):
         return self._obs
 
     def step(self, action: str) -> BaseEnvTimestep:
-        """Type ``action``. Reward: the change of the game's score (float).
+        """Type `action`. Reward: the change of the game's score (float).
 
-        ``info``: terminated, truncated (bool), done_kind ("running", "terminated", "truncated",
+        `info`: terminated, truncated (bool), done_kind ("running", "terminated", "truncated",
         "hang"), score, max_score, won, steps, fault (text or ""), and when done eval_episode_return
         (float, sum of the episode's rewards). After a fault of the worker (done_kind "hang",
         truncated) the observation is the previous one, since the next state is unknown, and the
         reward is 0.
 
         Raises:
-            ValueError: ``action`` is not among the present valid actions; the game is untouched.
+            ValueError: `action` is not among the present valid actions; the game is untouched.
             RuntimeError: there is no episode under way.
         """
         if self._obs is None or not self._running:
@@ -294,7 +295,7 @@ class TextGameEnv(BaseEnv):
         Later episodes get the seeds they would have had, whether or not it comes back.
 
         Returns:
-            The present observation; None where no episode was running, or where the commands led
+            the present observation; None where no episode was running, or where the commands led
             elsewhere, and the log says so.
         """
         self._episode, self._episode_seed = state["episode"], state["episode_seed"]
@@ -345,7 +346,7 @@ class TextGameEnv(BaseEnv):
     def _timestep_record(
         self, obs: dict[str, Any], state: GameState | None, fault: str
     ) -> BaseEnvTimestep:
-        """Reward and info of one step; ``state`` is None after a fault."""
+        """Reward and info of one step; `state` is None after a fault."""
         if state is None:
             done_kind = "hang"
         elif state.terminated:
@@ -432,11 +433,11 @@ class TextGameEnv(BaseEnv):
         }
 
     def interrupt(self) -> None:
-        """From another thread: end a ``step`` or ``reset`` under way, as if the worker had died."""
+        """From another thread: end a `step` or `reset` under way, as if the worker had died."""
         self._process.interrupt()
 
     def close(self) -> None:
-        """End the interpreter process; ``reset`` would start a new one."""
+        """End the interpreter process; `reset` would start a new one."""
         self._process.close()
         self._obs = None
 

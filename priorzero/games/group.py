@@ -1,6 +1,6 @@
 """Several environments stepped at once: their interpreters are processes, so their calls overlap.
 
-From an asyncio loop: ``timesteps = await asyncio.to_thread(group.step, {env_id: action})``.
+From an asyncio loop: `timesteps = await asyncio.to_thread(group.step, {env_id: action})`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class GameEnvGroup:
 
         Args:
             envs: the environments, or functions that make them.
-            seed: the run's. Environment i gets ``(seed, i)``, so its episodes depend on nothing
+            seed: the run's. Environment i gets `(seed, i)`, so its episodes depend on nothing
                 else. None leaves the seeds as they are.
         """
         assert envs, "a GameEnvGroup needs at least one environment"
@@ -47,6 +47,7 @@ class GameEnvGroup:
 
         Args:
             env_ids: which environments; None: all.
+
         Raises:
             PriorZeroError: some could not be started; raised after all have answered.
         """
@@ -73,8 +74,9 @@ class GameEnvGroup:
 
         Args:
             states: of `state_dict`; environments that there are not any more are left out.
+
         Returns:
-            Present observations by env id, of the episodes that came back.
+            present observations by env id, of the episodes that came back.
         """
         pairs = list(zip(self.envs, states, strict=False))
         futures = {i: self._pool.submit(env.replay, state) for i, (env, state) in enumerate(pairs)}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class StorySettings:
-    """Settings of one game. ``goal`` is one sentence for the prompt; "" where none is known."""
+    """Settings of one game. `goal` is one sentence for the prompt; "" where none is known."""
 
     max_score: int
     max_steps: int

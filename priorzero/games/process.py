@@ -1,6 +1,6 @@
 """The parent's end of an interpreter process: calls with a time limit, kill and respawn.
 
-A call that runs past its limit, or whose process ends, raises a ``WorkerFault``; the process is
+A call that runs past its limit, or whose process ends, raises a `WorkerFault`; the process is
 gone by then and the next call starts a fresh one. Thread-safe as long as one GameProcess is used by
 one thread at a time.
 """
@@ -45,7 +45,7 @@ class Nursery:
 
     @classmethod
     def of(cls, kind: str) -> Nursery:
-        """The one nursery of this process for ``kind``; a forked parent gets its own."""
+        """The one nursery of this process for `kind`; a forked parent gets its own."""
         with cls._all_lock:
             key = (os.getpid(), kind)
             if key not in cls._all:
@@ -57,7 +57,8 @@ class Nursery:
         """Fork a worker.
 
         Returns:
-            Its pid, and our end of its connection.
+            its pid, and our end of its connection.
+
         Raises:
             PriorZeroError: a part that games of this kind need is missing.
             WorkerDied: the nursery failed twice.
@@ -95,7 +96,7 @@ class Nursery:
         """Kill and reap a worker. If the nursery is gone, so are its workers.
 
         Returns:
-            How it ended, which it may have done before: its exit status, or minus the number of the
+            how it ended, which it may have done before: its exit status, or minus the number of the
             signal. None where the nursery is gone.
         """
         with self._lock:
@@ -187,7 +188,7 @@ class GameProcess:
         self._interrupted = False
 
     def call(self, method: str, *arguments: Any, timeout_s: float) -> Any:
-        """Run ``method`` of the game in the worker, starting one if need be.
+        """Run `method` of the game in the worker, starting one if need be.
 
         Raises:
             WorkerTimeout, WorkerDied, WorkerError: the worker is gone, the next call starts one.
@@ -238,7 +239,7 @@ class GameProcess:
         """End the worker now; the next call starts a new one.
 
         Returns:
-            How it ended, see `Nursery.kill`; None also where there was none.
+            how it ended, see `Nursery.kill`; None also where there was none.
         """
         if self._connection is None:
             return None
@@ -249,7 +250,7 @@ class GameProcess:
         return ended
 
     def interrupt(self) -> None:
-        """From another thread: calls raise WorkerDied at once, until ``close``."""
+        """From another thread: calls raise WorkerDied at once, until `close`."""
         self._interrupted = True
         pid = self.pid
         if pid is not None:

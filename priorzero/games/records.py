@@ -38,7 +38,7 @@ class GameSpec:
 class StateDetails:
     """What depends on the world state alone, and is therefore cached by its hash.
 
-    ``valid_actions`` is sorted and free of duplicates. ``look`` and ``inventory`` are the game's
+    `valid_actions` is sorted and free of duplicates. `look` and `inventory` are the game's
     answers to these two commands, asked without advancing the game.
     """
 
@@ -51,8 +51,8 @@ class StateDetails:
 class GameState:
     """One answer of an interpreter, after a reset or an action.
 
-    ``score`` is the game's own running score, not a reward. ``terminated``: the game itself ended
-    (won, lost or quit). ``details`` is None where computing them is expensive and the parent should
+    `score` is the game's own running score, not a reward. `terminated`: the game itself ended
+    (won, lost or quit). `details` is None where computing them is expensive and the parent should
     look into its cache first.
     """
 

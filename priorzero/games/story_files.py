@@ -1,6 +1,6 @@
 """Finding story files, and telling them apart. For the kinds of games that are played from files.
 
-Files are looked for in ``games_dir``, then in the folders of $PRIORZERO_GAMES, then in ./games, and
+Files are looked for in `games_dir`, then in the folders of $PRIORZERO_GAMES, then in ./games, and
 last as a path of their own.
 """
 
@@ -25,7 +25,7 @@ def search_folders(games_dir: str | os.PathLike | None = None) -> list[Path]:
 
 
 def find_story(env_id: str, folders: Sequence[Path]) -> Path | None:
-    """The story file that ``env_id`` names, or None. The suffix may be left out."""
+    """The story file that `env_id` names, or None. The suffix may be left out."""
     candidates = [folder / env_id for folder in folders] + [Path(env_id).expanduser()]
     for candidate in candidates:
         if candidate.is_file() and candidate.suffix in STORY_SUFFIXES:
@@ -39,14 +39,14 @@ def find_story(env_id: str, folders: Sequence[Path]) -> Path | None:
 
 
 def list_stories(folders: Sequence[Path]) -> Iterator[Path]:
-    """The story files that lie in ``folders``."""
+    """The story files that lie in `folders`."""
     for folder in folders:
         if folder.is_dir():
             yield from sorted(path for path in folder.iterdir() if path.suffix in STORY_SUFFIXES)
 
 
 def textworld_record(story: Path) -> Path | None:
-    """The ``.json`` that tw-make writes beside a story; None: the story is not TextWorld's."""
+    """The `.json` that tw-make writes beside a story; None: the story is not TextWorld's."""
     record = story.with_suffix(".json")
     return record if record.is_file() else None
 
@@ -57,7 +57,8 @@ def story_key(path: Path, package: str, details_version: int) -> str:
     Args:
         path: the story file; its contents count, not its name.
         package: the interpreter's distribution, whose version counts as well.
-        details_version: of the kind's own ``describe``; raised when what it returns changes.
+        details_version: of the kind's own `describe`; raised when what it returns changes.
+
     Raises:
         PriorZeroError: the package is not installed.
     """

@@ -1,6 +1,6 @@
-"""Games that TextWorld generates: ids with options, built once by ``tw-make`` and cached.
+"""Games that TextWorld generates: ids with options, built once by `tw-make` and cached.
 
-An id is ``<game>[:option=value,...]``, e.g. ``tw-coin:level=5,seed=3``. The same id is the same
+An id is `<game>[:option=value,...]`, e.g. `tw-coin:level=5,seed=3`. The same id is the same
 game everywhere (one TextWorld version given): the seed is part of it.
 """
 
@@ -118,7 +118,7 @@ GAMES: dict[str, tuple[str, dict[str, _Option]]] = {
 
 
 def parse_id(env_id: str) -> tuple[str, dict[str, object]]:
-    """``"tw-coin:level=3"`` -> ``("tw-coin", {"level": 3, "seed": 1})``.
+    """`"tw-coin:level=3"` -> `("tw-coin", {"level": 3, "seed": 1})`.
 
     Raises:
         PriorZeroError: an option is unknown or has an impossible value.
@@ -164,7 +164,7 @@ def canonical_id(name: str, options: dict[str, object]) -> str:
 
 
 def generate(env_id: str) -> Path:
-    """The story file of a generated game; its ``.json`` lies beside it.
+    """The story file of a generated game; its `.json` lies beside it.
 
     It is built at the first request, which takes some seconds. Safe with several processes: a lock
     lets one build while the others wait, and the finished folder appears by one rename.
@@ -205,7 +205,7 @@ def _is_complete(story: Path) -> bool:
 
 
 def _build(name: str, options: dict[str, object], final: Path) -> None:
-    """Run tw-make and move what it built to the folder ``final``."""
+    """Run tw-make and move what it built to the folder `final`."""
     game_id = canonical_id(name, options)
     scratch = Path(tempfile.mkdtemp(prefix=".building-", dir=final.parent))
     logger.info("generating %s with tw-make", game_id)
@@ -248,7 +248,7 @@ def _command(name: str, options: dict[str, object], output: Path) -> list[str]:
 
 
 def _tw_make() -> list[str]:
-    """TextWorld installs ``tw-make`` as a script beside the interpreter; it is not a module."""
+    """TextWorld installs `tw-make` as a script beside the interpreter; it is not a module."""
     beside = Path(sys.executable).with_name("tw-make")
     found = str(beside) if beside.is_file() else shutil.which("tw-make")
     if not found:

@@ -4,7 +4,7 @@ Finding the valid actions of a state is what a Jericho game costs, and they depe
 state alone, so all environments of a run, and later runs, share one file. Keys: `story_key` of the
 game and the state's hash. The first writer wins, so that every reader sees the same list.
 
-A file that is damaged is set aside as ``<name>.damaged-<n>`` and rebuilt. A file that cannot be
+A file that is damaged is set aside as `<name>.damaged-<n>` and rebuilt. A file that cannot be
 written (disk full, read-only, locked for too long) costs persistence only: it is counted, said
 once, and the memory part goes on.
 """
@@ -87,7 +87,7 @@ class ValidActionCache:
         """Store the details of a state.
 
         Returns:
-            What holds from now on: another writer's if it was first.
+            what holds from now on: another writer's if it was first.
         """
         key = (story, state)
         with self._lock:
@@ -101,7 +101,7 @@ class ValidActionCache:
             return details
 
     def stats(self) -> dict[str, int]:
-        """Counters since construction; ``entries`` is the memory part's size."""
+        """Counters since construction; `entries` is the memory part's size."""
         with self._lock:
             return {
                 **self._counts,
@@ -230,7 +230,7 @@ _shared_lock = threading.Lock()
 
 
 def shared_cache(path: str | Path | None) -> ValidActionCache:
-    """The one cache of this process for ``path``: environments share the memory part too."""
+    """The one cache of this process for `path`: environments share the memory part too."""
     key = (os.getpid(), "" if path is None else os.path.abspath(path))
     with _shared_lock:
         if key not in _shared:

@@ -1,9 +1,9 @@
 """The interpreter process, and the nursery it is forked from.
 
-``process.Nursery`` (parent) starts one nursery per kind of game: ``nursery_main`` imports the heavy
+`process.Nursery` (parent) starts one nursery per kind of game: `nursery_main` imports the heavy
 parts once (spaCy and its model take two seconds and 100 MB), then forks a worker for each request.
 So a worker starts in milliseconds, its memory is shared copy-on-write, and, unlike with
-multiprocessing's forkserver, the parent's ``__main__`` is never imported again.
+multiprocessing's forkserver, the parent's `__main__` is never imported again.
 
 No one outlives anyone: a nursery ends when its control socket closes or its parent changes; the
 kernel kills a worker with its nursery, also one that hangs in C. SIGINT is ignored, since Ctrl-C is
@@ -115,10 +115,10 @@ def _worker_main(fd: int, game_class: type[kinds.GameKind]) -> None:
 
 
 def _serve(connection: Connection, game_class: type[kinds.GameKind]) -> None:
-    """Answer requests ``(method, arguments)`` until the connection ends.
+    """Answer requests `(method, arguments)` until the connection ends.
 
-    Answers are ``("ok", result)``, ``("user", text)`` for a PriorZeroError, and ``("error",
-    traceback)``.
+    Answers are `("ok", result)`, `("user", text)` for a PriorZeroError, and `("error",
+    traceback)`.
     """
     game: kinds.GameKind | None = None
     while True:

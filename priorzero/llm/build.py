@@ -44,15 +44,15 @@ async def build_llm(
     """Load the model and start its engine.
 
     Args:
-        settings: The `llm` group.
+        settings: the `llm` group.
         device: "cpu" or "cuda".
-        reduction: How token log-probabilities become one number per action, "sum" or "mean".
-        seed: Of generated chains of thought.
-        marker: Text that ends a chain of thought.
-        make_prompt: Tokenizer -> prompt builder.
+        reduction: how token log-probabilities become one number per action, "sum" or "mean".
+        seed: of generated chains of thought.
+        marker: text that ends a chain of thought.
+        make_prompt: tokenizer -> prompt builder.
 
     Raises:
-        PriorZeroError: The model cannot be had, or a required engine does not start.
+        PriorZeroError: the model cannot be had, or a required engine does not start.
     """
     trainers = plugins.load(TRAINERS, settings.trainer)
 

@@ -40,10 +40,10 @@ class ResolvedModel:
     """An LLM that was found.
 
     Attributes:
-        path: Folder or hub name that both transformers and vLLM load.
-        name: For people.
+        path: folder or hub name that both transformers and vLLM load.
+        name: for people.
         source: "local", "cache", "hub" or "embedded".
-        reason: Why this one, for the log.
+        reason: why this one, for the log.
     """
 
     path: str
@@ -79,7 +79,7 @@ def _hub_reachable(repo: str, timeout_s: float) -> tuple[bool, str]:
     HTTP client.
 
     Returns:
-        Whether it answered with the file, and what happened.
+        whether it answered with the file, and what happened.
     """
     from huggingface_hub import constants, hf_hub_url
 
@@ -111,7 +111,7 @@ def resolve_llm(name_or_path: str) -> ResolvedModel:
         name_or_path: "auto", "embedded", a folder, or a hub name.
 
     Raises:
-        PriorZeroError: Nothing by that name can be loaded here.
+        PriorZeroError: nothing by that name can be loaded here.
     """
     resolved = _resolve(name_or_path)
     logger.info("LLM: %s (%s), because %s", resolved.name, resolved.source, resolved.reason)
@@ -165,7 +165,7 @@ def embedded_checkpoint() -> Path:
     lets one of them work, and the finished folder appears by rename.
 
     Raises:
-        PriorZeroError: The package is not installed.
+        PriorZeroError: the package is not installed.
     """
     target = cache_dir() / EMBEDDED_NAME
     if (target / "config.json").is_file():
@@ -217,7 +217,7 @@ def pick_dtype(setting: str, device: torch.device | str) -> torch.dtype:
             it (CUDA, CPUs with avx512_bf16 or AMX), else float32.
 
     Raises:
-        PriorZeroError: The setting is none of these.
+        PriorZeroError: the setting is none of these.
     """
     named = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
     if setting in named:
@@ -243,7 +243,7 @@ def load_llm(
     """Load model (in eval mode) and tokenizer.
 
     Raises:
-        PriorZeroError: Files are missing or damaged, the hub fails midway, or it is no causal LM.
+        PriorZeroError: files are missing or damaged, the hub fails midway, or it is no causal LM.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -30,10 +30,10 @@ class LLMPrior:
     """Asks an engine for the log-probabilities of valid actions.
 
     Args:
-        engine: Scores the requests.
-        build_prompt: See `PromptBuilder`.
-        reasoning: Generate a chain of thought before scoring.
-        required: An engine that cannot answer stops the run; otherwise the step is planned without
+        engine: scores the requests.
+        build_prompt: see `PromptBuilder`.
+        reasoning: generate a chain of thought before scoring.
+        required: an engine that cannot answer stops the run; otherwise the step is planned without
             the LLM and counted.
     """
 

@@ -1,6 +1,6 @@
 """What the LLM reads: pure functions from a `TextState` to prompt text.
 
-A prompt is ``head + body``. The head is the chat template's text up to the start of the user's
+A prompt is `head + body`. The head is the chat template's text up to the start of the user's
 content: role, goal and answer format, the same in every step of a run, so an engine computes its
 keys and values once. The body is the rest, up to and including the assistant's turn and, without
 reasoning, the action marker: what follows is the action.
@@ -45,7 +45,7 @@ class PromptTruncation:
     history_dropped: int = 0
     """Oldest past steps left out."""
     observations_shortened: int = 0
-    """Past observations cut below ``max_observation_chars``."""
+    """Past observations cut below `max_observation_chars`."""
     valid_actions_dropped: int = 0
     """Valid actions not listed in the text (they are scored all the same)."""
     observation_chars_cut: int = 0
@@ -57,7 +57,7 @@ class PromptTruncation:
 
 @dataclass(frozen=True)
 class PromptParts:
-    """A prompt, cut where its fixed part ends. ``num_tokens`` counts head and body, tokenised
+    """A prompt, cut where its fixed part ends. `num_tokens` counts head and body, tokenised
     separately.
     """
 
@@ -99,11 +99,11 @@ def user_text(state: TextState, settings: PromptSettings) -> str:
 
 
 def build_prompt(state: TextState, settings: PromptSettings, tokenizer: Any) -> PromptParts:
-    """The prompt in the tokenizer's own chat template, at most ``settings.max_prompt_tokens`` long.
+    """The prompt in the tokenizer's own chat template, at most `settings.max_prompt_tokens` long.
 
     When it is longer: the oldest past steps go first, all but the last; then the last one's
     observation is shortened, then that step goes too; then the list of valid actions loses its end;
-    and only then does the current observation lose its end. ``truncation`` says what was done.
+    and only then does the current observation lose its end. `truncation` says what was done.
     PriorZeroError if the fixed part alone is too long.
 
     A template that knows no system role gets the system text at the start of the user's message
@@ -226,7 +226,7 @@ def _history_text(item: HistoryItem, max_chars: int) -> str:
 
 
 def _largest(holds: Callable[[int], bool], low: int, high: int) -> int:
-    """Largest n in ``[low, high]`` with ``holds(n)``, by bisection; ``holds(low)`` is known."""
+    """Largest n in `[low, high]` with `holds(n)`, by bisection; `holds(low)` is known."""
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if holds(middle) else (low, middle - 1)

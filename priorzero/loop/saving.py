@@ -26,8 +26,9 @@ async def save(parts: Parts, best: bool = False) -> bool:
 
     Args:
         best: it is the best so far.
+
     Returns:
-        Whether the checkpoint is on disk.
+        whether the checkpoint is on disk.
     """
     try:
         if parts.checkpoints.saved_iteration == parts.progress.iteration:
@@ -102,6 +103,7 @@ async def load(parts: Parts, which: str) -> None:
 
     Args:
         which: latest, best, or a folder's name.
+
     Raises:
         PriorZeroError: there is none, it is damaged, or its network does not fit these settings.
     """

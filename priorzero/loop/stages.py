@@ -69,7 +69,7 @@ async def train_world_model(parts: Parts, updates: int) -> dict[str, float]:
     """Update the world model from the buffer so many times.
 
     Returns:
-        Means over the updates, their number as `updates`, and seconds per update, without drawing
+        means over the updates, their number as `updates`, and seconds per update, without drawing
         the batch or searching it anew, as `train_time`; empty without updates.
     """
     if updates == 0:
@@ -106,7 +106,7 @@ async def train_llm(parts: Parts) -> dict[str, float]:
     """One training phase of the LLM, its weights published to the engine.
 
     Returns:
-        The phase's metrics; empty without an LLM, or where the buffer holds nothing to learn from.
+        the phase's metrics; empty without an LLM, or where the buffer holds nothing to learn from.
     """
     if parts.llm is None:
         return {}
@@ -122,7 +122,7 @@ async def evaluate(parts: Parts) -> dict[str, Any]:
     """Play evaluation episodes in every mode of the settings; keep the best checkpoint.
 
     Returns:
-        The evaluation as the summary tells it: iteration, env_steps, and per mode its returns and
+        the evaluation as the summary tells it: iteration, env_steps, and per mode its returns and
         lengths.
     """
     progress, settings = parts.progress, parts.settings

@@ -1,7 +1,7 @@
-"""``python -m priorzero.run.check``: report what this machine has, and exit 1 if something needed
+"""`python -m priorzero.run.check`: report what this machine has, and exit 1 if something needed
 is missing.
 
-Called by the launcher's mode ``check``. Nothing is downloaded and no model is loaded.
+Called by the launcher's mode `check`. Nothing is downloaded and no model is loaded.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _NEEDED_DISK_GB = 2.0
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report. ``status`` is ``ok``, ``absent`` (the run does without it) or
-    ``MISSING`` (needed).
+    """One line of the report. `status` is `ok`, `absent` (the run does without it) or
+    `MISSING` (needed).
     """
 
     name: str

@@ -60,8 +60,10 @@ class CheckpointStore:
             llm: weights and optimiser, or None without one.
             meta: small JSON facts (progress, game, encoder, LLM) for a reader.
             best: it is the best so far.
+
         Returns:
-            The checkpoint's folder.
+            the checkpoint's folder.
+
         Raises:
             OSError: the disk is full, or fails; the checkpoints there are stand as they were.
         """
@@ -137,9 +139,11 @@ class CheckpointStore:
 
         Args:
             which: `latest`, `best` or a folder's name. map_location: device of the tensors.
+
         Returns:
             (state, llm, meta) as they were given to `save`; `meta` also holds the folder's name as
             `checkpoint`.
+
         Raises:
             PriorZeroError: there is none, or it cannot be read; nothing is deleted.
         """

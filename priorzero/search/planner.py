@@ -55,10 +55,10 @@ class Planner:
     """Plans batches of roots with one network.
 
     Args:
-        model: The network; its weights may change between calls.
-        settings: Search and threads.
-        scalar_of: The network's transform of values and rewards.
-        device: Where the network lives.
+        model: the network; its weights may change between calls.
+        settings: search and threads.
+        scalar_of: the network's transform of values and rewards.
+        device: where the network lives.
     """
 
     def __init__(
@@ -81,9 +81,9 @@ class Planner:
 
         Args:
             inner_actions: `K`; ids below it are tried in nodes below the roots.
-            root_prior: How the LLM enters.
-            env_steps: Of the training so far, for the mixture's schedule.
-            noise: Source of exploration noise; None for none.
+            root_prior: how the LLM enters.
+            env_steps: of the training so far, for the mixture's schedule.
+            noise: source of exploration noise; None for none.
         """
         self._model.eval()
         with torch_threads(self._settings.search_threads):

@@ -31,11 +31,11 @@ def reanalyse(
     """Search all of `batch.revisits` in one call of `plan`.
 
     Args:
-        plan: Plans from these roots without noise, in their order.
-        reduction: How the LLM's token log-probabilities become one number per action.
+        plan: plans from these roots without noise, in their order.
+        reduction: how the LLM's token log-probabilities become one number per action.
 
     Returns:
-        The batch with fresh `policies`, and `search_values` where rows bootstrap from a step that
+        the batch with fresh `policies`, and `search_values` where rows bootstrap from a step that
         was searched; and metrics: `reanalyse_share` of the batch's policy targets that are fresh,
         `reanalyse_kl`, their mean KL(fresh || stored).
     """

@@ -50,9 +50,9 @@ class SearchResult:
 
     Attributes:
         visit_counts: `[A]`.
-        value: Mean return seen from the root.
+        value: mean return seen from the root.
         target_policy: `[A]` what policies are trained on, sums to one.
-        choice: Position of the action to play, where the root policy decides that itself; None
+        choice: position of the action to play, where the root policy decides that itself; None
             where it is drawn from the visit counts.
     """
 

@@ -50,7 +50,7 @@ class Tree:
             knows which actions are valid, further down the network's policy has to.
         values: `[B]` the network's values of the roots.
         nodes: `N`, most nodes per root (simulations + 1).
-        discount: Per step.
+        discount: per step.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Tree:
         """Walk down from every root to an action not yet expanded.
 
         Returns:
-            Parent nodes `[B]` and action ids `[B]`.
+            parent nodes `[B]` and action ids `[B]`.
         """
         node = np.zeros(len(self._rows), dtype=np.int64)
         walking = np.ones(len(self._rows), dtype=bool)

@@ -63,6 +63,7 @@ class Settings:
 
         Args:
             path: what stands before the names in a message, such as `policy.`.
+
         Raises:
             PriorZeroError: names every fault, not the first one only.
         """
@@ -148,6 +149,7 @@ def overlay(settings: Group, *layers: Mapping[str, Any], path: str = "") -> Grou
     Args:
         layers: nested dictionaries with the names of the settings.
         path: what stands before the names in a message.
+
     Raises:
         PriorZeroError: a layer names a setting that does not exist, or gives a value of another
             type.

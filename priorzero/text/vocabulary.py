@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class Vocabulary(Protocol):
-    """What both vocabularies offer. ``V`` is ``capacity``, the width of the policy head."""
+    """What both vocabularies offer. `V` is `capacity`, the width of the policy head."""
 
     capacity: int
 
@@ -51,7 +51,7 @@ class Vocabulary(Protocol):
 
 
 def make_vocabulary(settings: VocabularySettings) -> Vocabulary:
-    """The empty vocabulary these settings name; ``positional`` has no overflow ids."""
+    """The empty vocabulary these settings name; `positional` has no overflow ids."""
     if settings.kind == "stable":
         return ActionVocabulary(settings.capacity, settings.overflow)
     assert settings.kind == "positional"
@@ -61,14 +61,14 @@ def make_vocabulary(settings: VocabularySettings) -> Vocabulary:
 class ActionVocabulary:
     """One id per action text for the whole run, in order of first sight.
 
-    Ids ``[0, capacity - overflow)`` are ordinary: each belongs to one action for ever. When they
-    are used up, a warning is logged once and a further action falls among the ``overflow`` ids at
-    the end: its home is ``capacity - overflow + hash(action) mod overflow``, by a hash that is the
+    Ids `[0, capacity - overflow)` are ordinary: each belongs to one action for ever. When they
+    are used up, a warning is logged once and a further action falls among the `overflow` ids at
+    the end: its home is `capacity - overflow + hash(action) mod overflow`, by a hash that is the
     same in every process. Two overflow actions of one state never share an id: every home goes to
     the first action that asks for it, the others take the next free overflow id (linear probing),
     so an overflow id can mean different commands in different states. If a state has more overflow
     actions than there are overflow ids, the last of them are dropped from the search in that state
-    (`None`), counted and logged. Since ``overflow >= 1``, a state with valid actions always keeps
+    (`None`), counted and logged. Since `overflow >= 1`, a state with valid actions always keeps
     at least one.
 
     Thread-safe. Ids never change once given, also over `state_dict` and back.
@@ -91,7 +91,7 @@ class ActionVocabulary:
     def ids(self, actions: Sequence[str]) -> list[int | None]:
         """Ids of one state's valid actions, in their order; unseen actions are taken in.
 
-        ``actions`` holds no duplicates (ValueError). ``None`` marks an action that this state's
+        `actions` holds no duplicates (ValueError). `None` marks an action that this state's
         search must leave out.
         """
         if len(set(actions)) != len(actions):
@@ -125,14 +125,14 @@ class ActionVocabulary:
         return None
 
     def _home(self, action: str) -> int:
-        """Preferred overflow slot in ``[0, overflow)``; Python's own hash differs from process to
+        """Preferred overflow slot in `[0, overflow)`; Python's own hash differs from process to
         process.
         """
         digest = hashlib.blake2b(action.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         return int.from_bytes(digest, "little") % self.overflow
 
     def _place_overflow(self, actions: Sequence[str], result: list[int | None]) -> None:
-        """Fill the gaps of ``result`` in place. Homes first, so that as few actions as possible
+        """Fill the gaps of `result` in place. Homes first, so that as few actions as possible
         move from theirs.
         """
         taken: set[int] = set()
@@ -196,12 +196,12 @@ class ActionVocabulary:
 
     @property
     def size(self) -> int:
-        """Ordinary ids in use; they are ``0 .. size-1``."""
+        """Ordinary ids in use; they are `0 .. size-1`."""
         return len(self._actions)
 
     @property
     def used_mask(self) -> np.ndarray:
-        """bool ``[V]``: ids that were ever given to an action, overflow ids included."""
+        """bool `[V]`: ids that were ever given to an action, overflow ids included."""
         mask = np.zeros(self.capacity, dtype=bool)
         mask[: len(self._actions)] = True
         mask[self._ordinary :] = self._overflow_used
@@ -224,7 +224,7 @@ class ActionVocabulary:
         """Replace everything by a saved state.
 
         Raises:
-            PriorZeroError: It was saved under other settings.
+            PriorZeroError: it was saved under other settings.
         """
         _check_saved(
             state, {"kind": "stable", "capacity": self.capacity, "overflow": self.overflow}
@@ -260,7 +260,7 @@ class PositionalVocabulary:
     """LightZero's usual indexing: an action's id is its rank in the state's sorted valid actions.
     For comparison only.
 
-    A state with more than ``capacity`` valid actions loses the last ones (`None`), counted and
+    A state with more than `capacity` valid actions loses the last ones (`None`), counted and
     logged.
     """
 
@@ -273,8 +273,8 @@ class PositionalVocabulary:
         self._states_with_drops = 0
 
     def ids(self, actions: Sequence[str]) -> list[int | None]:
-        """Rank of each action among ``actions`` sorted, in the order given; None from rank
-        ``capacity`` on.
+        """Rank of each action among `actions` sorted, in the order given; None from rank
+        `capacity` on.
         """
         if len(set(actions)) != len(actions):
             raise ValueError(f"valid actions of a state must be distinct, got {list(actions)!r}")
@@ -307,12 +307,12 @@ class PositionalVocabulary:
 
     @property
     def size(self) -> int:
-        """Most valid actions any state had so far (at most ``capacity``)."""
+        """Most valid actions any state had so far (at most `capacity`)."""
         return self._size
 
     @property
     def used_mask(self) -> np.ndarray:
-        """bool ``[V]``: the first ``size`` ids."""
+        """bool `[V]`: the first `size` ids."""
         return np.arange(self.capacity) < self._size
 
     def state_dict(self) -> dict[str, Any]:
@@ -329,7 +329,7 @@ class PositionalVocabulary:
         """Replace everything by a saved state.
 
         Raises:
-            PriorZeroError: It was saved under other settings.
+            PriorZeroError: it was saved under other settings.
         """
         _check_saved(state, {"kind": "positional", "capacity": self.capacity, "overflow": 0})
         self._size = state["size"]

@@ -66,9 +66,10 @@ def world_model_loss(
     action yet gets no gradient, so its logit is still the neutral one when the action appears.
 
     Args:
-        outputs: What `PriorZeroModel.unroll` gave.
-        group_size: Of SimNorm.
+        outputs: what `PriorZeroModel.unroll` gave.
+        group_size: of SimNorm.
         sample_weights: `[B]` importance weights (ones without prioritised replay).
+
     Returns:
         total (scalar) and the unweighted-by-term means under `latent_loss`, `reward_loss`,
         `policy_loss`, `value_loss`, `policy_entropy`.

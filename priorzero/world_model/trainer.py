@@ -32,13 +32,13 @@ class WorldModelTrainer:
     """Trains a network in place.
 
     Args:
-        model: The online network.
-        settings: Optimiser, loss weights, value bootstrap.
-        scalar_of: Categorical logits `[n, S]` -> scalars `[n, 1]`.
-        device: Where the network lives.
+        model: the online network.
+        settings: optimiser, loss weights, value bootstrap.
+        scalar_of: categorical logits `[n, S]` -> scalars `[n, 1]`.
+        device: where the network lives.
 
     Attributes:
-        target: The slowly following copy that value and latent targets come from.
+        target: the slowly following copy that value and latent targets come from.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class WorldModelTrainer:
             used_actions: `[V]` bool, ids that name an action so far.
 
         Raises:
-            PriorZeroError: The loss is not finite.
+            PriorZeroError: the loss is not finite.
         """
         settings = self._settings
         self._model.train()
@@ -188,7 +188,7 @@ def value_targets(
     """n-step value targets `[B, T]`: returns + discounts * bootstrap value.
 
     Args:
-        network: Gives the values of the bootstrap states.
+        network: gives the values of the bootstrap states.
         bootstrap: "target_network": these values; "search": the search's own where they are known.
     """
     device = next(network.parameters()).device

@@ -1,4 +1,4 @@
-"""Story files, generated games and interpreters for the tests of ``priorzero.games``."""
+"""Story files, generated games and interpreters for the tests of `priorzero.games`."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def make_env():
 
 @pytest.fixture
 def failing_story(tmp_path, monkeypatch):
-    """Path of a Jericho story whose interpreter fails as the words say, e.g. ``"open:crash"``.
+    """Path of a Jericho story whose interpreter fails as the words say, e.g. `"open:crash"`.
 
     The parent believes it is detective; the interpreter processes load the stand-in for Jericho.
     """

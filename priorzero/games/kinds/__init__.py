@@ -1,7 +1,7 @@
-"""Kinds of games, one file each: ``<kind>.py`` here defines one class ``Game(GameKind)``.
+"""Kinds of games, one file each: `<kind>.py` here defines one class `Game(GameKind)`.
 
 A kind is found by its file name (see `priorzero.plugins`), so that adding one touches no other
-file: catalogue, environment, worker and the conformance test (``tests/games/test_kinds.py``) go
+file: catalogue, environment, worker and the conformance test (`tests/games/test_kinds.py`) go
 through every file of this folder.
 
 This module and the kinds' own imports at module level must stay light, since interpreter processes
@@ -30,12 +30,12 @@ class GameKind(ABC):
     state hashes included, in whatever process they run. A game without randomness may ignore the
     seed. Seeds are at least 1,000, but for a walkthrough's own.
 
-    Hashes: two states with equal ``state_hash`` have equal `describe`, whatever random numbers were
+    Hashes: Two states with equal `state_hash` have equal `describe`, whatever random numbers were
     drawn on the way, since details are cached by hash, across processes and runs.
     """
 
     example: ClassVar[str]
-    """An ``env_id`` to show in messages and to test the kind with, of a small game."""
+    """An `env_id` to show in messages and to test the kind with, of a small game."""
 
     how_to_get: ClassVar[str]
     """Half a sentence for the error message: how the user gets a game of this kind."""
@@ -45,13 +45,15 @@ class GameKind(ABC):
     @classmethod
     @abstractmethod
     def find(cls, env_id: str, folders: Sequence[Path]) -> GameSpec | None:
-        """The game that ``env_id`` names; generated here, if the kind generates games.
+        """The game that `env_id` names; generated here, if the kind generates games.
 
         Args:
             env_id: as the user wrote it.
             folders: where story files are looked for, see `priorzero.games.story_files`.
+
         Returns:
-            None where ``env_id`` names no game of this kind.
+            None where `env_id` names no game of this kind.
+
         Raises:
             PriorZeroError: it does, and the game cannot be played; the message says why.
         """
@@ -74,7 +76,7 @@ class GameKind(ABC):
 
     @abstractmethod
     def __init__(self, path: str) -> None:
-        """Open the game at ``GameSpec.path``. Called once in a worker, before its first reset."""
+        """Open the game at `GameSpec.path`. Called once in a worker, before its first reset."""
 
     @abstractmethod
     def reset(self, seed: int) -> GameState:
@@ -85,9 +87,9 @@ class GameKind(ABC):
         """Type one command.
 
         Returns:
-            The next state. If the game ended, ``terminated`` is set and ``details`` holds no
-            actions. Elsewhere ``details`` may be None if finding them is expensive: then they are
-            looked up by ``state_hash``, and `describe` is asked where the hash is new.
+            the next state. If the game ended, `terminated` is set and `details` holds no
+            actions. Elsewhere `details` may be None if finding them is expensive: then they are
+            looked up by `state_hash`, and `describe` is asked where the hash is new.
         """
 
     @abstractmethod
@@ -98,7 +100,7 @@ class GameKind(ABC):
         """
 
     def outcomes(self, seed: int, played: Sequence[str], actions: Sequence[str]) -> list[GameState]:
-        """The state that each of ``actions`` would lead to; the game does not advance.
+        """The state that each of `actions` would lead to; the game does not advance.
 
         Here by playing again up to the present state, once per action. A kind that can put a state
         back overrides it.
@@ -107,8 +109,9 @@ class GameKind(ABC):
             seed: of the episode, as given to `reset`.
             played: every command typed since.
             actions: commands, valid or not. The present state has not ended the game.
+
         Returns:
-            One state per action, in order; as `step` would return it.
+            one state per action, in order; as `step` would return it.
         """
 
         def come_back() -> None:

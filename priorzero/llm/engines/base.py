@@ -36,8 +36,8 @@ class LLMEngine(ABC):
     """Scores and generates. All methods are called from one event loop and never block it long.
 
     Args:
-        tokeniser: Of the model.
-        reasoner: How chains of thought are generated; None where no request asks for one.
+        tokeniser: of the model.
+        reasoner: how chains of thought are generated; None where no request asks for one.
     """
 
     name = "engine"

@@ -18,8 +18,8 @@ class CachedEngine(LLMEngine):
     the same thought.
 
     Args:
-        inner: The engine that computes.
-        capacity: Scored states kept; one takes roughly 2 KB with 12 actions.
+        inner: the engine that computes.
+        capacity: scored states kept; one takes roughly 2 KB with 12 actions.
     """
 
     def __init__(self, inner: LLMEngine, capacity: int) -> None:

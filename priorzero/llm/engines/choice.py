@@ -54,16 +54,16 @@ async def create_engine(
     is called.
 
     Args:
-        settings: Of the LLM.
-        resolved: The model.
-        device: Where the LLM lives.
-        marker: Text that ends a chain of thought.
-        seed: Of the sampling of chains of thought.
-        model: The trainer's model; the transformers engine then shares it. Without it that engine
+        settings: of the LLM.
+        resolved: the model.
+        device: where the LLM lives.
+        marker: text that ends a chain of thought.
+        seed: of the sampling of chains of thought.
+        model: the trainer's model; the transformers engine then shares it. Without it that engine
             loads a copy of its own.
-        tokeniser: The trainer's; needed with `model`.
-        lock: The trainer's lock; needed with `model` or `trunk`.
-        trunk: The trainer's, for the transformers engine.
+        tokeniser: the trainer's; needed with `model`.
+        lock: the trainer's lock; needed with `model` or `trunk`.
+        trunk: the trainer's, for the transformers engine.
 
     Raises:
         PriorZeroError: `settings.required` is set and vLLM cannot be had, or no engine starts.

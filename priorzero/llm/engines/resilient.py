@@ -1,7 +1,7 @@
 """Keeps a run alive when its LLM engine fails: retry, restart, then another engine takes over.
 
 A call that fails is repeated with growing pauses. An engine that is dead, or still fails after
-that, is closed and started anew with the latest weights, at most ``max_restarts`` times in a run.
+that, is closed and started anew with the latest weights, at most `max_restarts` times in a run.
 Then the fallback takes over for good, or, where there is none, the error ends the run. Each step is
 logged and counted.
 """
@@ -33,12 +33,12 @@ class ResilientEngine(LLMEngine):
     """Engine that restarts and replaces the engine inside it.
 
     Args:
-        engine: The running engine.
-        restart: Makes a fresh one of the same kind.
-        fallback: Makes the engine that takes over at the end, or None to end with an error.
-        max_restarts: In a run.
-        attempts: Tries of one call before its engine counts as dead.
-        first_pause_s: Before the second try; later pauses grow.
+        engine: the running engine.
+        restart: makes a fresh one of the same kind.
+        fallback: makes the engine that takes over at the end, or None to end with an error.
+        max_restarts: in a run.
+        attempts: tries of one call before its engine counts as dead.
+        first_pause_s: before the second try; later pauses grow.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class ResilientEngine(LLMEngine):
         return self._engine.max_tokens
 
     async def _call(self, work: Callable[[LLMEngine], Awaitable[T]]) -> T:
-        """Run ``work`` on the current engine, replacing the engine as often as the rules allow."""
+        """Run `work` on the current engine, replacing the engine as often as the rules allow."""
         while True:
             engine = self._engine
             try:

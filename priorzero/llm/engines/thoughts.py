@@ -13,8 +13,8 @@ class Generated:
     """What an engine wrote behind a prompt.
 
     Attributes:
-        ids: Its tokens.
-        logprobs: Of each, natural log at temperature 1 whatever it was drawn at.
+        ids: its tokens.
+        logprobs: of each, natural log at temperature 1 whatever it was drawn at.
     """
 
     ids: tuple[int, ...]
@@ -29,9 +29,9 @@ class Thought:
     """A chain of thought as it stands before the actions.
 
     Attributes:
-        ids: What the LLM wrote, then the marker's own ids.
-        logprobs: Of the ids that the LLM wrote; fewer than `ids`.
-        had_marker: Whether it had written the marker itself.
+        ids: what the LLM wrote, then the marker's own ids.
+        logprobs: of the ids that the LLM wrote; fewer than `ids`.
+        had_marker: whether it had written the marker itself.
     """
 
     ids: tuple[int, ...] = ()
@@ -44,10 +44,10 @@ class Reasoner:
     """How a chain of thought is generated before the actions are scored.
 
     Attributes:
-        max_new_tokens: Its tokens at most.
-        temperature: Its sampling temperature; 0 is greedy.
-        marker: Text that ends it ("Action:").
-        seed: Of the sampling.
+        max_new_tokens: its tokens at most.
+        temperature: its sampling temperature; 0 is greedy.
+        marker: text that ends it ("Action:").
+        seed: of the sampling.
     """
 
     max_new_tokens: int
@@ -63,8 +63,8 @@ class Reasoner:
         where the model wrote none, so that it is the same ids behind every thought.
 
         Args:
-            generated: With or without the marker.
-            room: Ids the prompt still has room for; the thought loses its end where it is longer.
+            generated: with or without the marker.
+            room: ids the prompt still has room for; the thought loses its end where it is longer.
         """
         kept, found = before_text(generated.ids, self.marker, tokeniser)
         own = tokeniser.ids(self.marker)

@@ -36,13 +36,13 @@ class TransformersEngine(LLMEngine):
     """LLM engine on a Hugging Face model.
 
     Args:
-        model: The trainer's, or a copy.
-        tokeniser: Of the model.
-        max_batch_tokens: Bound of padded tokens in one forward; 0: what suits the device.
-        compute_dtype: Autocast dtype, or None to compute in the weights' dtype.
-        reasoner: How chains of thought are generated; None where no request asks for one.
-        lock: The trainer's lock when the model object, or `trunk`, is shared with it.
-        trunk: Outputs of layers that no update changes; the trainer's own, where it has them.
+        model: the trainer's, or a copy.
+        tokeniser: of the model.
+        max_batch_tokens: bound of padded tokens in one forward; 0: what suits the device.
+        compute_dtype: autocast dtype, or None to compute in the weights' dtype.
+        reasoner: how chains of thought are generated; None where no request asks for one.
+        lock: the trainer's lock when the model object, or `trunk`, is shared with it.
+        trunk: outputs of layers that no update changes; the trainer's own, where it has them.
     """
 
     name = "transformers"

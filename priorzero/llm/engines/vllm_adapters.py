@@ -32,8 +32,8 @@ def hot_load_rank(setting: str, lora_rank: int, device: torch.device, dtype: tor
     Args:
         setting: `VLLMSettings.lora`; "auto": merged in float32, loaded beside the weights in 16
             bits.
-        lora_rank: Of the trainer's adapters, 0 where it trains all weights.
-        device: Of vLLM.
+        lora_rank: of the trainer's adapters, 0 where it trains all weights.
+        device: of vLLM.
         dtype: vLLM multiplies in.
 
     Raises:

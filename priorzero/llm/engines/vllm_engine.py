@@ -2,7 +2,7 @@
 
 Good at generating chains of thought, and at models that are split over several GPUs. A state is
 scored with one request per row: the prompt and the row's path, one greedy token, and the
-log-probabilities of exactly the row's children (``logprob_token_ids``); vLLM's prefix cache makes
+log-probabilities of exactly the row's children (`logprob_token_ids`); vLLM's prefix cache makes
 the prompt be computed once.
 
 Written for vLLM 0.26 (CUDA) and 0.32 (CPU); what each does wrong is said where we work around it.
@@ -92,17 +92,17 @@ class VLLMEngine(LLMEngine):
     ) -> VLLMEngine:
         """Start vLLM without blocking the loop (10 to 20 s on a CPU, 60 to 100 s with CUDA graphs).
 
-        The main module must be guarded by ``if __name__ == "__main__"``: vLLM spawns processes that
+        The main module must be guarded by `if __name__ == "__main__"`: vLLM spawns processes that
         import it.
 
         Args:
-            resolved: The model.
-            settings: Of vLLM.
-            device: Where it runs.
-            tokeniser: The trainer's; None: one of its own.
-            reasoner: How chains of thought are generated.
-            lock: The trainer's; held while its weights are read.
-            lora_rank: Of the adapters that will be pushed; 0: full weights will be.
+            resolved: the model.
+            settings: of vLLM.
+            device: where it runs.
+            tokeniser: the trainer's; None: one of its own.
+            reasoner: how chains of thought are generated.
+            lock: the trainer's; held while its weights are read.
+            lora_rank: of the adapters that will be pushed; 0: full weights will be.
 
         Raises:
             LLMEngineError: vLLM cannot be imported or does not start.
@@ -255,7 +255,7 @@ class VLLMEngine(LLMEngine):
         return tuple(tuple(found[key] for key in lookup) for lookup in trie.lookups)
 
     async def _score_row(self, ids: list[int], children: list[int]) -> dict[int, float]:
-        """Log-probability of each child token after ``ids``."""
+        """Log-probability of each child token after `ids`."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 

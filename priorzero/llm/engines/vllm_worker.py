@@ -1,6 +1,6 @@
 """What runs inside vLLM's worker process: taking new weights, and dying with the trainer.
 
-vLLM mixes `TrainerLink` into its worker class (``worker_extension_cls``); the method names must not
+vLLM mixes `TrainerLink` into its worker class (`worker_extension_cls`); the method names must not
 clash with its own. Importing this module in an engine process starts a watcher thread: an engine
 whose trainer was killed would otherwise run on forever and hold its memory.
 """

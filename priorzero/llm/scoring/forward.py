@@ -72,15 +72,15 @@ def tree_logprobs(
     Gradients follow the surrounding grad mode.
 
     Args:
-        items: States with one common head (`plan_batches`).
-        heads: Keeps heads between calls; for use without gradients. Without it the head is computed
+        items: states with one common head (`plan_batches`).
+        heads: keeps heads between calls; for use without gradients. Without it the head is computed
             here, once for the batch, with gradients where they are on.
-        trunk: Outputs of frozen layers; used where states are packed.
+        trunk: outputs of frozen layers; used where states are packed.
         way: "packed", "padded", "two_pass" or "plain"; None: `choose_way`.
-        logit_rows: Rows of logits `[R, N]` held at a time (autograd keeps them all).
+        logit_rows: rows of logits `[R, N]` held at a time (autograd keeps them all).
 
     Returns:
-        Per item one flat tensor: the tokens of its actions one after another, with the lengths of
+        per item one flat tensor: the tokens of its actions one after another, with the lengths of
         `request.action_ids`, then those of its `written` thought.
     """
     assert not any(item.request.reasoning for item in items), "the chain of thought comes first"

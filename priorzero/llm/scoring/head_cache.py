@@ -75,7 +75,7 @@ def head_key_values(
     """Run the head alone. Gradients follow the surrounding grad mode.
 
     Args:
-        trunk: Spares the frozen layers.
+        trunk: spares the frozen layers.
     """
     causal_lm, device = base_model(model), next(model.parameters()).device
     decoder = causal_lm.get_decoder()

@@ -32,7 +32,7 @@ class TreeItem:
     prompt and the trie's nodes (`TokenTrie`), then those before the ids of `written`.
 
     Attributes:
-        written: Where in `request.body_ids` a chain of thought stands whose log-probabilities are
+        written: where in `request.body_ids` a chain of thought stands whose log-probabilities are
             asked for too; usually nowhere.
     """
 
@@ -89,7 +89,7 @@ def prepare(
     behind another text than in the game.
 
     Args:
-        written: Per request the places in its body whose log-probabilities are asked for beside
+        written: per request the places in its body whose log-probabilities are asked for beside
             the actions'; None: none of any.
     """
     assert not any(r.reasoning for r in requests), "generate the chain of thought before scoring"

@@ -47,10 +47,10 @@ def token_logprobs(
     """Read the asked tokens' log-probabilities off the rows' hidden states `[R, D]`.
 
     Args:
-        logit_rows: Rows of logits `[R, N]` held at a time (autograd keeps them all).
+        logit_rows: rows of logits `[R, N]` held at a time (autograd keeps them all).
 
     Returns:
-        Per item one flat tensor: the tokens of its actions one after another, then the thought's.
+        per item one flat tensor: the tokens of its actions one after another, then the thought's.
     """
     lookups: list[tuple[int, int]] = []  # (row of `hidden`, token)
     counts: list[int] = []

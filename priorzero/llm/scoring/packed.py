@@ -28,10 +28,10 @@ class PackedLine:
 
     Attributes:
         spans: (start, end) per state.
-        masks: Per state additive `[S, H + S]` (0 or -inf), its head first.
-        head: Tokens of the states' common head at the line's start, 0 without.
-        head_kv: Keys and values of the common head where it is not in the line.
-        calls: Layers that attended through this line.
+        masks: per state additive `[S, H + S]` (0 or -inf), its head first.
+        head: tokens of the states' common head at the line's start, 0 without.
+        head_kv: keys and values of the common head where it is not in the line.
+        calls: layers that attended through this line.
     """
 
     spans: list[tuple[int, int]]
@@ -198,7 +198,7 @@ def packed_pass(
     """Hidden states `[R, D]` of the rows (`TreeItem.rows`), state after state.
 
     Args:
-        head_kv: Keys and values of the items' common head; None: it is computed at the line's
+        head_kv: keys and values of the items' common head; None: it is computed at the line's
             start, with gradients where they are on.
     """
     inputs = lay_out(causal_lm, items, head_kv, next(causal_lm.parameters()).device)

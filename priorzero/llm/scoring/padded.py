@@ -18,7 +18,7 @@ def padded_pass(
     """Hidden states `[R, D]` of the rows, state after state, by one forward of all states.
 
     Args:
-        head_kv: Keys and values of the head all items share; None where they have none.
+        head_kv: keys and values of the head all items share; None where they have none.
     """
     from transformers import DynamicCache
 

@@ -22,7 +22,7 @@ def plain_logprobs(
     mask either.
 
     Args:
-        max_tokens: Padded tokens of one forward.
+        max_tokens: padded tokens of one forward.
     """
     device = next(causal_lm.parameters()).device
     return [_one(causal_lm, item, max_tokens, device) for item in items]

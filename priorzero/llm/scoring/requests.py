@@ -31,8 +31,8 @@ class Tokeniser:
     """Tokenises for one model; thread-safe, and remembers the parts that repeat.
 
     Args:
-        tokenizer: Of Hugging Face.
-        max_tokens: Longest prompt plus longest action the model accepts.
+        tokenizer: of Hugging Face.
+        max_tokens: longest prompt plus longest action the model accepts.
     """
 
     def __init__(self, tokenizer, max_tokens: int) -> None:
@@ -55,9 +55,9 @@ class Tokeniser:
 
         Args:
             prompts: (head, body) per state, in the model's chat format.
-            actions: Per state its valid actions; may be empty, and hold duplicates, empty strings
+            actions: per state its valid actions; may be empty, and hold duplicates, empty strings
                 (the terminator alone) and any Unicode.
-            reasoning: A chain of thought is generated before the actions are scored.
+            reasoning: a chain of thought is generated before the actions are scored.
 
         Raises:
             PromptTooLongError: prompt and longest action of a state exceed `max_tokens`.

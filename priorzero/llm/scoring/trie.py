@@ -14,11 +14,11 @@ class TokenTrie:
     never read.
 
     A *row* is a place whose next-token distribution is needed: row 0 is the end of the prompt, row
-    ``i + 1`` is node ``i``. Nodes are in order of first appearance, so a parent always comes before
+    `i + 1` is node `i`. Nodes are in order of first appearance, so a parent always comes before
     its children.
 
-    ``tokens[i]`` token read at node i; ``parents[i]`` its parent node, -1 for the prompt;
-    ``depths[i]`` 0 for the first token after the prompt. ``lookups[a]`` for action a: (row, token)
+    `tokens[i]` token read at node i; `parents[i]` its parent node, -1 for the prompt;
+    `depths[i]` 0 for the first token after the prompt. `lookups[a]` for action a: (row, token)
     of each of its tokens.
     """
 
@@ -40,7 +40,7 @@ class TokenTrie:
         return [list(s) for s in seen]
 
     def path(self, row: int) -> list[int]:
-        """Tokens read between the prompt and ``row``, in reading order."""
+        """Tokens read between the prompt and `row`, in reading order."""
         out: list[int] = []
         node = row - 1
         while node >= 0:
@@ -57,7 +57,7 @@ class TokenTrie:
 
 
 def build_trie(sequences: Sequence[Sequence[int]]) -> TokenTrie:
-    """Trie of ``sequences`` (each at least one token; duplicates and prefixes of one another are
+    """Trie of `sequences` (each at least one token; duplicates and prefixes of one another are
     welcome).
     """
     index: dict[tuple[int, int], int] = {}

@@ -51,10 +51,10 @@ class TrunkCache:
     hold the trainer's lock while they compute.
 
     Args:
-        depth: Layers that never change (`frozen_layers`), at least 1.
-        max_bytes: Memory bound for states (the few heads come on top); those not asked for the
+        depth: layers that never change (`frozen_layers`), at least 1.
+        max_bytes: memory bound for states (the few heads come on top); those not asked for the
             longest go first.
-        dtype: Autocast dtype of all who use it, None for none.
+        dtype: autocast dtype of all who use it, None for none.
     """
 
     def __init__(self, depth: int, max_bytes: int, dtype: torch.dtype | None = None) -> None:
@@ -77,7 +77,7 @@ class TrunkCache:
         Without gradients.
 
         Raises:
-            PriorZeroError: This model gives other numbers when its layers run in two parts.
+            PriorZeroError: this model gives other numbers when its layers run in two parts.
         """
         head_ids = items[0].request.head_ids
         keys = [

@@ -27,7 +27,7 @@ class Advantages:
     standard deviation.
 
     Args:
-        kind: One of these.
+        kind: one of these.
     """
 
     KINDS = ("raw", "batch", "running", "robust")

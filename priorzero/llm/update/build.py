@@ -19,7 +19,7 @@ def make_objectives(settings: LLMSettings, reduction: str) -> dict[str, Objectiv
     """The objectives that are switched on, by name, in the order in which they are trained.
 
     Args:
-        reduction: How token log-probabilities become one number per action, "sum" or "mean"; the
+        reduction: how token log-probabilities become one number per action, "sum" or "mean"; the
             same as the root prior's.
     """
     objectives: dict[str, Objective] = {}

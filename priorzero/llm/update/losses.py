@@ -1,7 +1,7 @@
 """Losses that train the LLM: pure functions of the numbers of one decision, in natural logs.
 
 Letters: `A` valid actions of the state, `U` units of a decision that have a ratio of their own
-(`priorzero/llm/update/objectives`). ``totals`` [A] are the summed (or mean) token log-probabilities
+(`priorzero/llm/update/objectives`). `totals` [A] are the summed (or mean) token log-probabilities
 of the actions; the policy over the valid actions is their softmax, as in the root prior.
 """
 
@@ -14,7 +14,7 @@ import torch
 
 def sft_action_loss(totals: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Cross-entropy -sum_a target_a log softmax(totals)_a (scalar); its minimum is the entropy of
-    ``target`` [A].
+    `target` [A].
     """
     return -(target * totals.log_softmax(-1)).sum()
 

@@ -28,7 +28,7 @@ class Answer:
     """Log-probabilities an LLM gives to the tokens of one decision, with gradients or without.
 
     Attributes:
-        request: The decision's token ids.
+        request: the decision's token ids.
         actions: `[K]`.
         thought: `[W]`; empty where nobody asked for them.
     """
@@ -74,8 +74,8 @@ class Score(Protocol):
         """Token log-probabilities of the samples' actions, in float64 on the CPU.
 
         Args:
-            thoughts: Of the thoughts' written tokens too.
-            initial: With the weights as they were before any training; only for objectives that
+            thoughts: of the thoughts' written tokens too.
+            initial: with the weights as they were before any training; only for objectives that
                 say so (`Objective.initial`).
         """
         ...
@@ -85,9 +85,9 @@ class Objective(ABC):
     """One way to learn from decisions.
 
     Attributes:
-        passes: Over the decisions of a phase.
-        thoughts: Whether `loss` needs the thoughts' log-probabilities.
-        initial: Whether `prepare` asks for scores of the LLM before any training.
+        passes: over the decisions of a phase.
+        thoughts: whether `loss` needs the thoughts' log-probabilities.
+        initial: whether `prepare` asks for scores of the LLM before any training.
     """
 
     passes = 1
@@ -99,10 +99,10 @@ class Objective(ABC):
         """Before the first step of a phase.
 
         Args:
-            samples: All decisions of the phase, at least one.
+            samples: all decisions of the phase, at least one.
 
         Returns:
-            What `loss` needs of each sample, and metrics of the whole phase.
+            what `loss` needs of each sample, and metrics of the whole phase.
         """
 
     @abstractmethod
@@ -110,8 +110,8 @@ class Objective(ABC):
         """Loss of one decision, and metrics that are averaged over the decisions of a phase.
 
         Args:
-            answer: Under the present weights, with gradients.
-            prepared: What `prepare` gave for it.
+            answer: under the present weights, with gradients.
+            prepared: what `prepare` gave for it.
         """
 
     def stops(self, step: Mapping[str, float]) -> bool:

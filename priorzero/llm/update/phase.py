@@ -24,9 +24,9 @@ class LLMPhase:
     """Called once per LLM training phase of the schedule.
 
     Args:
-        settings: The `llm` group; what is drawn for each objective that is enabled.
-        trainer: Trains.
-        engine: Answers in play, with the trained weights after each phase.
+        settings: the `llm` group; what is drawn for each objective that is enabled.
+        trainer: trains.
+        engine: answers in play, with the trained weights after each phase.
     """
 
     def __init__(self, settings: LLMSettings, trainer: LLMTrainer, engine: LLMEngine) -> None:
@@ -37,14 +37,14 @@ class LLMPhase:
         """One phase: draw, train, publish.
 
         Args:
-            draw: The buffer's `sample_llm`.
+            draw: the buffer's `sample_llm`.
 
         Returns:
-            Metrics for the `llm/` namespace; without losses where there was no decision to learn
+            metrics for the `llm/` namespace; without losses where there was no decision to learn
             from.
 
         Raises:
-            PriorZeroError: The loss or a gradient is not finite, or the engine does not take over
+            PriorZeroError: the loss or a gradient is not finite, or the engine does not take over
                 the weights.
         """
         samples, counts = self._draw(draw)
@@ -91,10 +91,10 @@ class LLMPhase:
         """Let the engine answer with the trainer's weights, and check that it does.
 
         Returns:
-            Metrics of the hand-over, prefixed with "push_".
+            metrics of the hand-over, prefixed with "push_".
 
         Raises:
-            PriorZeroError: The engine answers with other weights, or not at all.
+            PriorZeroError: the engine answers with other weights, or not at all.
         """
         try:
             report = await publish(self._engine, self._trainer, self._canary)

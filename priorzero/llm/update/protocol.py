@@ -24,11 +24,11 @@ class LLMTrainer(Protocol):
     """Trains the LLM. Methods are synchronous and heavy: call them with `asyncio.to_thread`.
 
     Attributes:
-        version: Which weights these are; one more with every `update` that changed them. The
+        version: which weights these are; one more with every `update` that changed them. The
             loop saves it with its progress and sets it after `load_state_dict`.
-        device: Where `score` computes; engines elsewhere round differently.
-        lock: Held while weights move. An engine that shares the model or the trunk takes it too.
-        trunk: Outputs of layers that no update changes, for engines to share; None where there
+        device: where `score` computes; engines elsewhere round differently.
+        lock: held while weights move. An engine that shares the model or the trunk takes it too.
+        trunk: outputs of layers that no update changes, for engines to share; None where there
             are none.
     """
 
@@ -41,13 +41,13 @@ class LLMTrainer(Protocol):
         """Train one phase.
 
         Args:
-            samples: By objective ("sft", "rft"), in the order in which they are to be trained.
+            samples: by objective ("sft", "rft"), in the order in which they are to be trained.
 
         Returns:
-            Metrics, each with its objective's name as prefix ("sft_loss").
+            metrics, each with its objective's name as prefix ("sft_loss").
 
         Raises:
-            PriorZeroError: A loss or gradient is not finite.
+            PriorZeroError: a loss or gradient is not finite.
         """
         ...
 
@@ -65,9 +65,9 @@ class LLMTrainer(Protocol):
         """Token log-probabilities under the trained weights, by the trainer's own forward.
 
         Args:
-            requests: Their chains of thought, where they have one, already stand in the prompts.
-            dtype: Compute in another dtype than training does.
-            all_layers: Take nothing from a cache.
+            requests: their chains of thought, where they have one, already stand in the prompts.
+            dtype: compute in another dtype than training does.
+            all_layers: take nothing from a cache.
         """
         ...
 
@@ -79,7 +79,7 @@ class LLMTrainer(Protocol):
         """Undo `state_dict`.
 
         Raises:
-            PriorZeroError: The state belongs to another model; nothing was changed.
+            PriorZeroError: the state belongs to another model; nothing was changed.
         """
         ...
 

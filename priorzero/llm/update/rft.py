@@ -36,10 +36,10 @@ class Units(NamedTuple):
     """What of a decision is rated, `[U]` each.
 
     Attributes:
-        value: Log-probability whose difference to the old one is the log-ratio.
-        drawn: The part of it that the LLM's engine drew: a thought's tokens. The action was drawn
+        value: log-probability whose difference to the old one is the log-ratio.
+        drawn: the part of it that the LLM's engine drew: a thought's tokens. The action was drawn
             by the search.
-        share: How much the unit counts in the loss.
+        share: how much the unit counts in the loss.
     """
 
     value: torch.Tensor
@@ -60,11 +60,11 @@ class RFTTarget:
     """What reinforcement needs of one decision.
 
     Attributes:
-        action: Index of the executed action.
+        action: index of the executed action.
         advantage: `[U]`, normalised over the phase.
         old: `[U]` values of the units before the phase.
         weight: `[U]` of the corrections.
-        reference: Of the KL: `[A]` log-probabilities over the valid actions for the exact one,
+        reference: of the KL: `[A]` log-probabilities over the valid actions for the exact one,
             `[U]` values of the units for an estimate; None where they are unknown.
     """
 
@@ -89,8 +89,8 @@ class KLCoefficient:
     """The KL's weight: fixed, or doubled and halved towards a target (PPO, arXiv:1707.06347, 4).
 
     Args:
-        start: Its first value.
-        target: Of the KL in nats; 0: the weight stays.
+        start: its first value.
+        target: of the KL in nats; 0: the weight stays.
     """
 
     _RANGE = 1024.0  # times the first value, up and down
@@ -126,11 +126,11 @@ class RFT(Objective):
     draw) and mismatch_*.
 
     Args:
-        settings: The `llm.rft` group.
-        train: The `llm.train` group.
-        reduction: How token log-probabilities become one number per action, "sum" or "mean"; the
+        settings: the `llm.rft` group.
+        train: the `llm.train` group.
+        reduction: how token log-probabilities become one number per action, "sum" or "mean"; the
             same as the root prior's.
-        rating: The objective's own part.
+        rating: the objective's own part.
     """
 
     def __init__(

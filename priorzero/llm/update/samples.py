@@ -27,20 +27,20 @@ class LLMSample:
     two lengths.
 
     Attributes:
-        request: Token ids of the prompt (the chain of thought is the end of its body) and of every
+        request: token ids of the prompt (the chain of thought is the end of its body) and of every
             valid action.
-        thought_tokens: How many ids at the end of `request.body_ids` are the chain of thought,
+        thought_tokens: how many ids at the end of `request.body_ids` are the chain of thought,
             action marker included; 0 where none was generated.
-        thought_logprobs: What the engine gave to the thought's ids as it wrote them; they are the
+        thought_logprobs: what the engine gave to the thought's ids as it wrote them; they are the
             first ones, the marker's behind them were not written.
-        action_index: Which action was executed.
+        action_index: which action was executed.
         target_policy: `[A]` probabilities, what the search would play (no exploration noise).
         behaviour: `[A]` probabilities the executed action was drawn from.
         collected_logprobs: `[A]` tuples of token log-probabilities (natural log) the engine gave
             when the action was chosen; None where it did not answer.
         policy_version: LLM weights that gave them.
         value_target: n-step return of the decision.
-        predicted_value: What the world model expected before the search.
+        predicted_value: what the world model expected before the search.
     """
 
     request: TokenisedRequest
@@ -82,8 +82,8 @@ def build_sample(step: StepRecord, value_target: float) -> LLMSample | None:
     """The sample of a played step.
 
     Args:
-        step: The decision as it was recorded.
-        value_target: Its n-step return (`priorzero/data/returns.py`).
+        step: the decision as it was recorded.
+        value_target: its n-step return (`priorzero/data/returns.py`).
 
     Returns:
         None where there is nothing to train on: the LLM was never asked, or a chain of thought

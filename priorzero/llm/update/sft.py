@@ -21,7 +21,7 @@ class SFT(Objective):
 
     Args:
         over: "actions": cross-entropy over the valid actions; "tokens": over their texts' tokens.
-        reduction: How token log-probabilities become one number per action, "sum" or "mean".
+        reduction: how token log-probabilities become one number per action, "sum" or "mean".
     """
 
     def __init__(self, over: str, reduction: str) -> None:

@@ -35,19 +35,19 @@ async def canary_difference(
     update, on both sides.
 
     Args:
-        engine: Was given the trainer's weights.
-        trainer: Knows the right answer.
-        request: The state. Its thought, where it has one, stands in the prompt: two thoughts
+        engine: was given the trainer's weights.
+        trainer: knows the right answer.
+        request: the state. Its thought, where it has one, stands in the prompt: two thoughts
             generated one after the other would differ.
-        tolerance: Absolute bound; None: what is usual for the engine's dtype.
+        tolerance: absolute bound; None: what is usual for the engine's dtype.
 
     Returns:
-        Largest difference in a summed action log-probability (nats), and whether all differences
+        largest difference in a summed action log-probability (nats), and whether all differences
         are within the tolerance.
 
     Raises:
-        StaleWeightsError: The engine answers with another version.
-        LLMEngineError: It does not answer.
+        StaleWeightsError: the engine answers with another version.
+        LLMEngineError: it does not answer.
     """
     assert not request.reasoning, "a canary must not generate"
     # Not through a score cache: its answer would prove nothing about the engine.

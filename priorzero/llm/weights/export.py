@@ -22,7 +22,7 @@ class Weights:
     in another process hands out a subclass, whose `module` is None.
 
     Args:
-        module: The Hugging Face causal LM that trains, or its PEFT wrapper.
+        module: the Hugging Face causal LM that trains, or its PEFT wrapper.
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
@@ -50,10 +50,10 @@ class Weights:
         A tied output head is left out, as in a published checkpoint.
 
         Args:
-            dtype: Of floating-point tensors; None: as they are (merged ones float32).
+            dtype: of floating-point tensors; None: as they are (merged ones float32).
 
         Returns:
-            Tensors that may share memory with the live ones.
+            tensors that may share memory with the live ones.
         """
         inner = base_model(self.module)
         tied = bool(getattr(inner.config, "tie_word_embeddings", False))
@@ -90,16 +90,16 @@ class Weights:
         """Let another copy of the same base model answer with these weights, in place.
 
         Args:
-            model: A causal LM of the same architecture; with `merge=False` its own weights must be
+            model: a causal LM of the same architecture; with `merge=False` its own weights must be
                 those the adapters were trained on, and it gets adapters of its own on first use.
-            merge: Copy all weights, adapters merged. Right for a copy that multiplies in float32;
+            merge: copy all weights, adapters merged. Right for a copy that multiplies in float32;
                 a 16-bit copy would lose a part of small updates. Without adapters always so.
 
         Returns:
-            Bytes written.
+            bytes written.
 
         Raises:
-            ValueError: The copy lacks weights of these names or shapes.
+            ValueError: the copy lacks weights of these names or shapes.
         """
         inner = base_model(model)
         if self.has_adapter and not merge:
@@ -124,11 +124,11 @@ class Weights:
         """Write weights and configuration as an ordinary checkpoint, adapters merged in float32.
 
         Args:
-            folder: Must not exist; it appears by rename, when it is complete.
-            dtype: See `tensors`.
+            folder: must not exist; it appears by rename, when it is complete.
+            dtype: see `tensors`.
 
         Returns:
-            Bytes and number of tensors.
+            bytes and number of tensors.
         """
         from safetensors.torch import save_file
 
@@ -144,11 +144,11 @@ class Weights:
         """Write the active adapter in PEFT's format.
 
         Args:
-            folder: Must not exist.
-            dtype: See `tensors`.
+            folder: must not exist.
+            dtype: see `tensors`.
 
         Returns:
-            Bytes and number of adapted modules.
+            bytes and number of adapted modules.
         """
         from safetensors.torch import save_file
 

@@ -15,9 +15,9 @@ class ModelIdentity:
     """What a model is called, what it looks like inside, and a digest of its weights.
 
     Attributes:
-        name: Folder or hub name it was loaded from; for messages only, folders move.
-        architecture: Digest of its type and of its weights' names and shapes.
-        weights: Digest of a sample of its weights' values, rounded to bfloat16 so that the number
+        name: folder or hub name it was loaded from; for messages only, folders move.
+        architecture: digest of its type and of its weights' names and shapes.
+        weights: digest of a sample of its weights' values, rounded to bfloat16 so that the number
             format it was loaded in does not matter.
     """
 

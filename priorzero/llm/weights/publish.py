@@ -25,19 +25,19 @@ async def publish(
     """Push the trainer's weights and score one state on both sides.
 
     Args:
-        engine: Takes the weights.
-        trainer: Gives them.
-        canary: State to compare on; its thought, where it has one, stands in the prompt. None:
+        engine: takes the weights.
+        trainer: gives them.
+        canary: state to compare on; its thought, where it has one, stands in the prompt. None:
             nothing is compared.
-        tolerance: See `canary_difference`.
+        tolerance: see `canary_difference`.
 
     Returns:
         seconds, bytes, version, canary_diff (nats, where there was a canary), and what else the
         engine reports.
 
     Raises:
-        StaleWeightsError: The engine answers with other weights.
-        LLMEngineError: It does not take them, or does not answer.
+        StaleWeightsError: the engine answers with other weights.
+        LLMEngineError: it does not take them, or does not answer.
     """
     report = dict(await engine.push_weights(trainer.weights(), trainer.version))
 

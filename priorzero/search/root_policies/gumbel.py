@@ -158,7 +158,7 @@ def completed_q(node: NodeStatistics, valid: np.ndarray, smallest_range: float) 
 
     Args:
         valid: `[B, K]` actions that count for the range.
-        smallest_range: Q that differ by less are not scaled up to 1: what an untrained network
+        smallest_range: q that differ by less are not scaled up to 1: what an untrained network
             says of its actions is noise.
     """
     tried = node.visits > 0

@@ -44,7 +44,7 @@ class PuctSearch:
     """The tree under the PUCT rule.
 
     Args:
-        tree: Begun, with noise in its roots' priors or without.
+        tree: begun, with noise in its roots' priors or without.
         valid_ids: `[A]` per root.
         priors: `[A]` per root, without noise.
         target: "regularised" or "visits", see `priorzero/search/targets.py`.

@@ -47,7 +47,7 @@ def make(
     """Plug-in contract of `trainers/`; see `BuiltinTrainer`.
 
     Args:
-        tokenizer: Not needed here; samples are token ids.
+        tokenizer: not needed here; samples are token ids.
     """
     return BuiltinTrainer(model, settings, make_objectives(settings, reduction))
 
@@ -59,12 +59,12 @@ class BuiltinTrainer:
         model: Hugging Face causal LM. Its weights are turned into float32 in place; with
             `settings.lora` it gets adapters and only they train, and the frozen layers are kept in
             the dtype they are multiplied in.
-        settings: The `llm` group.
-        objectives: By name, see `make_objectives`. Where one asks for the LLM before any training,
+        settings: the `llm` group.
+        objectives: by name, see `make_objectives`. Where one asks for the LLM before any training,
             it is this model with its adapters switched off, or a copy of all weights.
 
     Raises:
-        PriorZeroError: The adapters' target modules do not exist in this model.
+        PriorZeroError: the adapters' target modules do not exist in this model.
     """
 
     def __init__(

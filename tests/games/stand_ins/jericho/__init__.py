@@ -1,7 +1,7 @@
 """Stands in for Jericho in interpreter processes: a "story" whose interpreter fails on request.
 
-The story file says what fails: words like ``open:crash``, ``reset:raise``, ``describe:hang``. The
-game is a row of rooms, east and west; ``crash`` and ``hang`` are commands of it, so that an episode
+The story file says what fails: words like `open:crash`, `reset:raise`, `describe:hang`. The
+game is a row of rooms, east and west; `crash` and `hang` are commands of it, so that an episode
 can fail at any step.
 """
 
