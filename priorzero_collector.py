@@ -293,6 +293,7 @@ class PriorZeroCollector:
             scores=decision.scores,
             prior_weight=plan.prior.weight,
         )
+
         slot.segment.record(step, next_vector)
         slot.advance(step.action, step.reward, outcome.obs, step.action_id)
         slot.see(next_vector)

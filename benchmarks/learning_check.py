@@ -77,6 +77,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         dest="assignments",
         help="for all runs alike; llm.* and the root prior reach only the runs with an LLM",
     )
+
     parser.add_argument("--llm", default="embedded")
     parser.add_argument(
         "--engine", choices=["auto", "vllm", "transformers"], default="transformers"
@@ -85,6 +86,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         "--device", choices=["auto", "cpu", "cuda"], default="cpu", help="of the world model"
     )
     parser.add_argument("--device-llm", choices=["auto", "cpu", "cuda"], default="auto")
+
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="OMP_NUM_THREADS of a run")
     parser.add_argument("--minutes", type=float, help="time of one run")

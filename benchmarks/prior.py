@@ -93,6 +93,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     for name, values in SWEEP.items():
         parser.add_argument(f"--sweep-{name.replace('_', '-')}", default=",".join(map(str, values)))
     parser.add_argument("--out", type=Path, help="folder for the sweep's table and plot")
+
     args = parser.parse_args(arguments)
     args.methods = [m for m in args.methods.split(",") if m]
     unknown = set(args.methods) - set(METHODS)

@@ -160,6 +160,7 @@ def make_requests(
     Raises:
         PriorZeroError: the prompt is too short for the fixed part, or too long for the model.
     """
+    # Commands of the play; where they are too few, ones made of its words.
     rng = random.Random(seed)
     pool = list(dict.fromkeys(a for step in played for a in step.state.valid_actions))
     transcript = " ".join(
@@ -174,6 +175,7 @@ def make_requests(
         raise PriorZeroError(
             f"{actions} actions are more than the {len(pool)} this play gave; raise --play-steps"
         )
+
     requests = []
     for number in range(2 * states):
         step = played[(number * max(1, len(played) // (2 * states))) % len(played)]

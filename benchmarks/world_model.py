@@ -80,6 +80,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--max-seq-len", type=int, default=512, help="tokens LightZero pads to")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--seed", type=int, default=0)
+
     args = parser.parse_args(arguments)
     unknown = [v for v in args.stock.split(",") if v not in VARIANTS]
     if unknown:

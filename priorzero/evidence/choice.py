@@ -67,6 +67,7 @@ def held_out(rows: Sequence[Row]) -> list[Row]:
         ]
         if not others:
             continue
+
         chosen, hindsight = _choose(others), _choose(own)
         given = _row(own, chosen["reduction"], chosen["temperature"])
         found.append(

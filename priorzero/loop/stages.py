@@ -83,7 +83,7 @@ async def train_world_model(parts: Parts, updates: int) -> dict[str, float]:
 
 def _update_world_model(parts: Parts, updates: int) -> dict[str, float]:
     settings = parts.settings.policy
-    rows: list[dict[str, float]] = []
+    told: list[dict[str, float]] = []
     for _ in range(updates):
         batch = parts.buffer.sample(settings.batch_size)
         fresh: dict[str, float] = {}
@@ -93,12 +93,12 @@ def _update_world_model(parts: Parts, updates: int) -> dict[str, float]:
 
         started = time.perf_counter()
         output = parts.policy.learn_mode.forward(batch)
-        rows.append(output.metrics | fresh | {"train_time": time.perf_counter() - started})
+        told.append(output.metrics | fresh | {"train_time": time.perf_counter() - started})
 
         if settings.use_priority:
             parts.buffer.update_priority(batch.indices, output.priorities)
 
-    means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    means = {name: float(np.mean([one[name] for one in told])) for name in told[0]}
     return means | {"updates": float(updates)}
 
 
@@ -126,7 +126,7 @@ async def evaluate(parts: Parts) -> dict[str, Any]:
         lengths.
     """
     progress, settings = parts.progress, parts.settings
-    row: dict[str, Any] = {"iteration": progress.iteration, "env_steps": progress.env_steps}
+    record: dict[str, Any] = {"iteration": progress.iteration, "env_steps": progress.env_steps}
     with parts.watch("evaluate"):
         for mode in settings.eval.modes:
             result = await parts.evaluator.evaluate(
@@ -137,18 +137,18 @@ async def evaluate(parts: Parts) -> dict[str, Any]:
             )
             values = result.metrics()
             parts.metrics.scalars("eval", values, progress.env_steps)
-            row[mode] = dict(returns=result.returns, lengths=result.lengths)
+            record[mode] = dict(returns=result.returns, lengths=result.lengths)
             logger.info(evaluation_line(progress.iteration, mode, values))
-    parts.history.evaluations.append(row)
+    parts.history.evaluations.append(record)
     parts.metrics.flush()
 
     # The untrained network's first evaluation is no checkpoint worth keeping.
-    mean = float(np.mean(row[judging_mode(settings.eval.modes)]["returns"]))
+    mean = float(np.mean(record[judging_mode(settings.eval.modes)]["returns"]))
     if progress.iteration and not parts.eval_only and mean > progress.best_return:
         before, progress.best_return = progress.best_return, mean
         if not await save(parts, best=True):
             progress.best_return = before
-    return row
+    return record
 
 
 def judging_mode(modes: list[str]) -> str:

@@ -1,1 +1,1 @@
-"""What surrounds a run: the machine check, checkpoints and metrics."""
+"""What surrounds a run: command line, logs, signals, checkpoints, metrics, machine check."""

@@ -153,6 +153,7 @@ class CheckpointStore:
                 f"no checkpoint {which!r} in {self._folder}: start without --resume, or name the "
                 "experiment that has one with --exp-name"
             )
+
         previous = self._read_pointer("previous") if which == "latest" else None
         try:
             return self._read(name, map_location)

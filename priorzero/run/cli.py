@@ -84,6 +84,7 @@ def _add_schedules(parser: argparse.ArgumentParser) -> None:
         choices=plugins.names("priorzero.loop.schedules"),
         help="whose training follows whose: a file of priorzero/loop/schedules",
     )
+
     parser.add_argument(
         "--sequential-wm-updates", type=int, help="sequential: updates of the world model, first"
     )
@@ -96,6 +97,7 @@ def _add_schedules(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="sequential: again and again until --iterations, instead of once",
     )
+
     parser.add_argument(
         "--alternating-wm-updates", type=int, help="alternating: updates of a world model's turn"
     )

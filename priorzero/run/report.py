@@ -27,11 +27,12 @@ def banner(
         llm: model and engine in words.
         device: of the world model.
         parameters: of the world model, their number.
-        orz: whether Open-Reasoner-Zero trains the LLM, and why or why not.
+        orz: whether Open-Reasoner-Zero was found, which trains nothing yet; and where, or why not.
     """
     settings = config.priorzero_cfg
     policy = settings.policy
     line = "=" * 78
+
     return "\n".join(
         [
             line,

@@ -109,10 +109,12 @@ class PriorZeroModel(UniZeroModel):
                 norm_type="LN",
                 group_size=world_model_cfg.group_size,
             )
+
         self.representation_network = encoder
         self.tokenizer.encoder = encoder
         self.tokenizer.decoder_network = None
         self.decoder_network = None
+
         if action_text_dim:
             self.world_model.act_embedding_table = TextActionEmbedding(
                 action_space_size, action_text_dim, world_model_cfg.embed_dim

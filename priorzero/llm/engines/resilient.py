@@ -173,9 +173,7 @@ class ResilientEngine(LLMEngine):
     async def _close_quietly(self, engine: LLMEngine) -> None:
         try:
             await engine.close()
-        except (
-            Exception
-        ):  # a dead engine may fail in any way while closing; the run goes on without it
+        except Exception:  # of any kind: the engine is dead, and the run goes on without it
             self.counters["engine_close_errors"] += 1
             logger.exception("Closing the failed LLM engine %s failed too", engine.name)
 

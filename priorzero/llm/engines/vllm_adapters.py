@@ -42,6 +42,7 @@ def hot_load_rank(setting: str, lora_rank: int, device: torch.device, dtype: tor
     exact = dtype == torch.float32
     if not lora_rank or (exact and setting in ("auto", "merge")):
         return 0
+
     if setting == "merge":
         raise PriorZeroError(
             "llm.vllm.lora 'merge' into 16-bit weights loses a part of every update; set it to "
@@ -52,6 +53,7 @@ def hot_load_rank(setting: str, lora_rank: int, device: torch.device, dtype: tor
             "llm.vllm.lora 'hot_load' needs 16 bits on CUDA; set it to 'auto', or llm.vllm.dtype "
             "to 'bfloat16'"
         )
+
     fitting = [rank for rank in _RANKS if rank >= lora_rank]
     if not fitting:
         raise PriorZeroError(

@@ -268,13 +268,13 @@ class VLLMEngine(LLMEngine):
         )
         self.counters["vllm_requests"] += 1
         output = await self._ask(ids, params)
-        row = output.logprobs[0] if output.logprobs else {}
-        missing = [c for c in children if c not in row]
+        found = output.logprobs[0] if output.logprobs else {}
+        missing = [c for c in children if c not in found]
         if missing:
             raise LLMEngineError(
                 f"vLLM left out {len(missing)} of {len(children)} log-probabilities"
             )
-        return {c: row[c].logprob for c in children}
+        return {c: found[c].logprob for c in children}
 
     async def _generate_tokens(
         self,
@@ -306,14 +306,13 @@ class VLLMEngine(LLMEngine):
 
     def _written(self, output) -> Generated:
         """Ids and log-probabilities of a final output, without the token that ends a turn."""
-        ids, rows = list(output.token_ids), list(output.logprobs or ())
-        if len(rows) != len(ids) or any(t not in row for t, row in zip(ids, rows, strict=False)):
-            raise LLMEngineError(f"vLLM gave {len(rows)} log-probabilities of {len(ids)} tokens")
+        ids, found = list(output.token_ids), list(output.logprobs or ())
+        if len(found) != len(ids) or any(t not in of for t, of in zip(ids, found, strict=False)):
+            raise LLMEngineError(f"vLLM gave {len(found)} log-probabilities of {len(ids)} tokens")
         if ids and ids[-1] in self.tokeniser.end_ids:
             ids.pop()
-        return Generated(
-            tuple(ids), tuple(row[t].logprob for t, row in zip(ids, rows, strict=False))
-        )
+        logprobs = tuple(of[t].logprob for t, of in zip(ids, found, strict=False))
+        return Generated(tuple(ids), logprobs)
 
     async def push_weights(self, weights: Weights, version: int) -> dict[str, float]:
         """Answer with `weights`: with the adapters alone where vLLM was started for them, else with
@@ -342,8 +341,10 @@ class VLLMEngine(LLMEngine):
                 return weights.save(folder, self._dtype)
 
         size, tensors = await asyncio.to_thread(save)
-        arguments = (str(folder), tensors)
-        load = lambda: self._engine.collective_rpc("trainer_link_load", args=arguments)  # noqa: E731
+
+        def load() -> Awaitable[list[float]]:
+            return self._engine.collective_rpc("trainer_link_load", args=(str(folder), tensors))
+
         head_error = max(await self._control(load))
         if not head_error < _HEAD_ERROR_LIMIT:
             raise LLMEngineDead(
