@@ -215,15 +215,12 @@ def pick_dtype(setting: str, device: torch.device | str) -> torch.dtype:
     Args:
         setting: "float32", "bfloat16", "float16", or "auto": bfloat16 where the hardware multiplies
             it (CUDA, CPUs with avx512_bf16 or AMX), else float32.
-
-    Raises:
-        PriorZeroError: the setting is none of these.
     """
     named = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
     if setting in named:
         return named[setting]
-    if setting != "auto":
-        raise PriorZeroError(f"dtype {setting!r} is unknown; use 'auto' or one of {sorted(named)}")
+
+    assert setting == "auto", f"dtype {setting!r} is unknown; the settings' rules let none pass"
     if torch.device(device).type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     return torch.bfloat16 if _cpu_has_bf16() else torch.float32

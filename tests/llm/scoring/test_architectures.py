@@ -35,6 +35,7 @@ SHARED = {
     "Olmo2": {},
     "Gemma2": {"final_logit_softcapping": 3.0, "sliding_window": 256, "query_pre_attn_scalar": 8},
     "Gemma3": {"sliding_window": 256, "query_pre_attn_scalar": 8},
+    "Nemotron": {},
     "Granite": {"logits_scaling": 4.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.5},
     "Cohere": {"logit_scale": 0.25},
     "Cohere2": {"logit_scale": 0.25, "sliding_window": 256},
