@@ -31,13 +31,6 @@ ORDINARY = {
     "value",
     "weight",
 }
-# Modules that do not take the records yet. Each leaves this list when it does.
-PENDING = {
-    "priorzero/llm/engines/transformers_engine.py",
-    "priorzero/llm/scoring/requests.py",
-    "priorzero/llm/update/trainers/builtin.py",
-    "priorzero_evaluator.py",
-}
 
 
 def settings_of(group: Settings) -> Iterator[tuple[str, object]]:
@@ -137,6 +130,4 @@ def play(episodes, learning_rate=1e-2, *, td_steps=None, use_cot=False): ...
 @pytest.mark.parametrize("name", [str(path.relative_to(ROOT)) for path in SOURCES])
 def test_no_module_states_a_default_again(name):
     found = second_defaults((ROOT / name).read_text(encoding="utf-8"))
-    if name in PENDING:
-        pytest.xfail(f"{len(found)} second defaults")
     assert found == []
