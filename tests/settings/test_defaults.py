@@ -129,4 +129,5 @@ def play(episodes, learning_rate=1e-2, *, td_steps=None, use_cot=False): ...
 
 @pytest.mark.parametrize("name", [str(path.relative_to(ROOT)) for path in SOURCES])
 def test_no_module_states_a_default_again(name):
-    assert second_defaults((ROOT / name).read_text(encoding="utf-8")) == []
+    found = second_defaults((ROOT / name).read_text(encoding="utf-8"))
+    assert found == []
