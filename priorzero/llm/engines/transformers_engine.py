@@ -21,6 +21,7 @@ from priorzero.llm.model import base_model
 from priorzero.llm.scoring.forward import choose_way, computing, tree_logprobs
 from priorzero.llm.scoring.head_cache import HeadCache
 from priorzero.llm.scoring.items import TreeItem, plan_batches, prepare
+from priorzero.llm.scoring.layers import is_out_of_memory
 from priorzero.llm.scoring.logits import split_actions
 from priorzero.llm.scoring.requests import Tokeniser
 from priorzero.llm.scoring.trunk import TrunkCache
@@ -260,11 +261,3 @@ class TransformersEngine(LLMEngine):
     def reset_stats(self) -> None:
         super().reset_stats()
         self.heads.reset_stats()
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a computation ran out of memory, on a GPU or (PyTorch has no class for it) a CPU."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error)
-    return "DefaultCPUAllocator" in text or "not enough memory" in text

@@ -21,7 +21,7 @@ import torch
 from priorzero.llm.model import base_model
 from priorzero.llm.scoring.head_cache import HeadCache, head_key_values
 from priorzero.llm.scoring.items import LayerKV, TreeItem, headless, prepare
-from priorzero.llm.scoring.layers import multiplying_dtype, sliding_window
+from priorzero.llm.scoring.layers import is_out_of_memory, multiplying_dtype, sliding_window
 from priorzero.llm.scoring.logits import token_logprobs
 from priorzero.llm.scoring.packed import lay_out, packed_pass, run_packed, supports_packing
 from priorzero.llm.scoring.padded import padded_pass
@@ -203,9 +203,9 @@ def _compare(causal_lm: torch.nn.Module, way: str) -> str:
     expected = torch.cat(plain_logprobs(causal_lm, items))
     try:
         got = torch.cat(tree_logprobs(causal_lm, items, heads=HeadCache(), way=way))
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # whatever a foreign architecture does not know
+        if is_out_of_memory(error):
+            raise  # says nothing of the way
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
 
     difference = (got - expected).abs()

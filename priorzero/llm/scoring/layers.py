@@ -1,5 +1,5 @@
-"""What scoring asks of a model's layers: windows, number formats, running some of them only, and
-whether their weights have changed.
+"""What scoring asks of a model's layers: windows, number formats, running some of them only,
+whether their weights have changed, and whether memory ran out in them.
 """
 
 from __future__ import annotations
@@ -47,3 +47,11 @@ def weights_stamp(model: torch.nn.Module) -> int:
     counters).
     """
     return sum(p._version for p in model.parameters())
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a computation ran out of memory, on a GPU or (PyTorch has no class for it) a CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    return "DefaultCPUAllocator" in text or "not enough memory" in text
