@@ -9,6 +9,7 @@ Usage: ./run_priorzero_orz.sh MODE [arguments]
   debug   a short run with small models, to see everything work
   train   a full run
   eval    evaluate the latest checkpoint of an experiment
+  export  write the trained LLM of an experiment as a Hugging Face folder: export RUN OUT
   test    the tests (arguments go to pytest; default: -q)
   check   report what this machine has: Python, torch, CUDA, vLLM, ORZ, games, models, memory, disk
   help    this text
@@ -115,7 +116,7 @@ install_lock() {
 mode=${1:-help}
 (($# == 0)) || shift
 case $mode in
-    debug | train | eval | test | check) ;;
+    debug | train | eval | export | test | check) ;;
     help | -h | --help) usage && exit 0 ;;
     *) usage >&2 && die "mode '$mode' is unknown." ;;
 esac
@@ -133,6 +134,7 @@ case $mode in
     debug) DEBUG_MODE=True exec "$python" -m priorzero_orz_entry "$@" ;;
     train) exec "$python" -m priorzero_orz_entry "$@" ;;
     eval) exec "$python" -m priorzero_orz_entry --eval-only "$@" ;;
+    export) exec "$python" -m priorzero.export "$@" ;;
     test)
         (($# > 0)) || set -- -q
         exec "$python" -m pytest "$@"

@@ -78,10 +78,8 @@ def test_commands_exist_and_their_options_are_accepted():
             assert words[1] in re.findall(
                 r"^  (\w+) ", text_of(ROOT / "run_priorzero_orz.sh"), re.M
             ), words
-            module, rest = (
-                "priorzero_orz_entry",
-                words[2:] if words[1] in ("debug", "train", "eval") else [],
-            )
+            module = "priorzero.export" if words[1] == "export" else "priorzero_orz_entry"
+            rest = words[2:] if words[1] in ("debug", "train", "eval", "export") else []
         elif words[:2] == [".venv/bin/python", "-m"]:
             module, rest = words[2], words[3:]
         else:
@@ -93,7 +91,7 @@ def test_commands_exist_and_their_options_are_accepted():
             importlib.import_module(module).parse_arguments(
                 rest
             )  # SystemExit names what it does not know
-    assert {"debug", "train", "eval", "test", "check"} <= seen
+    assert {"debug", "train", "eval", "export", "test", "check"} <= seen
 
 
 def test_commands_ask_for_possible_settings():
@@ -116,7 +114,7 @@ def test_options_exist(document):
     known = options_in(help_of("priorzero_orz_entry")) | options_in(
         help_of("benchmarks.learning_check")
     )
-    known |= options_in(help_of("priorzero.prior_report"))
+    known |= options_in(help_of("priorzero.prior_report")) | options_in(help_of("priorzero.export"))
     known |= LAUNCHER_OPTIONS | {"--logdir"}
     assert options_in(text_of(document)) <= known
 

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,38 @@ class CheckpointStore:
             )
             return found
 
+    def load_llm(self, which: str = "latest") -> tuple[dict[str, Any], dict[str, Any]]:
+        """The LLM's part of one checkpoint, for a reader that does not go on training. Its tensors
+        stay on disk until they are used; every byte is checked.
+
+        Args:
+            which: `latest`, `previous`, `best` or a folder's name. No other takes its place.
+        Returns:
+            (llm, meta) as they were given to `save`.
+        Raises:
+            PriorZeroError: there is none, or it cannot be read.
+        """
+        name = self._read_pointer(which) if which in _POINTERS else which
+        if name is None or name not in self._names():
+            raise PriorZeroError(
+                f"no checkpoint {which!r} in {self._folder}. Checkpoints here: {self._others()}"
+            )
+        path = self._folder / name
+        try:
+            # Mapped files are not checked while they are read.
+            with zipfile.ZipFile(path / "llm.pt") as whole:
+                broken = whole.testzip()
+            if broken:
+                raise zipfile.BadZipFile(f"{broken} in llm.pt is not what was written")
+            llm = torch.load(path / "llm.pt", map_location="cpu", weights_only=True, mmap=True)
+            meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+            return dict(llm), meta | {"checkpoint": name}
+        except Exception as error:
+            raise PriorZeroError(
+                f"checkpoint {path} is damaged ({type(error).__name__}: {error}). Other "
+                f"checkpoints here: {self._others(name)}"
+            ) from error
+
     def _read(
         self, name: str, map_location: str
     ) -> tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any]]:
@@ -191,14 +224,22 @@ class CheckpointStore:
         return state, llm, meta | {"checkpoint": name}
 
     def _error(self, damage: object, *names: str) -> PriorZeroError:
-        others = sorted(
-            p.name for p in self._folder.iterdir() if p.is_dir() and p.name not in names
-        )
         return PriorZeroError(
             f"checkpoint {damage}. It was left as it is. Other checkpoints here: "
-            f"{', '.join(others) or 'none'}; name one with --checkpoint, or start anew without "
+            f"{self._others(*names)}; name one with --checkpoint, or start anew without "
             "--resume"
         )
+
+    def _names(self) -> list[str]:
+        """Whole checkpoints."""
+        if not self._folder.is_dir():
+            return []
+        folders = sorted(p.name for p in self._folder.iterdir() if p.is_dir())
+        return [name for name in folders if not name.startswith(_TEMPORARY)]
+
+    def _others(self, *names: str) -> str:
+        """Whole checkpoints of other names, in words."""
+        return ", ".join(n for n in self._names() if n not in names) or "none"
 
 
 class _Damaged(Exception):

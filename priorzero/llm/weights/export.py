@@ -38,6 +38,11 @@ class Weights:
         """Whether low-rank adapters train instead of all weights."""
         return bool(getattr(self.module, "peft_config", None))
 
+    @property
+    def generation_config(self):
+        """How the base model is sampled from; None where it does not say."""
+        return getattr(base_model(self.module), "generation_config", None)
+
     def _adapter(self):
         """Name and configuration of the one active adapter."""
         names = list(self.module.active_adapters)

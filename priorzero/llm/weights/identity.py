@@ -42,6 +42,16 @@ class ModelIdentity:
             weights.hexdigest()[:16],
         )
 
+    def fits(self, other: ModelIdentity, *, adapters: bool) -> bool:
+        """Whether weights that were trained from this model may be laid over the other one.
+
+        Args:
+            adapters: The weights are adapters, which need the same weights below them; all weights
+                replace them and need the same names and shapes only.
+        """
+        same = self.architecture == other.architecture
+        return same and (not adapters or self.weights == other.weights)
+
     def as_dict(self) -> dict[str, str]:
         """For a checkpoint."""
         return asdict(self)

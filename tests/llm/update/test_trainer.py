@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from priorzero.llm.engines.transformers_engine import TransformersEngine
-from priorzero.llm.update.trainers import builtin
+from priorzero.llm.weights import adapters
 from priorzero.llm.weights.canary import StaleWeightsError
 from priorzero.llm.weights.publish import publish
 from priorzero.settings.llm import LoraSettings
@@ -217,7 +217,7 @@ def test_frozen_layers_in_bfloat16_train_as_float32_ones_do(tiny, monkeypatch):
     """Adapters on layers kept in bfloat16 see the very numbers autocast gives float32 layers."""
     fields = dict(dtype="bfloat16", lora=ADAPTERS, learning_rate=2e-2)
     kept = trainer_of(tiny(vocab=262), **fields)
-    monkeypatch.setattr(builtin, "store_layers_in", lambda model, dtype: None)
+    monkeypatch.setattr(adapters, "store_layers_in", lambda model, dtype: None)
     whole = trainer_of(tiny(vocab=262), **fields)
     assert {w.dtype for w in frozen_layers(kept)} == {torch.bfloat16}
     assert {p.dtype for p in trained_parameters(kept).values()} == {torch.float32}

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from priorzero.llm.model import pick_dtype, store_layers_in
+from priorzero.llm.model import pick_dtype
 from priorzero.llm.scoring.forward import computing, tree_logprobs
 from priorzero.llm.scoring.head_cache import HeadCache
 from priorzero.llm.scoring.items import TreeItem, plan_batches, prepare
@@ -29,12 +29,14 @@ from priorzero.llm.scoring.trunk import TrunkCache, frozen_layers
 from priorzero.llm.update.build import make_objectives
 from priorzero.llm.update.objective import Answer, Objective
 from priorzero.llm.update.samples import LLMSample
+from priorzero.llm.weights.adapters import with_adapters
 from priorzero.llm.weights.export import Weights
 from priorzero.llm.weights.identity import ModelIdentity
+from priorzero.llm.weights.trained import base_of, lay_over
 from priorzero.types import ActionScores, PriorZeroError, TokenisedRequest
 
 if TYPE_CHECKING:
-    from priorzero.settings.llm import LLMSettings, LoraSettings
+    from priorzero.settings.llm import LLMSettings
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +87,7 @@ class BuiltinTrainer:
         if not settings.lora.enable and any(o.initial for o in objectives.values()):
             self._initial = copy.deepcopy(model).requires_grad_(False).eval()
         if settings.lora.enable:
-            model = _with_adapters(model, settings.lora, self._compute_dtype)
+            model = with_adapters(model, settings.lora, self._compute_dtype)
         self._model = model.eval()
         self.trunk = self._make_trunk(settings.trunk_cache_mib)
 
@@ -294,39 +296,24 @@ class BuiltinTrainer:
     def load_state_dict(self, state: dict) -> None:
         """See `LLMTrainer.load_state_dict`. Copied in place, so engines on this model see them."""
         with self.lock:
-            own = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
-            self._check_fit(state, own)
-            with torch.no_grad():
-                for name, value in state["model"].items():
-                    own[name].copy_(value)
+            base, adapters = base_of(state), Weights(self._model).has_adapter
+            if base is not None and not base.fits(self._base, adapters=adapters):
+                raise PriorZeroError(
+                    f"the checkpoint's LLM was trained from {base}, this run's is {self._base}; "
+                    "start with the same llm.model, or without --resume"
+                )
+            odd = lay_over(self._model, state["model"])
+            if odd:
+                raise PriorZeroError(
+                    "the checkpoint's LLM trains other weights than this run's (for example "
+                    f"{odd[:3]}); start with the same llm.lora settings, or without --resume"
+                )
             self._optimizer.load_state_dict(state["optimizer"])
             self._steps = state["steps"]
             # Earlier checkpoints have none; one may have been switched on or off since.
             for name, kept in state.get("objectives", {}).items():
                 if name in self._objectives:
                     self._objectives[name].load_state_dict(kept)
-
-    def _check_fit(self, state: dict, own: Mapping[str, torch.Tensor]) -> None:
-        """Refuse a state of another model, or of other settings of the adapters."""
-        # Checkpoints of earlier versions do not say.
-        base = ModelIdentity(**state["base"]) if "base" in state else self._base
-        adapters = Weights(self._model).has_adapter
-        if base.architecture != self._base.architecture or (
-            adapters and base.weights != self._base.weights
-        ):
-            raise PriorZeroError(
-                f"the checkpoint's LLM was trained from {base}, this run's is {self._base}; start "
-                "with the same llm.model, or without --resume"
-            )
-
-        saved = state["model"]
-        odd = sorted(own.keys() ^ saved.keys())
-        odd += [n for n, p in own.items() if n in saved and saved[n].shape != p.shape]
-        if odd:
-            raise PriorZeroError(
-                f"the checkpoint's LLM trains other weights than this run's (for example {odd[:3]})"
-                "; start with the same llm.lora settings, or without --resume"
-            )
 
     def stats(self) -> dict[str, float]:
         """See `LLMTrainer.stats`: of the trunk."""
@@ -387,37 +374,3 @@ def _float32_layers(model: torch.nn.Module, wanted: bool) -> Iterator[None]:
     finally:
         for module, dtype in kept:
             module.to(dtype)
-
-
-def _with_adapters(
-    model: torch.nn.Module, lora: LoraSettings, frozen_dtype: torch.dtype | None
-) -> torch.nn.Module:
-    """Low-rank adapters (arXiv:2106.09685) on a model whose own weights do not train any more."""
-    if frozen_dtype is not None:
-        store_layers_in(model, frozen_dtype)
-    from peft import LoraConfig, get_peft_model
-
-    named = lora.target_modules
-    targets: str | list[str] = named if named == "all-linear" else named.split(",")
-    layers = None
-    if lora.last_layers:
-        total = model.config.num_hidden_layers
-        layers = list(range(max(0, total - lora.last_layers), total))
-        if targets == "all-linear":  # peft takes layers only together with names
-            inside = model.get_decoder().layers.named_modules()
-            linear = (name for name, m in inside if isinstance(m, torch.nn.Linear))
-            targets = sorted({name.rpartition(".")[2] for name in linear})
-
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=float(lora.alpha),
-        target_modules=targets,
-        task_type="CAUSAL_LM",
-        layers_to_transform=layers,
-    )
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        raise PriorZeroError(
-            f"LoRA with target_modules {named!r} cannot be put on this LLM: {error}"
-        ) from error

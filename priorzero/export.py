@@ -1,0 +1,213 @@
+"""The trained LLM of a run as an ordinary Hugging Face folder.
+
+    python -m priorzero.export RUN OUT [--checkpoint latest|best|NAME] [--adapter]
+
+Reads the run's config.json and the LLM's part of one checkpoint, loads the base model, lays the
+trained weights over it and writes them with everything that a loader needs. Adapters are merged in
+float32, or written apart in PEFT's format. OUT appears by rename when it is whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from priorzero.run.cli import calm_openmp
+from priorzero.run.logs import setup_logging
+from priorzero.settings.llm import LoraSettings
+from priorzero.settings.record import overlay
+from priorzero.types import PriorZeroError
+
+if TYPE_CHECKING:
+    from priorzero.llm.weights.export import Weights
+
+logger = logging.getLogger("priorzero.export")  # also where this module is __main__
+
+FACTS = "priorzero.json"
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m priorzero.export", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="an experiment's folder")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; new, or empty")
+    parser.add_argument(
+        "--checkpoint", default="latest", help="latest, best or a checkpoint folder's name"
+    )
+    parser.add_argument(
+        "--adapter",
+        action="store_true",
+        help="write the low-rank adapters apart, in PEFT's format, instead of merged",
+    )
+    parser.add_argument(
+        "--base", help="folder or hub name of the base model, where the run's own is gone"
+    )
+    return parser.parse_args(arguments)
+
+
+@dataclass(frozen=True)
+class RunLLM:
+    """What a run's config.json says of its LLM.
+
+    Attributes:
+        model: `llm.model`.
+        lora: `llm.lora`, in which the adapters' scale stands.
+    """
+
+    model: str
+    lora: LoraSettings
+
+
+def read_run(folder: Path) -> RunLLM:
+    """The LLM of a run.
+
+    Raises:
+        PriorZeroError: It is no run's folder, or the run has no LLM.
+    """
+    path = folder / "config.json"
+    try:
+        llm = json.loads(path.read_text(encoding="utf-8"))["settings"]["llm"]
+        enabled, model, lora = llm["enable"], llm["model"], llm["lora"]
+    except FileNotFoundError as error:
+        raise PriorZeroError(
+            f"{folder} is no run's folder: it holds no config.json. Runs lie in data_priorzero/"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PriorZeroError(
+            f"{path} is damaged ({type(error).__name__}: {error}); without it the LLM's settings "
+            "are not known"
+        ) from error
+    if not enabled:
+        raise PriorZeroError(f"the run {folder} has no LLM (llm.enable is false): nothing to write")
+    settings = overlay(LoraSettings(), lora, path="llm.lora.")
+    settings.validate("llm.lora.")
+    return RunLLM(model, settings)
+
+
+def export(
+    run: Path, out: Path, *, checkpoint: str = "latest", adapter: bool = False, base: str | None
+) -> dict[str, Any]:
+    """Write the trained LLM of a run to a folder.
+
+    Args:
+        run: The experiment's folder.
+        out: New, or an empty folder.
+        checkpoint: latest, best or a checkpoint folder's name.
+        adapter: Write adapters apart.
+        base: Folder or hub name of the base model; None: as checkpoint and run say.
+
+    Returns:
+        What priorzero.json says.
+
+    Raises:
+        PriorZeroError: Something is missing, damaged or does not fit; nothing was written.
+    """
+    # These load torch, which should not delay --help or a wrong option.
+    from priorzero.llm.weights.trained import base_of, has_adapters, restore
+    from priorzero.run.checkpoint import CheckpointStore
+
+    # Cheapest check first.
+    _require_free(out)
+    llm = read_run(run)
+    state, meta = CheckpointStore(run / "ckpt").load_llm(checkpoint)
+    if "model" not in state:
+        raise PriorZeroError(
+            f"checkpoint {meta['checkpoint']} of {run} holds no weights of the built-in trainer; "
+            "only what that one trains can be written"
+        )
+    if adapter and not has_adapters(state):
+        raise PriorZeroError(f"the run {run} trained all weights, no adapters; leave out --adapter")
+
+    # The checkpoint knows where its model lay; the folder may have moved since.
+    trained_from = base_of(state)
+    named = [trained_from.name] if trained_from else []
+    weights, tokenizer = restore(state, [base] if base else [*named, llm.model], llm.lora)
+
+    facts = {
+        "run": str(run.resolve()),
+        "checkpoint": meta["checkpoint"],
+        "iteration": meta.get("iteration"),
+        "llm_version": meta.get("llm_version"),
+        "game": meta.get("game"),
+        "base": trained_from.as_dict() if trained_from else {"name": base or llm.model},
+        "form": "adapter" if adapter else "merged" if has_adapters(state) else "all weights",
+    }
+    _write(weights, tokenizer, facts, out, adapter)
+    return facts
+
+
+def _require_free(out: Path) -> None:
+    """Raise PriorZeroError where something already stands at `out`."""
+    if (out.exists() or out.is_symlink()) and not (out.is_dir() and not any(out.iterdir())):
+        raise PriorZeroError(f"{out} exists already and is not empty; name a new folder")
+
+
+def _write(weights: Weights, tokenizer, facts: dict[str, Any], out: Path, adapter: bool) -> None:
+    """Fill a folder beside `out`, then rename it."""
+    from safetensors import SafetensorError
+
+    making = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        making = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        whole = making / "whole"
+        (weights.save_adapter if adapter else weights.save)(whole)
+        tokenizer.save_pretrained(whole)
+        generation = weights.generation_config
+        if generation is not None and not adapter:
+            # save_pretrained would refuse what some published models say.
+            generation.to_json_file(whole / "generation_config.json")
+        (whole / FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+        # safetensors makes files that nobody else may read; this folder is for others too.
+        for path in whole.glob("*.safetensors"):
+            shutil.copymode(whole / FACTS, path)
+        whole.rename(out)
+    except (OSError, SafetensorError) as error:
+        raise PriorZeroError(
+            f"{out} could not be written ({error}); nothing is left of it. Free space, or name a "
+            "folder elsewhere"
+        ) from error
+    finally:
+        if making is not None:
+            shutil.rmtree(making, ignore_errors=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command.
+
+    Returns:
+        The exit status: 0, or 2 for a fault the user can mend.
+    """
+    calm_openmp()
+    setup_logging(None)
+    args = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    try:
+        facts = export(
+            args.run, args.out, checkpoint=args.checkpoint, adapter=args.adapter, base=args.base
+        )
+    except PriorZeroError as error:
+        logger.error("Error: %s", error)
+        return 2
+    logger.info(
+        "✓ Wrote %s: %s of %s, trained from %s on %s (%s)",
+        args.out,
+        facts["checkpoint"],
+        facts["run"],
+        facts["base"]["name"],
+        facts["game"],
+        facts["form"],
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
