@@ -117,6 +117,7 @@ def test_options_exist(document):
         help_of("benchmarks.learning_check")
     )
     known |= options_in(help_of("priorzero.prior_report"))
+    known |= options_in(help_of("priorzero.compare"))
     known |= LAUNCHER_OPTIONS | {"--logdir"}
     assert options_in(text_of(document)) <= known
 
