@@ -13,6 +13,7 @@ from priorzero.comparison.runs import Group
 from priorzero.comparison.statistics import estimate
 
 _LABEL = 60  # characters in a legend; the page has the rest
+_PLACES = 200  # of a curve that are drawn; losses have one per iteration and run
 _NAMES = {"steps": "environment steps", "minutes": "minutes of iterations"}
 
 
@@ -21,17 +22,19 @@ def plot_curves(
 ) -> None:
     """A row of panels per game: over environment steps and over time the interquartile mean of
     each group with its bootstrap band, up to where all its runs got; dotted where groups are
-    compared.
+    compared. Without any times there are no panels over time.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    size = (6 * len(AXES), 4 * len(games))
-    figure, panels = pyplot.subplots(len(games), len(AXES), figsize=size, squeeze=False)
+    axes = [axis for axis in AXES if any(game[axis] is not None for game in report["games"])]
+    size = (6 * len(axes), 4 * len(games))
+    figure, panels = pyplot.subplots(len(games), len(axes), figsize=size, squeeze=False)
+
     for row, game in zip(panels, report["games"], strict=True):
-        for panel, axis in zip(row, AXES, strict=True):
+        for panel, axis in zip(row, axes, strict=True):
             for group in games[game["game"]]:
                 _draw(panel, group, axis)
             if game[axis] is not None:
@@ -40,6 +43,8 @@ def plot_curves(
             panel.grid(True, alpha=0.3)
             if panel.get_legend_handles_labels()[0]:
                 panel.legend(fontsize="x-small")
+            else:  # no run of this game has this axis
+                panel.set_axis_off()
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
@@ -64,11 +69,14 @@ def _draw(panel, group: Group, axis: str) -> None:
 
 
 def joined(curves: Sequence[Curve]) -> tuple[list[float], list]:
-    """Places of any run's evaluations that lie within every run's curve, and the estimate there;
-    between its evaluations a run's value lies on the straight line.
+    """Places of any run's evaluations that lie within every run's curve (of very many a share, the
+    first and last among them), and the estimate there; between its evaluations a run's value lies
+    on the straight line.
     """
     first, last = max(c[0][0] for c in curves), min(c[-1][0] for c in curves)
     places = sorted({x for one in curves for x, _ in one if first <= x <= last})
+    if len(places) > _PLACES:
+        places = [places[i] for i in np.linspace(0, len(places) - 1, _PLACES).round().astype(int)]
     heights = np.array([np.interp(places, *zip(*one, strict=True)) for one in curves])
     return places, [estimate(column) for column in heights.T]
 

@@ -137,6 +137,10 @@ def test_curves_are_joined_where_all_runs_are():
     assert places == [4, 10] and [one.value for one in estimates] == [3, 6]
     assert joined([[(0, 0.0), (10, 1.0)], [(20, 0.0)]]) == ([], [])
 
+    many, estimates = joined([[(x, 2.0 * x) for x in range(1001)]])
+    assert len(many) == 200 and (many[0], many[-1]) == (0, 1000)
+    assert [one.value for one in estimates] == [2 * x for x in many]
+
 
 # ---- files of runs -------------------------------------------------------------------------------
 
