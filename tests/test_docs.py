@@ -114,7 +114,9 @@ def test_options_exist(document):
     known = options_in(help_of("priorzero_orz_entry")) | options_in(
         help_of("benchmarks.learning_check")
     )
-    known |= options_in(help_of("priorzero.prior_report")) | options_in(help_of("priorzero.export"))
+    known |= options_in(help_of("priorzero.prior_report"))
+    known |= options_in(help_of("priorzero.export"))
+    known |= options_in(help_of("priorzero.compare"))
     known |= LAUNCHER_OPTIONS | {"--logdir"}
     assert options_in(text_of(document)) <= known
 

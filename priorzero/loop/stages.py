@@ -18,6 +18,7 @@ from priorzero.loop.parts import Parts
 from priorzero.loop.saving import save
 from priorzero.play.results import CollectResult
 from priorzero.run.report import evaluation_line
+from priorzero.settings.evaluation import judging_mode
 
 logger = logging.getLogger(__name__)
 
@@ -149,8 +150,3 @@ async def evaluate(parts: Parts) -> dict[str, Any]:
         if not await save(parts, best=True):
             progress.best_return = before
     return record
-
-
-def judging_mode(modes: list[str]) -> str:
-    """Whose mean return tells which checkpoint is best: the mode with both, else the first."""
-    return "world_model_llm" if "world_model_llm" in modes else modes[0]

@@ -32,3 +32,8 @@ class EvalSettings(Settings):
             bool(self.modes) and set(self.modes) <= set(MODES),
             f"they must be among {', '.join(MODES)}, at least one",
         )
+
+
+def judging_mode(modes: list[str]) -> str:
+    """Whose mean return tells which checkpoint is best: the mode with both, else the first."""
+    return "world_model_llm" if "world_model_llm" in modes else modes[0]

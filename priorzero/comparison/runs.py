@@ -1,0 +1,245 @@
+"""A run's folder as one curve, and groups of runs that differ only in the seed.
+
+A curve comes from `log/metrics.jsonl` (or `metrics.jsonl`, where only that was kept). Where neither
+is there it comes from `summary.json`, which knows evaluation returns and lengths but no times.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, pstdev
+from typing import Any
+
+from priorzero.settings.evaluation import judging_mode
+from priorzero.types import PriorZeroError
+
+logger = logging.getLogger(__name__)
+
+# What may differ in a group: the seed, names, and how the process was started. The game has a
+# heading of its own.
+_SAME_GROUP = (
+    "settings.seed",
+    "settings.exp_name",
+    "settings.env.env_id",
+    "schedule.resume",
+    "schedule.checkpoint",
+)
+
+_OF_SUMMARY: dict[str, Callable[[Mapping[str, list[float]]], float]] = {
+    "return_mean": lambda episodes: mean(episodes["returns"]),
+    "return_std": lambda episodes: pstdev(episodes["returns"]),
+    "return_best": lambda episodes: max(episodes["returns"]),
+    "return_worst": lambda episodes: min(episodes["returns"]),
+    "length": lambda episodes: mean(episodes["lengths"]),
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A metric's value after `step` environment steps and `minutes` of iterations (evaluation and
+    saving aside); None: the files hold no times.
+    """
+
+    step: int
+    minutes: float | None
+    value: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run. `settings`: those of its config.json by dotted name; `points`: in their order."""
+
+    folder: Path
+    game: str
+    seed: int
+    settings: Mapping[str, Any]
+    metric: str
+    points: tuple[Point, ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of a game whose settings are equal but for the seed. `label`: the settings in which the
+    game's groups differ, with this group's values.
+    """
+
+    name: str
+    label: str
+    runs: tuple[Run, ...]
+
+    @property
+    def metric(self) -> str:
+        """The metric of all its runs: they have the same evaluation modes."""
+        return self.runs[0].metric
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def read_runs(folders: Sequence[Path], metric: str | None = None) -> list[Run]:
+    """Read every folder once, in the order given.
+
+    Args:
+        metric: `namespace/name` as in metrics.jsonl; None: the mean return of each run's judging
+            mode.
+
+    Raises:
+        PriorZeroError: a folder is no run, or a metric has no namespace.
+    """
+    if metric is not None and "/" not in metric:
+        raise PriorZeroError(
+            f"--metric {metric} has no namespace; give one as docs/METRICS.md names it, "
+            "such as eval/world_model/return_mean"
+        )
+    unique = list({folder.resolve(): folder for folder in folders}.values())
+    strange = [str(f) for f in unique if not (f / "config.json").is_file()]
+    if strange:
+        raise PriorZeroError(
+            f"no run is in {', '.join(strange)}: there is no config.json; give the folders of "
+            "experiments, such as data_priorzero/NAME"
+        )
+    return [_read_run(folder, metric) for folder in unique]
+
+
+def _read_run(folder: Path, metric: str | None) -> Run:
+    path, config = folder / "config.json", _json(folder / "config.json")
+    try:
+        settings = config["settings"]
+        game, seed = settings["env"]["env_id"], settings["seed"]
+        metric = metric or f"eval/{judging_mode(settings['eval']['modes'])}/return_mean"
+        flat = dict(_flat(config))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise PriorZeroError(
+            f"{path} is not what a run writes ({error!r} is missing or of the wrong kind)"
+        ) from error
+
+    summary = _json(folder / "summary.json") if (folder / "summary.json").is_file() else {}
+    for lines in (folder / "log" / "metrics.jsonl", folder / "metrics.jsonl"):
+        if lines.is_file():
+            points = _from_metrics(lines, metric)
+            break
+    else:
+        points = _from_summary(summary, metric)
+    # The settings may say "auto"; the summary knows what it was.
+    return Run(folder, summary.get("game", game), seed, flat, metric, tuple(points))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PriorZeroError(f"{path} cannot be read ({error}); leave this run out") from error
+    if not isinstance(found, dict):
+        raise PriorZeroError(f"{path} is not what a run writes; leave this run out")
+    return found
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of everything that is no dictionary; 32 and 32.0 are one value."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            whole = isinstance(value, float) and value.is_integer()
+            yield prefix + name, int(value) if whole else value
+
+
+def _from_metrics(path: Path, metric: str) -> list[Point]:
+    """The curve with its times, from the lines a run wrote.
+
+    A resumed run goes back to its checkpoint and plays some steps again: what was written of them
+    before counts no more. `eval` writes an evaluation behind everything else; it belongs to the
+    curve only where the run itself has none at that place.
+    """
+    namespace, _, name = metric.partition("/")
+    iterations: list[tuple[int, float]] = []  # environment steps after it, seconds
+    found: list[tuple[int, int, float]] = []  # iterations before it, environment steps, value
+    for row in _lines(path):
+        step, last = row["step"], iterations[-1][0] if iterations else 0
+        is_evaluation = row["namespace"] == "eval"
+        if step < last and not is_evaluation:
+            iterations = [one for one in iterations if one[0] < step]
+            found = [one for one in found if one[1] < step]
+
+        if row["namespace"] == "perf" and "seconds_iteration" in row:
+            iterations.append((step, row["seconds_iteration"]))
+        if row["namespace"] != namespace or name not in row:
+            continue
+        again = is_evaluation and (step < last or (found and found[-1][0] == len(iterations)))
+        if not again:
+            found.append((len(iterations), step, row[name]))
+
+    def minutes(before: int) -> float | None:
+        return sum(seconds for _, seconds in iterations[:before]) / 60 if iterations else None
+
+    return [Point(step, minutes(before), value) for before, step, value in found]
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a metrics.jsonl; a killed run's last line may be cut in the middle."""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        if isinstance(row, dict) and {"namespace", "step"} <= row.keys():
+            yield row
+        else:
+            logger.warning("%s: a damaged line is left out", path)
+
+
+def _from_summary(summary: Mapping[str, Any], metric: str) -> list[Point]:
+    """The curve without times, where only the summary was kept."""
+    namespace, mode, name = (metric.split("/") + ["", ""])[:3]
+    if namespace != "eval" or name not in _OF_SUMMARY:
+        return []
+    return [
+        Point(one["env_steps"], None, float(_OF_SUMMARY[name](one[mode])))
+        for one in summary.get("evaluations", ())
+        if mode in one
+    ]
+
+
+# ---- groups --------------------------------------------------------------------------------------
+
+
+def group_runs(runs: Sequence[Run]) -> dict[str, list[Group]]:
+    """Per game its groups, games and groups in the order of their first runs."""
+    games: dict[str, dict[str, list[Run]]] = {}
+    for run in runs:
+        key = json.dumps(_compared(run), sort_keys=True)
+        games.setdefault(run.game, {}).setdefault(key, []).append(run)
+
+    return {
+        game: [
+            Group(f"G{number}", label, tuple(members))
+            for number, (label, members) in enumerate(
+                zip(_labels([m[0] for m in groups.values()]), groups.values(), strict=True), 1
+            )
+        ]
+        for game, groups in games.items()
+    }
+
+
+def _compared(run: Run) -> dict[str, Any]:
+    return {name: value for name, value in run.settings.items() if name not in _SAME_GROUP}
+
+
+def _labels(firsts: Sequence[Run]) -> list[str]:
+    """A label for every group, from one run each."""
+    settings = [{n: json.dumps(v) for n, v in _compared(run).items()} for run in firsts]
+    names = dict.fromkeys(name for one in settings for name in one)
+    # A setting that an older version did not have is told as such.
+    rows = {name: [one.get(name, "(not there)") for one in settings] for name in names}
+    differing = {name: row for name, row in rows.items() if len(set(row)) > 1}
+    return [
+        ", ".join(
+            f"{name.removeprefix('settings.')}={row[number]}" for name, row in differing.items()
+        )
+        or "all runs"
+        for number in range(len(firsts))
+    ]
