@@ -61,6 +61,8 @@ def page(report: Mapping[str, Any]) -> str:
         _mass(report["mass"]),
         *_missing(report["games"]),
     ]
+
+    # Play is left out where it was not asked for.
     if report["play"]:
         parts += ["## Play without a search", _play(report["play"]), "![play](play.png)"]
     return "\n\n".join(parts) + "\n"
