@@ -141,12 +141,12 @@ def test_the_loss_gets_the_targets_of_the_batch(corridor, monkeypatch, scalar_of
     """Latent t is compared with the target encoder's latent of observation t + 1; masks and weights
     reach their terms.
     """
-    from priorzero.world_model import learner
+    from priorzero.world_model import trainer
 
     policy, buffer = corridor
     learn(policy, buffer, 2)
     batch, given = buffer.sample(8), {}
-    real = learner.world_model_loss
+    real = trainer.world_model_loss
 
     def spy(outputs, targets, weights, group_size, loss_weights):
         given.update(
@@ -154,7 +154,7 @@ def test_the_loss_gets_the_targets_of_the_batch(corridor, monkeypatch, scalar_of
         )
         return real(outputs, targets, weights, group_size, loss_weights)
 
-    monkeypatch.setattr(learner, "world_model_loss", spy)
+    monkeypatch.setattr(trainer, "world_model_loss", spy)
     encoder = copy.deepcopy(policy.target_network.eval())
     batch = replace(batch, weights=np.linspace(0.1, 1.0, 8).astype(np.float32))
     policy.learn_mode.forward(batch)
@@ -334,7 +334,7 @@ def test_what_is_trained_is_what_a_root_sees(make_policy, make_buffer, randomise
     """With burn_in = context_steps - 1 a window's first prediction is the search's own at the root
     of that state; the others are LightZero's forward over context and window.
     """
-    from priorzero.world_model import learner
+    from priorzero.world_model import trainer
 
     policy = make_policy(
         burn_in=2, td_steps=2, num_simulations=1, root_prior=dict(mode="wm_logits")
@@ -347,7 +347,7 @@ def test_what_is_trained_is_what_a_root_sees(make_policy, make_buffer, randomise
     segments = walk(0, vectors, [4, 5], 2, reward=1.0)
     buffer.push_game_segments(segments)
     batch, given = buffer.batch_of(np.arange(9), np.ones(9, dtype=np.float32)), {}
-    real = learner.world_model_loss
+    real = trainer.world_model_loss
 
     def spy(outputs, targets, *others):
         given.update(outputs=Unrolled(*(x.detach() for x in outputs)), targets=targets)
@@ -367,7 +367,7 @@ def test_what_is_trained_is_what_a_root_sees(make_policy, make_buffer, randomise
     planned = policy.eval_mode.forward(roots, 0)
     slow = [look(first, min(t + 5, 10)) for t, first in enumerate(firsts)]
 
-    monkeypatch.setattr(learner, "world_model_loss", spy)
+    monkeypatch.setattr(trainer, "world_model_loss", spy)
     encoder = copy.deepcopy(policy.target_network)
     policy.learn_mode.forward(batch)
     outputs, targets = given["outputs"], given["targets"]
