@@ -6,10 +6,12 @@ LightZero's own buffers (docs/LIGHTZERO.md).
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from easydict import EasyDict
@@ -25,6 +27,19 @@ from priorzero.settings.policy import PolicySettings
 with quiet_base():
     from ding.utils import BUFFER_REGISTRY
 
+Method = TypeVar("Method", bound=Callable)
+
+
+def _one_at_a_time(method: Method) -> Method:
+    """A method of the buffer that holds its lock."""
+
+    @functools.wraps(method)
+    def locked(self, *args, **kwargs):
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return locked
+
 
 @BUFFER_REGISTRY.register("game_buffer_priorzero")
 class PriorZeroGameBuffer:
@@ -32,6 +47,8 @@ class PriorZeroGameBuffer:
 
     Transitions are known by a running number, from the first ever pushed; it is what a batch's
     `indices` hold.
+
+    Thread-safe: collection may push while another thread samples.
 
     Args:
         settings: replay size, unroll and bootstrap steps, discount, priorities, vocabulary.
@@ -47,6 +64,7 @@ class PriorZeroGameBuffer:
         return EasyDict(cls.config, cfg_type=cls.__name__ + "Dict")
 
     def __init__(self, settings: PolicySettings, observation_dim: int, seed: int) -> None:
+        self._lock = threading.RLock()
         self._settings = settings
         self._dim = observation_dim
         self._segments: deque[Segment] = deque()
@@ -61,6 +79,7 @@ class PriorZeroGameBuffer:
         self._offset = 0  # global index of _priorities[0]
         self._max_priority = 1.0
 
+    @_one_at_a_time
     def push_game_segments(self, segments: Sequence[Segment]) -> None:
         """Add finished segments, oldest first, and link each to the part of its episode that came
         before.
@@ -94,6 +113,7 @@ class PriorZeroGameBuffer:
             grown[: len(self._priorities)] = self._priorities
             self._priorities = grown
 
+    @_one_at_a_time
     def remove_oldest_data_to_fit(self) -> int:
         """Drop the oldest segments until at most replay_buffer_size transitions remain; returns how
         many were dropped.
@@ -112,10 +132,12 @@ class PriorZeroGameBuffer:
             self._offset = self._dropped
         return before - self._transitions
 
+    @_one_at_a_time
     def numbered_segments(self) -> Iterator[tuple[int, Segment]]:
         """What is held, oldest first, with running numbers from the first segment ever pushed."""
         return zip(list(self._numbers), list(self._segments), strict=True)
 
+    @_one_at_a_time
     def state_dict(self) -> dict[str, Any]:
         """Running numbers, priorities and generator, as plain values and arrays. The segments are
         immutable and go to an archive (`priorzero/data/archive.py`).
@@ -131,6 +153,7 @@ class PriorZeroGameBuffer:
             "rng": generator_state(self._rng),
         }
 
+    @_one_at_a_time
     def load_state_dict(self, state: Mapping[str, Any], segments: Mapping[int, Segment]) -> int:
         """Go on from a saved state; this buffer is still empty.
 
@@ -159,9 +182,11 @@ class PriorZeroGameBuffer:
             self._append(segment, int(numbers[i]), priorities[i])
         return missing
 
+    @_one_at_a_time
     def get_num_of_game_segments(self) -> int:
         return len(self._segments)
 
+    @_one_at_a_time
     def get_num_of_transitions(self) -> int:
         return self._transitions
 
@@ -173,6 +198,7 @@ class PriorZeroGameBuffer:
             (self._segments[w], int(i - starts[w])) for w, i in zip(which, indices, strict=True)
         ]
 
+    @_one_at_a_time
     def draw(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Transitions to train on: running numbers `[count]` and importance weights `[count]`.
 
@@ -195,10 +221,12 @@ class PriorZeroGameBuffer:
         weights = (self._transitions * probability[chosen]) ** -self._settings.priority_prob_beta
         return self._dropped + chosen, (weights / weights.max()).astype(np.float32)
 
+    @_one_at_a_time
     def sample(self, batch_size: int) -> WorldModelBatch:
         """A batch of `draw`n transitions."""
         return self.batch_of(*self.draw(batch_size))
 
+    @_one_at_a_time
     def batch_of(self, indices: np.ndarray, weights: np.ndarray) -> WorldModelBatch:
         """The batch whose rows begin at these transitions; see `fill_row` for the targets.
 
@@ -240,6 +268,7 @@ class PriorZeroGameBuffer:
             with_values=s.value_bootstrap == "search",
         )
 
+    @_one_at_a_time
     def update_priority(self, indices: np.ndarray, priorities: np.ndarray) -> None:
         """Take over new priorities; transitions dropped meanwhile are skipped.
 
@@ -255,6 +284,7 @@ class PriorZeroGameBuffer:
         if len(values):
             self._max_priority = max(self._max_priority, float(values.max()))
 
+    @_one_at_a_time
     def sample_llm(self, count: int, recent: int | None = None) -> list[LLMSample]:
         """Draw decisions for the LLM, without repetition.
 

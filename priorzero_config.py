@@ -248,6 +248,13 @@ class HybridTrainingConfig:
     """alternating: what an iteration of the LLM's turn plays. everything: the search with the LLM's
     prior; world_model: the search without it (the LLM is not asked, but learns from what is found);
     nothing: it learns from what the buffer holds."""
+    off_policy_degree: int = 0
+    """parallel: phases of training that collection may be ahead. 0: collect and train in turn. n:
+    training runs beside the next collections, which play with weights that are up to n phases
+    older. -1: chosen by the measured times, and told in the log."""
+    async_eval: bool = False
+    """Evaluations play a snapshot beside what follows, instead of before it. The last one of a run
+    has nothing beside it."""
     use_orz_trainer: bool = False
     """Let ORZ's Ray PPO trainer do the LLM's reinforcement step. Not built yet: True is refused."""
     iterations: int = 2000
@@ -340,6 +347,7 @@ class HybridTrainingConfig:
             eval_freq=0,
             save_freq=0,
             sample_prompt_freq=0,
+            off_policy_degree=-1,
         )
         rules = {}
         for name, low in smallest.items():
@@ -349,7 +357,7 @@ class HybridTrainingConfig:
                 type(value) is int and value >= low,
                 f"it must be an integer >= {low}",
             )
-        for name in ("use_orz_trainer", "resume", "debug_mode", "sequential_repeat"):
+        for name in ("use_orz_trainer", "resume", "debug_mode", "sequential_repeat", "async_eval"):
             value = getattr(self, name)
             rules[name] = value, isinstance(value, bool), "it must be True or False"
         rules["checkpoint"] = (
@@ -393,6 +401,9 @@ class HybridTrainingConfig:
             text = f"priorzero/loop/schedules holds {', '.join(files)}"
             rules["wm_training_mode"] = mode, mode in files, text
 
+        if mode != "parallel" and self.off_policy_degree:
+            text = f"training beside collection is parallel's alone, and this is {mode}: take 0"
+            rules["off_policy_degree"] = self.off_policy_degree, False, text
         if mode not in tuple(READ_BY):
             return rules
         for owner, names in READ_BY.items():

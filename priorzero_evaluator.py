@@ -10,6 +10,7 @@ met only here are guests of the vocabulary: an evaluation leaves no trace in wha
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,14 @@ class PriorZeroEvaluator:
         self._seed, self._temperature = seed, temperature
         self._transcripts = transcripts
         self.watch = watch or Stopwatch()
+
+    def playing(self, policy: PriorZeroPolicy) -> PriorZeroEvaluator:
+        """The same evaluator for another policy, such as a snapshot. Environments are shared: only
+        one of the two plays at a time.
+        """
+        other = copy.copy(self)
+        other._policy = policy
+        return other
 
     async def evaluate(
         self, mode: str, episodes: int, env_steps: int, label: str = ""

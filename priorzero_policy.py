@@ -8,11 +8,18 @@ LightZero's. It joins four parts, each of which can be used alone: the network
 `collect_mode.forward`, the evaluator `eval_mode.forward`, the training stage `learn_mode.forward`.
 It keeps nothing of the episodes that are played: their roots bring their own context.
 
+Threads: in a run in turn one of them is at work at a time. Beside training, collection plans with
+an acting copy of the network (`act_apart`) and evaluation with a policy of its own (`snapshot`);
+the vocabulary is the one thing that collection and training then share.
+
 Letters: `B` roots, `A` valid actions of a root, `V` vocabulary size.
 """
 
 from __future__ import annotations
 
+import copy
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -57,14 +64,21 @@ class PriorZeroPolicy(UniZeroPolicy):
     def _init_learn(self) -> None:
         cfg = self._cfg
         self._settings: PolicySettings = cfg.settings
-        scalar_of = InverseScalarTransform(self._settings.support_scale, cfg.device, True)
+        self._scalar_of = InverseScalarTransform(self._settings.support_scale, cfg.device, True)
 
         self.vocabulary = make_vocabulary(self._settings.action_vocabulary)
         self._embed_text: Callable[[list[str]], np.ndarray] | None = None
         self._rng = np.random.default_rng(cfg.seed)
-        self._trainer = WorldModelTrainer(self._model, self._settings, scalar_of, cfg.device)
-        self._planner = Planner(self._model, self._settings, scalar_of, cfg.device)
+        self._trainer = WorldModelTrainer(self._model, self._settings, self._scalar_of, cfg.device)
+        self._planner = self._planner_of(self._model)
         self._named = [self.network, self.target_network]  # what new actions are named in
+        self._naming = threading.Lock()  # an id is used by nobody before it has its text
+
+        # What collection plans with: the network itself, or a copy beside training.
+        self._acting: PriorZeroModel = self._model
+        self._acting_planner = self._planner
+        self._offered: deque[tuple[list[torch.Tensor], int]] = deque(maxlen=1)  # the newest alone
+        self.acting_version = 0
 
     def _init_collect(self) -> None:
         """Collection plans with the parts `_init_learn` made."""
@@ -90,7 +104,59 @@ class PriorZeroPolicy(UniZeroPolicy):
     @property
     def positions_clamped(self) -> int:
         """How often a search went deeper than the window the positions were trained for."""
-        return self._planner.positions_clamped
+        planners = {id(p): p for p in (self._planner, self._acting_planner)}
+        return sum(planner.positions_clamped for planner in planners.values())
+
+    def _planner_of(self, model: PriorZeroModel) -> Planner:
+        return Planner(model, self._settings, self._scalar_of, self._cfg.device)
+
+    # ---- playing beside training -----------------------------------------------------------------
+
+    def snapshot(self) -> PriorZeroPolicy:
+        """A policy that plays as this one does now, whatever this one does afterwards: network,
+        vocabulary and planner are its own. It plays evaluations and learns nothing.
+
+        Call it while nothing trains.
+        """
+        taken = copy.copy(self)
+        taken._model = taken._acting = copy.deepcopy(self._model).requires_grad_(False).eval()
+        taken.vocabulary = self.vocabulary.copy()
+        taken._named, taken._naming = [taken._model], threading.Lock()
+        taken._planner = taken._acting_planner = taken._planner_of(taken._model)
+        taken._offered = deque(maxlen=1)
+        taken._trainer = None
+        return taken
+
+    def act_apart(self, version: int) -> None:
+        """From here on collection plans with a copy of the network, which training does not touch;
+        it takes over what `offer_weights` gives.
+
+        Args:
+            version: of the weights as they are, a number of the caller's.
+        """
+        assert self._acting is self._model, "collection has its own copy already"
+        self._acting = copy.deepcopy(self._model).requires_grad_(False).eval()
+        self._acting_planner = self._planner_of(self._acting)
+        self._named.append(self._acting)
+        self.acting_version = version
+
+    def offer_weights(self, version: int) -> None:
+        """Let collection plan with the weights as they are now, from its next search on. Call it
+        where training does, between updates.
+
+        Args:
+            version: what `acting_version` is from that search on.
+        """
+        assert self._acting is not self._model, "act_apart comes first"
+        # Parameters only: action texts are given to every copy at once, and may be newer there.
+        self._offered.append(([p.detach().clone() for p in self._model.parameters()], version))
+
+    @torch.no_grad()
+    def _take_over(self) -> None:
+        """Between two searches: the newest weights that were offered, if there are any."""
+        while self._offered:
+            weights, self.acting_version = self._offered.popleft()
+            torch._foreach_copy_(list(self._acting.parameters()), weights)
 
     # ---- actions ---------------------------------------------------------------------------------
 
@@ -99,15 +165,16 @@ class PriorZeroPolicy(UniZeroPolicy):
         self._embed_text = encode
 
     def register_actions(self, actions: Sequence[str]) -> list[int | None]:
-        """Ids of a state's valid actions; new ones are named in the vocabulary and in both copies
+        """Ids of a state's valid actions; new ones are named in the vocabulary and in every copy
         of the network.
 
         None marks an action the full vocabulary had to drop (see `ActionVocabulary`).
         """
-        before = self.vocabulary.size
-        ids = self.vocabulary.ids(actions)
-        if self.vocabulary.size > before and isinstance(self.vocabulary, ActionVocabulary):
-            self._name_actions(range(before, self.vocabulary.size))
+        with self._naming:
+            before = self.vocabulary.size
+            ids = self.vocabulary.ids(actions)
+            if self.vocabulary.size > before and isinstance(self.vocabulary, ActionVocabulary):
+                self._name_actions(range(before, self.vocabulary.size))
         return ids
 
     def _name_actions(self, ids: Sequence[int]) -> None:
@@ -132,11 +199,16 @@ class PriorZeroPolicy(UniZeroPolicy):
         finally:
             self.vocabulary, self._named = own, named
 
+    def _used_actions(self) -> np.ndarray:
+        """`[V]` bool, ids that name an action and have its text."""
+        with self._naming:
+            return self.vocabulary.used_mask
+
     def _inner_actions(self) -> int:
         """How many of the first ids inner nodes branch over. With overflow ids in use, all: they
         lie at the end.
         """
-        used = np.flatnonzero(self.vocabulary.used_mask)
+        used = np.flatnonzero(self._used_actions())
         return int(used[-1]) + 1 if len(used) else 1
 
     # ---- planning --------------------------------------------------------------------------------
@@ -153,7 +225,8 @@ class PriorZeroPolicy(UniZeroPolicy):
         Returns:
             one output per root, in their order.
         """
-        plans = self._planner.plan(
+        self._take_over()
+        plans = self._acting_planner.plan(
             roots, self._inner_actions(), self._settings.root_prior, env_steps, self._rng
         )
         outputs = []
@@ -239,7 +312,7 @@ class PriorZeroPolicy(UniZeroPolicy):
         Raises:
             PriorZeroError: the loss is not finite.
         """
-        return self._trainer.update(batch, self.vocabulary.used_mask)
+        return self._trainer.update(batch, self._used_actions())
 
     def _state_dict_learn(self) -> dict[str, Any]:
         return self._trainer.state_dict() | {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
@@ -42,3 +43,21 @@ def torch_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def thread_pool(workers: int, name: str) -> ThreadPoolExecutor:
+    """Threads whose torch operators use as many CPU threads each as the caller's do now.
+
+    torch keeps that number per thread, but a new thread begins with the one that any thread has set
+    last: beside a search (`torch_threads`) it would begin with the search's, and keep it.
+
+    Args:
+        workers: at most so many threads. name: of the threads, for a debugger.
+    """
+    count = torch.get_num_threads()
+
+    def begin() -> None:
+        torch.get_num_threads()  # takes over the last number, now and not later
+        torch.set_num_threads(count)
+
+    return ThreadPoolExecutor(workers, thread_name_prefix=name, initializer=begin)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from priorzero import plugins
 from priorzero.llm.engines.base import LLMEngine
 from priorzero.llm.engines.choice import create_engine
+from priorzero.llm.engines.gate import Gate
 from priorzero.llm.model import load_llm, resolve_llm
 from priorzero.llm.prior import LLMPrior, PromptBuilder
 from priorzero.llm.scoring.requests import Tokeniser, model_max_tokens
@@ -72,16 +73,18 @@ async def build_llm(
         lock=trainer.lock,
         trunk=trainer.trunk,
     )
+    gate = Gate()
     prior = LLMPrior(
         engine,
         make_prompt(tokenizer),
         reasoning=settings.prompt.use_cot,
         required=settings.required,
+        gate=gate,
     )
     return LLMParts(
         trainer=trainer,
         engine=engine,
         prior=prior,
-        phase=LLMPhase(settings, trainer, engine),
+        phase=LLMPhase(settings, trainer, engine, gate),
         name=f"{resolved.name} on {engine.name}",
     )

@@ -16,6 +16,7 @@ import numpy as np
 
 from priorzero.data.segment import StepRecord
 from priorzero.llm.engines.base import LLMEngine, LLMEngineError
+from priorzero.llm.engines.gate import Gate
 from priorzero.types import ActionScores, PriorZeroError, TextState, TokenisedRequest
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,8 @@ class LLMPrior:
         reasoning: generate a chain of thought before scoring.
         required: an engine that cannot answer stops the run; otherwise the step is planned without
             the LLM and counted.
+        gate: requests enter it; shut by the training phase while the engine cannot answer, or
+            would answer with weights that change.
     """
 
     def __init__(
@@ -44,11 +47,13 @@ class LLMPrior:
         *,
         reasoning: bool = False,
         required: bool = False,
+        gate: Gate | None = None,
     ) -> None:
         self.engine = engine
         self._build_prompt = build_prompt
         self._reasoning = reasoning
         self._required = required
+        self._gate = gate or Gate()
         self._made: OrderedDict[tuple[TextState, tuple[str, ...]], TokenisedRequest] = OrderedDict()
         self.counters: Counter[str] = Counter()
         self._lock = threading.Lock()  # collector and evaluator tokenise in threads
@@ -100,7 +105,8 @@ class LLMPrior:
         """
         started = time.perf_counter()
         try:
-            scores = await self.engine.score(requests)
+            async with self._gate.request():
+                scores = await self.engine.score(requests)
         except LLMEngineError as error:
             self.counters["failures"] += 1
             if self._required:

@@ -24,6 +24,7 @@ from priorzero.games.catalogue import GameSpec
 from priorzero.games.group import GameEnvGroup
 from priorzero.llm.build import LLMParts
 from priorzero.llm.update.samples import LLMSample
+from priorzero.loop.background import Background
 from priorzero.loop.progress import History, Progress
 from priorzero.play.results import CollectResult, EvalResult
 from priorzero.run.checkpoint import CheckpointStore
@@ -45,6 +46,8 @@ class Schedule(Protocol):
     alternating_llm_phases: int
     alternating_first: str
     alternating_llm_collect: str
+    off_policy_degree: int
+    async_eval: bool
     iterations: int
     eval_freq: int
     save_freq: int
@@ -59,6 +62,13 @@ class Policy(Protocol):
     learn_mode: Any
     vocabulary: Any
     positions_clamped: int
+    acting_version: int
+
+    def snapshot(self) -> Policy: ...
+
+    def act_apart(self, version: int) -> None: ...
+
+    def offer_weights(self, version: int) -> None: ...
 
     def reanalyse(
         self, batch: WorldModelBatch, env_steps: int
@@ -102,6 +112,8 @@ class Collector(Protocol):
 class Evaluator(Protocol):
     """`PriorZeroEvaluator`."""
 
+    def playing(self, policy: Policy) -> Evaluator: ...
+
     async def evaluate(
         self, mode: str, episodes: int, env_steps: int, label: str = ""
     ) -> EvalResult: ...
@@ -139,6 +151,7 @@ class Parts:
 
     progress: Progress = field(default_factory=Progress)
     history: History = field(default_factory=History)
+    background: Background = field(default_factory=Background)
     memory: PeakMemory = field(default_factory=PeakMemory)
     started: float = field(default_factory=time.time)
 

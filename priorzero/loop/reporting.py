@@ -104,6 +104,10 @@ def log_performance(
         llm = parts.llm.prior.stats() | parts.llm.phase.stats()
         perf |= {f"llm_{k}": v for k, v in llm.items()}
 
+    if parts.background.degree:
+        perf |= parts.background.metrics(parts.policy.acting_version)
+    if parts.config.async_eval:
+        perf["background_eval_behind"] = float(parts.background.evaluation.behind)
     perf |= schedule
 
     parts.metrics.scalars("perf", perf, parts.progress.env_steps)

@@ -52,6 +52,27 @@ async def save(parts: Parts, best: bool = False) -> bool:
     return True
 
 
+def mark_best(parts: Parts, name: str | None) -> bool:
+    """Make a checkpoint that was written earlier the best; a disk that fails does not end the run.
+
+    Args:
+        name: of its folder; None where it could not be written.
+
+    Returns:
+        whether it is the best now.
+    """
+    if name is None:
+        logger.error("the best evaluation so far has no checkpoint: it could not be written")
+        return False
+    try:
+        parts.checkpoints.mark_best(name)
+    except OSError as error:
+        logger.error("checkpoint %s could not be marked as the best (%s)", name, error)
+        return False
+    logger.info("✓ %s is the best so far", name)
+    return True
+
+
 def require_saved(parts: Parts) -> None:
     """At the end of a run: raise PriorZeroError where the last save failed."""
     saved = parts.checkpoints.saved_iteration

@@ -9,14 +9,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from priorzero.loop.clocks import Ratio
-from priorzero.loop.parts import Parts
+from priorzero.loop.parts import Evaluator, Parts
 from priorzero.loop.saving import save
-from priorzero.play.results import CollectResult
+from priorzero.play.results import CollectResult, EvalResult
 from priorzero.run.report import evaluation_line
 from priorzero.settings.evaluation import judging_mode
 
@@ -31,7 +32,7 @@ async def collect(parts: Parts, ask_llm: bool = True) -> CollectResult:
     """
     progress, policy = parts.progress, parts.settings.policy
     logger.info("[Iter %d] Collecting data...", progress.iteration)
-    with parts.watch("collect"):
+    with parts.watch("collect"), parts.background.collecting():
         result = await parts.collector.collect(
             policy.num_segments,
             progress.env_steps,
@@ -119,34 +120,50 @@ async def train_llm(parts: Parts) -> dict[str, float]:
     return metrics
 
 
-async def evaluate(parts: Parts) -> dict[str, Any]:
-    """Play evaluation episodes in every mode of the settings; keep the best checkpoint.
-
-    Returns:
-        the evaluation as the summary tells it: iteration, env_steps, and per mode its returns and
-        lengths.
-    """
-    progress, settings = parts.progress, parts.settings
-    record: dict[str, Any] = {"iteration": progress.iteration, "env_steps": progress.env_steps}
-    with parts.watch("evaluate"):
-        for mode in settings.eval.modes:
-            result = await parts.evaluator.evaluate(
-                mode,
-                settings.env.n_evaluator_episode,
-                progress.env_steps,
-                f"iter{progress.iteration:06d}",
-            )
-            values = result.metrics()
-            parts.metrics.scalars("eval", values, progress.env_steps)
-            record[mode] = dict(returns=result.returns, lengths=result.lengths)
-            logger.info(evaluation_line(progress.iteration, mode, values))
-    parts.history.evaluations.append(record)
-    parts.metrics.flush()
+async def evaluate(parts: Parts) -> None:
+    """Play evaluation episodes in every mode of the settings; keep the best checkpoint."""
+    progress, modes = parts.progress, parts.settings.eval.modes
+    place = progress.iteration, progress.env_steps
+    played = await play(parts, parts.evaluator, modes, *place)
+    mean = note_evaluation(parts, played, *place)
 
     # The untrained network's first evaluation is no checkpoint worth keeping.
-    mean = float(np.mean(record[judging_mode(settings.eval.modes)]["returns"]))
     if progress.iteration and not parts.eval_only and mean > progress.best_return:
         before, progress.best_return = progress.best_return, mean
         if not await save(parts, best=True):
             progress.best_return = before
-    return record
+
+
+async def play(
+    parts: Parts, evaluator: Evaluator, modes: Sequence[str], iteration: int, env_steps: int
+) -> dict[str, EvalResult]:
+    """Evaluation episodes in these modes, of what was learnt after so many iterations and
+    environment steps; returns their results by mode.
+    """
+    played = {}
+    with parts.watch("evaluate"):
+        for mode in modes:
+            played[mode] = await evaluator.evaluate(
+                mode, parts.settings.env.n_evaluator_episode, env_steps, f"iter{iteration:06d}"
+            )
+            values = played[mode].metrics()
+            parts.metrics.scalars("eval", values, env_steps)
+            logger.info(evaluation_line(iteration, mode, values))
+    return played
+
+
+def note_evaluation(
+    parts: Parts, played: Mapping[str, EvalResult], iteration: int, env_steps: int
+) -> float:
+    """Add an evaluation to what the summary tells: iteration, env_steps, and per mode its returns
+    and lengths.
+
+    Returns:
+        the mean return that judges it.
+    """
+    record: dict[str, Any] = {"iteration": iteration, "env_steps": env_steps}
+    for mode in parts.settings.eval.modes:
+        record[mode] = dict(returns=played[mode].returns, lengths=played[mode].lengths)
+    parts.history.evaluations.append(record)
+    parts.metrics.flush()
+    return float(np.mean(played[judging_mode(parts.settings.eval.modes)].returns))

@@ -3,7 +3,9 @@
 What an iteration does (collect, train the world model, train the LLM) is a schedule: the method
 `iterate(parts)` of the configuration where it has one, else the function of that name in the file
 of `priorzero/loop/schedules/` that `wm_training_mode` names. What each stage does stands in
-`stages.py`, what is saved in `saving.py`, what is told in `reporting.py`.
+`stages.py`, what is saved in `saving.py`, what is told in `reporting.py`. Training and evaluation
+may also run beside the loop (`beside.py`): then `parts.background` is asked to settle before
+anything is saved or evaluated.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from priorzero import plugins
-from priorzero.loop import stages
+from priorzero.loop import beside, stages
 from priorzero.loop.clocks import Every
 from priorzero.loop.parts import Parts
 from priorzero.loop.saving import save
@@ -35,27 +37,35 @@ async def train(parts: Parts, stop: StopRequest) -> None:
     should_evaluate = Every(config.eval_freq)
     should_save = Every(config.save_freq)
 
+    evaluate = beside.begin_evaluation if config.async_eval else stages.evaluate
+
     with logging_redirect_tqdm(), _bar(config.iterations, progress.iteration) as bar:
-        while progress.iteration < config.iterations and not stop.requested:
-            if finished(parts):
-                logger.info(
-                    "%s is finished after %d iterations",
-                    config.wm_training_mode,
-                    progress.iteration,
-                )
-                break
-            if should_evaluate(progress.iteration) and not _evaluated(parts):
-                await stages.evaluate(parts)
-                if stop.requested:
+        async with beside.background(parts) as under_way:
+            while progress.iteration < config.iterations and not stop.requested:
+                if finished(parts):
+                    logger.info(
+                        "%s is finished after %d iterations",
+                        config.wm_training_mode,
+                        progress.iteration,
+                    )
                     break
+                if should_evaluate(progress.iteration) and not _evaluated(parts):
+                    await under_way.settle()
+                    await evaluate(parts)
+                    if stop.requested:
+                        break
 
-            await schedule.iterate(parts)
-            progress.iteration += 1
-            bar.update()
+                await schedule.iterate(parts)
+                under_way.raise_failure()
+                progress.iteration += 1
+                bar.update()
 
-            # The last iteration's checkpoint is written below, after the last evaluation.
-            if should_save(progress.iteration) and progress.iteration < config.iterations:
-                await save(parts)
+                # The last iteration's checkpoint is written below, after the last evaluation.
+                if should_save(progress.iteration) and progress.iteration < config.iterations:
+                    await under_way.settle()
+                    await save(parts)
+
+            await under_way.settle()
 
     if stop.requested:
         logger.info(

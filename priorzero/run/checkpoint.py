@@ -42,6 +42,7 @@ class CheckpointStore:
         self._folder = folder
         self.saved_iteration: int | None = None
         self._newest: str | None = None  # that this object wrote or goes on from
+        self._held: str | None = None
 
     def save(
         self,
@@ -112,9 +113,23 @@ class CheckpointStore:
             name = f"iter_{iteration:08d}_{repeat}"
         return name
 
-    def mark_best(self) -> None:
-        """Make the latest checkpoint the best."""
-        self._point("best", self._read_pointer("latest"))
+    def hold(self) -> str:
+        """Keep the latest checkpoint, which is being judged, until `release`; returns its name."""
+        assert self._held is None, "one checkpoint is judged at a time"
+        self._held = self._read_pointer("latest")
+        return self._held
+
+    def release(self) -> None:
+        """What was held goes with the next save, if nothing else names it."""
+        self._held = None
+
+    def mark_best(self, name: str | None = None) -> None:
+        """Make a checkpoint the best.
+
+        Args:
+            name: of its folder; None: the latest.
+        """
+        self._point("best", name or self._read_pointer("latest"))
         self._prune()
 
     def _point(self, pointer: str, name: str) -> None:
@@ -123,7 +138,7 @@ class CheckpointStore:
         os.replace(temporary, self._folder / pointer)
 
     def _prune(self) -> None:
-        keep = {self._read_pointer(pointer) for pointer in _POINTERS}
+        keep = {self._held, *(self._read_pointer(pointer) for pointer in _POINTERS)}
         for path in self._folder.iterdir():
             if path.is_dir() and path.name not in keep:
                 shutil.rmtree(path)

@@ -58,6 +58,17 @@ def option_parser(description: str, presets: Sequence[str]) -> argparse.Argument
     )
     _add_schedules(parser)
     parser.add_argument(
+        "--off-policy-degree",
+        type=int,
+        help="parallel: training phases that collection may be ahead; 0: in turn, -1: by itself",
+    )
+    parser.add_argument(
+        "--async-eval",
+        action="store_true",
+        default=None,
+        help="evaluate a snapshot beside what follows",
+    )
+    parser.add_argument(
         "--set",
         action="append",
         default=[],

@@ -30,6 +30,8 @@ class Schedule:
     alternating_llm_phases = 2
     alternating_first = "world_model"
     alternating_llm_collect = "everything"
+    off_policy_degree = 0
+    async_eval = False
     iterations = 4
     eval_freq = 2
     save_freq = 3

@@ -59,6 +59,13 @@ class LLMEngine(ABC):
         """Longest prompt plus longest action."""
         return self.tokeniser.max_tokens
 
+    @property
+    def answers_apart(self) -> bool:
+        """Whether it answers while the trainer works, with the weights it was given last: not where
+        it computes with the trainer's own, nor where it sleeps meanwhile.
+        """
+        return True
+
     async def score(self, requests: Sequence[TokenisedRequest]) -> list[ActionScores]:
         """Token log-probabilities of every action of every state, in the order asked.
 

@@ -41,6 +41,10 @@ class CachedEngine(LLMEngine):
         return self.inner.max_tokens
 
     @property
+    def answers_apart(self) -> bool:
+        return self.inner.answers_apart
+
+    @property
     def thought_calls(self) -> int:
         return self.inner.thought_calls
 

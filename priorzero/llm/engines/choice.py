@@ -125,6 +125,7 @@ def _transformers_engine(
     trunk: TrunkCache | None,
 ) -> TransformersEngine:
     dtype = pick_dtype(settings.dtype, device)
+    own_weights = model is None
     if model is None:
         usual = "bfloat16" if device.type == "cuda" else "float32"
         residual = usual if settings.residual_dtype == "auto" else settings.residual_dtype
@@ -146,6 +147,7 @@ def _transformers_engine(
         reasoner=reasoner,
         lock=lock,
         trunk=trunk,
+        own_weights=own_weights,
     )
 
 

@@ -77,6 +77,10 @@ class ResilientEngine(LLMEngine):
     def max_tokens(self) -> int:
         return self._engine.max_tokens
 
+    @property
+    def answers_apart(self) -> bool:
+        return self._engine.answers_apart
+
     async def _call(self, work: Callable[[LLMEngine], Awaitable[T]]) -> T:
         """Run `work` on the current engine, replacing the engine as often as the rules allow."""
         while True:

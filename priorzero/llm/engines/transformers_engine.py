@@ -1,7 +1,8 @@
 """The transformers engine: on the trainer's own model object, or on a copy of its own.
 
 All work runs in one dedicated thread, so the event loop stays free, calls never overlap, and OpenMP
-keeps one pool of workers. A lock shared with the trainer keeps an update and a forward apart.
+keeps one pool of workers. A lock shared with the trainer keeps an update and a forward apart where
+both work on the same objects.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
 
+from priorzero.compute import thread_pool
 from priorzero.llm.engines.base import Ids, LLMEngine, LLMEngineDead, LLMEngineError, TokenLogprobs
 from priorzero.llm.engines.thoughts import Generated, Reasoner
 from priorzero.llm.model import base_model
@@ -42,8 +43,10 @@ class TransformersEngine(LLMEngine):
         max_batch_tokens: bound of padded tokens in one forward; 0: what suits the device.
         compute_dtype: autocast dtype, or None to compute in the weights' dtype.
         reasoner: how chains of thought are generated; None where no request asks for one.
-        lock: the trainer's lock when the model object, or `trunk`, is shared with it.
+        lock: the trainer's lock. Held while the trainer's weights are read, and in every call where
+            the model object, or `trunk`, is shared with it.
         trunk: outputs of layers that no update changes; the trainer's own, where it has them.
+        own_weights: the model is a copy, which the trainer does not touch.
     """
 
     name = "transformers"
@@ -58,6 +61,7 @@ class TransformersEngine(LLMEngine):
         reasoner: Reasoner | None = None,
         lock: threading.RLock | None = None,
         trunk: TrunkCache | None = None,
+        own_weights: bool = False,
     ) -> None:
         super().__init__(tokeniser, reasoner)
         assert trunk is None or trunk.dtype == compute_dtype, (trunk.dtype, compute_dtype)
@@ -68,13 +72,20 @@ class TransformersEngine(LLMEngine):
         )
         self.trunk = trunk
         self.heads = HeadCache()
-        self._lock = lock or threading.RLock()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="llm-transformers")
+        self._trainer_lock = lock or threading.RLock()
+        alone = own_weights and trunk is None
+        self._lock = threading.RLock() if alone else self._trainer_lock
+        self._own_weights = own_weights
+        self._thread = thread_pool(1, "llm-transformers")
         self._closed = False
 
     @property
     def dtype(self) -> torch.dtype:
         return self.compute_dtype or next(self.model.parameters()).dtype
+
+    @property
+    def answers_apart(self) -> bool:
+        return self._own_weights
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         """Run `work` in the engine's thread, under the lock, without gradients.
@@ -242,7 +253,8 @@ class TransformersEngine(LLMEngine):
             )
             moved = 0
             if not shared:
-                moved = weights.copy_into(self.model, merge=self.dtype == torch.float32)
+                with self._trainer_lock:
+                    moved = weights.copy_into(self.model, merge=self.dtype == torch.float32)
             self.heads.clear()
             self.weights_version = version
             return moved

@@ -150,6 +150,14 @@ class VLLMEngine(LLMEngine):
         return min(self._max_len, self.tokeniser.max_tokens)
 
     @property
+    def answers_apart(self) -> bool:
+        return not self._sleeps
+
+    @property
+    def _sleeps(self) -> bool:
+        return self._settings.sleep_mode and torch.cuda.is_available()
+
+    @property
     def process_ids(self) -> list[int]:
         """Processes of the engine that are still alive."""
         return [
@@ -385,13 +393,13 @@ class VLLMEngine(LLMEngine):
 
     async def sleep(self) -> None:
         """CUDA with `sleep_mode`: weights to host memory, keys and values dropped; else nothing."""
-        if self._settings.sleep_mode and torch.cuda.is_available():
+        if self._sleeps:
             async with self._gate.change():
                 await self._control(self._engine.sleep)
 
     async def wake(self) -> None:
         """Undo `sleep`; push the weights afterwards if they changed."""
-        if self._settings.sleep_mode and torch.cuda.is_available():
+        if self._sleeps:
             async with self._gate.change():
                 await self._control(self._engine.wake_up)
 

@@ -1,12 +1,19 @@
-"""The LLM's training phase: draw decisions, train, hand the weights to the engine."""
+"""The LLM's training phase: draw decisions, train, hand the weights to the engine.
+
+It may run beside play and evaluation. An engine with weights of its own answers meanwhile, and is
+closed to requests while it takes over the new ones. One that scores with the trainer's own weights,
+or sleeps, is closed for the whole phase. An evaluation keeps both out (`weights_kept`).
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from priorzero.llm.engines.base import LLMEngine, LLMEngineError
+from priorzero.llm.engines.gate import Gate
 from priorzero.llm.update.protocol import LLMTrainer
 from priorzero.llm.update.samples import LLMSample
 from priorzero.llm.weights.canary import StaleWeightsError
@@ -27,10 +34,19 @@ class LLMPhase:
         settings: the `llm` group; what is drawn for each objective that is enabled.
         trainer: trains.
         engine: answers in play, with the trained weights after each phase.
+        gate: what requests of play enter.
     """
 
-    def __init__(self, settings: LLMSettings, trainer: LLMTrainer, engine: LLMEngine) -> None:
+    def __init__(
+        self,
+        settings: LLMSettings,
+        trainer: LLMTrainer,
+        engine: LLMEngine,
+        gate: Gate | None = None,
+    ) -> None:
         self._settings, self._trainer, self._engine = settings, trainer, engine
+        self._asked = gate or Gate()
+        self._kept = Gate()
         self._canary: TokenisedRequest | None = None
 
     async def run(self, draw: Draw) -> dict[str, float]:
@@ -47,18 +63,40 @@ class LLMPhase:
             PriorZeroError: the loss or a gradient is not finite, or the engine does not take over
                 the weights.
         """
-        samples, counts = self._draw(draw)
-        if not samples:
-            return counts
-        self._canary = list(samples.values())[-1][0].request
+        apart = self._engine.answers_apart
+        async with self._closed(not apart):
+            samples, counts = self._draw(draw)
+            if not samples:
+                return counts
+            self._canary = list(samples.values())[-1][0].request
 
-        # The engine gives its memory to the trainer meanwhile, where it can.
-        await self._engine.sleep()
-        try:
-            metrics = await asyncio.to_thread(self._trainer.update, samples)
-        finally:
-            await self._engine.wake()
-        return metrics | counts | await self.publish()
+            # The engine gives its memory to the trainer meanwhile, where it can.
+            await self._engine.sleep()
+            try:
+                metrics = await asyncio.to_thread(self._trainer.update, samples)
+            finally:
+                await self._engine.wake()
+
+            async with self._closed(apart):
+                return metrics | counts | await self.publish()
+
+    @asynccontextmanager
+    async def weights_kept(self) -> AsyncIterator[None]:
+        """Inside, the engine goes on answering with the weights it has now."""
+        async with self._kept.request():
+            yield
+
+    @asynccontextmanager
+    async def _closed(self, closed: bool) -> AsyncIterator[None]:
+        """Inside nobody asks the engine, and nobody counts on its weights; does nothing where
+        `closed` is False.
+        """
+        if not closed:
+            yield
+            return
+        # In this order: who counts on the weights still asks.
+        async with self._kept.change(), self._asked.change():
+            yield
 
     def _draw(self, draw: Draw) -> tuple[dict[str, list[LLMSample]], dict[str, float]]:
         """Decisions by objective, without those that got none; SFT first. And metrics of RFT's."""

@@ -5,13 +5,22 @@
     collect      x     x     x     x     x     x
     world model  x     x     x     x     x     x      wm_train_freq = 1
     LLM                      x                 x      llm_train_freq = 3
+
+With `off_policy_degree` above 0 training runs beside the collection that follows: an iteration
+collects and hands over what is due, and the next one begins while no chain of training is more than
+so many phases behind (`priorzero/loop/beside.py`).
+
+    time           ->
+    collect        0  1  2  3  4  5
+    world model       0  1  2  3  4  5               off_policy_degree = 1
+    LLM                     2 2 2    5 5 5
 """
 
 from __future__ import annotations
 
 import time
 
-from priorzero.loop import reporting, stages
+from priorzero.loop import beside, reporting, stages
 from priorzero.loop.clocks import Every
 from priorzero.loop.parts import Parts
 
@@ -23,16 +32,20 @@ async def iterate(parts: Parts) -> None:
     train_llm = Every(config.llm_train_freq, phase=config.llm_train_freq - 1)
     started = time.perf_counter()
 
+    await parts.background.room()
     collected = await stages.collect(parts)
 
-    wm: dict[str, float] = {}
+    updates = 0
     if train_world_model(iteration):
         # As many transitions came in each iteration since the last phase as in this one, roughly.
         updates = stages.updates_due(parts, collected.transitions * config.wm_train_freq)
-        wm = await stages.train_world_model(parts, updates)
 
+    wm: dict[str, float] = {}
     llm: dict[str, float] = {}
-    if train_llm(iteration):
-        llm = await stages.train_llm(parts)
+    if config.off_policy_degree:
+        beside.hand_over(parts, updates, train_llm(iteration))
+    else:
+        wm = await stages.train_world_model(parts, updates)
+        llm = await stages.train_llm(parts) if train_llm(iteration) else {}
 
     reporting.log_iteration(parts, collected, wm, llm, time.perf_counter() - started)

@@ -37,7 +37,7 @@ class FakeTrainer:
 class FakeEngine:
     """Answers `value` for every action."""
 
-    name, dtype = "fake", torch.float32
+    name, dtype, answers_apart = "fake", torch.float32, True
 
     def __init__(self, log: list, value: float = -1.0) -> None:
         self._log, self._value, self._version = log, value, 0
