@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from bisect import insort
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,8 +153,8 @@ def _from_metrics(path: Path, metric: str) -> list[Point]:
     """The curve with its times, from the lines a run wrote.
 
     A resumed run goes back to its checkpoint and plays some steps again: what was written of them
-    before counts no more. `eval` writes an evaluation behind everything else; it belongs to the
-    curve only where the run itself has none at that place.
+    before counts no more. An evaluation beside training, and one of `eval`, stands behind what was
+    played later; it belongs to the curve at its own place, if the run has none there.
     """
     namespace, _, name = metric.partition("/")
     iterations: list[tuple[int, float]] = []  # environment steps after it, seconds
@@ -169,8 +170,12 @@ def _from_metrics(path: Path, metric: str) -> list[Point]:
             iterations.append((step, row["seconds_iteration"]))
         if row["namespace"] != namespace or name not in row:
             continue
-        again = is_evaluation and (step < last or (found and found[-1][0] == len(iterations)))
-        if not again:
+        if is_evaluation and step < last:
+            # It was played beside training (`async_eval`), or by `eval` afterwards.
+            if all(one[1] != step for one in found):
+                before = sum(end <= step for end, _ in iterations)
+                insort(found, (before, step, row[name]))
+        elif not (is_evaluation and found and found[-1][0] == len(iterations)):
             found.append((len(iterations), step, row[name]))
 
     def minutes(before: int) -> float | None:

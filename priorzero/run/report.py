@@ -59,8 +59,8 @@ def _training_mode(config) -> str:
         text = f"world model every {config.wm_train_freq}, LLM every {config.llm_train_freq}"
         if config.off_policy_degree:
             ahead = config.off_policy_degree
-            phases = "as many phases as suit it" if ahead < 0 else f"at most {ahead} phases"
-            text += f", beside collection, which is {phases} ahead"
+            phases = "by itself" if ahead < 0 else f"{ahead} ahead"
+            text += f", beside collection (off-policy degree: {phases})"
     elif mode == "sequential":
         text = f"world model {config.sequential_wm_updates} updates, "
         text += f"then LLM {config.sequential_llm_phases} phases"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -101,7 +101,12 @@ class Made:
         self.trainer = SimpleNamespace(
             version=0, state_dict=lambda: {"weights": 1}, load_state_dict=self._load_llm
         )
-        phase = SimpleNamespace(run=self._train_llm, publish=self._publish, stats=dict)
+        phase = SimpleNamespace(
+            run=self._train_llm,
+            publish=self._publish,
+            stats=dict,
+            weights_kept=self._weights_kept,
+        )
         prior = SimpleNamespace(stats=dict)
         self.parts = Parts(
             config=self.config,
@@ -118,6 +123,10 @@ class Made:
                     load_state_dict=lambda state: self.events.append(f"world model {state}"),
                 ),
                 reanalyse=self._reanalyse,
+                snapshot=lambda: f"snapshot after {self.updates} updates",
+                act_apart=self._act_apart,
+                offer_weights=self._offer,
+                acting_version=0,
                 vocabulary=nothing,
                 positions_clamped=0,
             ),
@@ -147,7 +156,7 @@ class Made:
             collector=SimpleNamespace(
                 collect=self._collect, state_dict=lambda: {"slots": [1, 2]}, resume=self._resume
             ),
-            evaluator=SimpleNamespace(evaluate=self._evaluate),
+            evaluator=SimpleNamespace(evaluate=self._evaluate, playing=self._playing),
             metrics=MetricsWriter(folder / "log"),
             watch=Stopwatch(),
             checkpoints=CheckpointStore(folder / "ckpt"),
@@ -161,6 +170,27 @@ class Made:
         self.events.append(f"collect from {env_steps}" + ("" if ask_llm else " without the LLM"))
         transitions, steps = self.plays.pop(0) if self.plays else (3, 5)
         return CollectResult([Played([None] * transitions)], steps, {"segments": 1.0}, {})
+
+    def _act_apart(self, version):
+        self.events.append(f"act apart from {version}")
+        self.parts.policy.acting_version = version
+
+    def _offer(self, version):
+        self.events.append(f"weights {version}")
+        self.parts.policy.acting_version = version
+
+    @asynccontextmanager
+    async def _weights_kept(self):
+        self.events.append("LLM kept")
+        yield
+        self.events.append("LLM free")
+
+    def _playing(self, policy):
+        async def evaluate(*arguments):
+            self.events.append(policy)
+            return await self._evaluate(*arguments)
+
+        return SimpleNamespace(evaluate=evaluate)
 
     def _push(self, segments):
         self.held += sum(len(segment) for segment in segments)
