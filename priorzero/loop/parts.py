@@ -23,8 +23,10 @@ from priorzero.data.segment import Segment
 from priorzero.games.catalogue import GameSpec
 from priorzero.games.group import GameEnvGroup
 from priorzero.llm.build import LLMParts
+from priorzero.llm.update.groups import Rate
 from priorzero.llm.update.samples import LLMSample
 from priorzero.loop.progress import History, Progress
+from priorzero.play.players import Player
 from priorzero.play.results import CollectResult, EvalResult
 from priorzero.run.checkpoint import CheckpointStore
 from priorzero.run.metrics import MetricsWriter, PeakMemory, Stopwatch
@@ -45,6 +47,7 @@ class Schedule(Protocol):
     alternating_llm_phases: int
     alternating_first: str
     alternating_llm_collect: str
+    llm_only_episodes: int
     iterations: int
     eval_freq: int
     save_freq: int
@@ -80,6 +83,8 @@ class Buffer(Protocol):
 
     def sample_llm(self, count: int, recent: int | None = None) -> list[LLMSample]: ...
 
+    def sample_episodes(self, count: int, recent: int, rate: Rate) -> list[LLMSample]: ...
+
     def numbered_segments(self) -> Iterable[tuple[int, Segment]]: ...
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -91,7 +96,12 @@ class Collector(Protocol):
     """`PriorZeroCollector`."""
 
     async def collect(
-        self, num_segments: int, env_steps: int, temperature: float, ask_llm: bool = True
+        self,
+        num_segments: int,
+        env_steps: int,
+        temperature: float,
+        player: Player = "search",
+        new_episodes: int | None = None,
     ) -> CollectResult: ...
 
     def state_dict(self) -> dict[str, Any]: ...
