@@ -17,8 +17,10 @@ import numpy as np
 from easydict import EasyDict
 
 from priorzero.data.batch import Revisit, WorldModelBatch, fill_row, find_revisits
+from priorzero.data.episodes import whole_episodes
 from priorzero.data.returns import n_step_return
 from priorzero.data.segment import Segment, Window, window
+from priorzero.llm.update.groups import Rate
 from priorzero.llm.update.samples import LLMSample, build_sample
 from priorzero.quiet import quiet_base
 from priorzero.run.randomness import generator_state, set_generator_state
@@ -288,8 +290,9 @@ class PriorZeroGameBuffer:
     def sample_llm(self, count: int, recent: int | None = None) -> list[LLMSample]:
         """Draw decisions for the LLM, without repetition.
 
-        Decisions with fewer than two valid actions, or without an LLM's request, teach it nothing
-        and are left out, so fewer than `count` may come back.
+        Decisions with fewer than two valid actions, without an LLM's request, or without a search
+        (where they were taken, or where their return bootstraps from) teach it nothing and are left
+        out, so fewer than `count` may come back.
 
         Args:
             count: how many.
@@ -301,10 +304,37 @@ class PriorZeroGameBuffer:
         for segment, position in self._locate(order):
             if len(samples) == count:
                 break
-            if len(segment.steps[position].valid_actions) < 2:
+            step = segment.steps[position]
+            if len(step.valid_actions) < 2 or not step.searched:
                 continue
             target = self._value_target(segment, position)
-            sample = build_sample(segment.steps[position], target)
+            sample = build_sample(step, target) if np.isfinite(target) else None
+            if sample is not None:
+                samples.append(sample)
+        return samples
+
+    def sample_episodes(self, count: int, recent: int, rate: Rate) -> list[LLMSample]:
+        """Draw decisions of whole episodes for the LLM, without repetition; those with fewer than
+        two valid actions, or without an LLM's request, are left out.
+
+        Args:
+            count: how many.
+            recent: of the newest so many transitions, in which the episodes must lie.
+            rate: the episodes -> decisions that may be drawn, each with how it turned out
+                (`GroupDraw`).
+        """
+        low = self._dropped + max(self._transitions - recent, 0)
+        newest = zip(self._starts, self._segments, strict=True)
+        rated = rate(whole_episodes(segment for start, segment in newest if start >= low))
+
+        samples: list[LLMSample] = []
+        for i in self._rng.permutation(len(rated)):
+            if len(samples) == count:
+                break
+            step, outcome = rated[i]
+            if len(step.valid_actions) < 2:
+                continue
+            sample = build_sample(step, *outcome)
             if sample is not None:
                 samples.append(sample)
         return samples

@@ -1,8 +1,8 @@
 """PriorZeroCollector: plays all environments at once and writes what happened into segments.
 
-Per step: all priors in one batch from the LLM engine, one batched search, all environments stepped
-together. Nothing here blocks the event loop: network and search run in a thread, interpreters in
-their processes.
+Per step: all priors in one batch from the LLM engine, one batched search (or a draw from the LLM,
+where it plays alone), all environments stepped together. Nothing here blocks the event loop:
+network and search run in a thread, interpreters in their processes.
 
 LightZero's `MuZeroSegmentCollector` plans every step of a `collect` call with the action mask and
 timestep of the call's first step (tests/test_stock_defects.py); here each decision is built from
@@ -25,14 +25,17 @@ from priorzero.data.packing import pack, unpack
 from priorzero.data.segment import Segment, StepRecord
 from priorzero.games.group import GameEnvGroup
 from priorzero.llm.prior import LLMPrior
+from priorzero.play.players import Move, Player, llm_move, llm_policy, search_move
 from priorzero.play.results import CollectResult
 from priorzero.play.slot import Decision, Slot, decide
 from priorzero.quiet import quiet_base
 from priorzero.run.metrics import Stopwatch
+from priorzero.run.randomness import generator_state, set_generator_state
 from priorzero.search.roots import SearchOutput
 from priorzero.search.targets import visit_shares
 from priorzero.settings.policy import PolicySettings
 from priorzero.text.encoder import SentenceEncoder
+from priorzero.types import PriorZeroError
 from priorzero_policy import PriorZeroPolicy
 
 with quiet_base():
@@ -47,6 +50,7 @@ class _Played:
     episodes: list[dict] = field(default_factory=list)  # `info` of each that ended
     effects: list[dict[str, float]] = field(default_factory=list)  # `prior_effect` of each decision
     steps: int = 0
+    begun: int = 0  # episodes
 
 
 @SERIAL_COLLECTOR_REGISTRY.register("priorzero")
@@ -60,6 +64,7 @@ class PriorZeroCollector:
         encoder: frozen sentence encoder.
         prior: the LLM, or None for pure UniZero.
         history_length: past steps the LLM may see.
+        seed: of what is drawn from the LLM where it plays alone.
         watch: where the seconds of each stage are added up.
     """
 
@@ -79,11 +84,13 @@ class PriorZeroCollector:
         prior: LLMPrior | None,
         *,
         history_length: int,
+        seed: int,
         watch: Stopwatch | None = None,
     ) -> None:
         self._settings, self._policy, self._envs = settings, policy, envs
         self._encoder, self._prior = encoder, prior
         self._history_length = history_length
+        self._rng = np.random.default_rng(seed)
         self.watch = watch or Stopwatch()
         self.counters: Counter[str] = Counter()
         self._slots: dict[int, Slot] = {}  # by environment
@@ -91,38 +98,52 @@ class PriorZeroCollector:
         self._cut: list[Segment] = []  # of episodes that a resume lost; due with the next call
 
     async def collect(
-        self, num_segments: int, env_steps: int, temperature: float, ask_llm: bool = True
+        self,
+        num_segments: int,
+        env_steps: int,
+        temperature: float,
+        player: Player = "search",
+        new_episodes: int | None = None,
     ) -> CollectResult:
         """Play until `num_segments` segments are finished; unfinished ones go on in the next call.
 
         Args:
             env_steps: played before this call, for the mixture's schedule.
-            temperature: actions are drawn from visit counts ** (1 / temperature).
-            ask_llm: False searches without the LLM's prior. What it would have been asked is
-                written down all the same, so that it can learn from these decisions.
+            temperature: actions are drawn from visit counts ** (1 / temperature), and from the LLM
+                alone as softmax(log p / temperature).
+            player: who plays. What the LLM would have been asked is written down where it is not
+                asked too, so that it can learn from these decisions.
+            new_episodes: how many episodes may begin; where none runs any more, the call is over.
+                None: one in every environment that is free.
 
         Raises:
-            PriorZeroError: an environment cannot be started, or a required LLM failed.
+            PriorZeroError: an environment cannot be started, a required LLM failed, or one that
+                plays alone.
         """
-        idle = [env_id for env_id in range(len(self._envs)) if env_id not in self._slots]
-        if idle:
-            await self._start(idle)
-
         played = _Played(self._cut)
+        idle = [env_id for env_id in range(len(self._envs)) if env_id not in self._slots]
+        await self._begin(idle, played, new_episodes)
         self._cut = []
-        while len(played.segments) < num_segments:
+
+        while self._slots and len(played.segments) < num_segments:
             slots = [self._slots[env_id] for env_id in sorted(self._slots)]
 
-            due = await self._decide(slots, ask_llm)
-            plans = await self._plan(slots, due, temperature, env_steps + played.steps)
-            played.effects += [prior_effect(plan) for plan in plans]
+            due = await self._decide(slots, player)
+            if player == "llm":
+                moves = self._draw(due, temperature, played)
+            else:
+                moves = await self._plan(slots, due, temperature, env_steps, played)
 
-            ended = await self._step(slots, due, plans, played)
-            if ended:
-                await self._start(ended)
+            ended = await self._step(slots, due, moves, played)
+            await self._begin(ended, played, new_episodes)
 
         return CollectResult(
-            played.segments, played.steps, _episode_metrics(played), _means(played.effects)
+            played.segments,
+            played.steps,
+            _episode_metrics(played),
+            _means(played.effects),
+            begun=played.begun,
+            running=len(self._slots),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -134,6 +155,7 @@ class PriorZeroCollector:
             "segments": pack([slot.segment for slot in slots]),
             "cut": pack(self._cut),
             "envs": self._envs.state_dict(),
+            "rng": generator_state(self._rng),
         }
 
     async def resume(self, state: Mapping[str, Any]) -> int:
@@ -148,6 +170,8 @@ class PriorZeroCollector:
         """
         assert not self._slots, "a state is loaded into a new collector"
         self._episodes = state["episodes"]
+        if "rng" in state:  # older checkpoints have none
+            set_generator_state(self._rng, state["rng"])
         self._cut = unpack(_arrays(state["cut"]))
         segments = unpack(_arrays(state["segments"]))
         present = await asyncio.to_thread(self._envs.replay, state["envs"])
@@ -175,6 +199,16 @@ class PriorZeroCollector:
             context_steps=self._settings.context_steps,
         )
 
+    async def _begin(
+        self, env_ids: Sequence[int], played: _Played, new_episodes: int | None
+    ) -> None:
+        """New episodes in these environments, as far as so many may begin in this call."""
+        if new_episodes is not None:
+            env_ids = env_ids[: max(0, new_episodes - played.begun)]
+        if env_ids:
+            await self._start(env_ids)
+            played.begun += len(env_ids)
+
     async def _start(self, env_ids: Iterable[int]) -> None:
         """New episodes in these environments."""
         with self.watch("env"):
@@ -194,18 +228,20 @@ class PriorZeroCollector:
         before = last.history(len(last), reach) if last is not None else ()
         return Segment(slot.env_id, slot.episode_id, self._settings.game_segment_length, before)
 
-    async def _decide(self, slots: Sequence[Slot], ask_llm: bool) -> list[Decision]:
+    async def _decide(self, slots: Sequence[Slot], player: Player) -> list[Decision]:
         """Decisions with what the LLM is asked and, where it is asked, its scores."""
         with self.watch("encode"):  # new actions have texts too
             due = await asyncio.to_thread(decide, slots, self._policy.register_actions)
         if self._prior is None:
+            assert player != "llm", "an LLM that plays must be there"
             return due
 
         with self.watch("llm_prior"):
             requests = await asyncio.to_thread(
                 self._prior.requests, [d.state for d in due], [d.valid_actions for d in due]
             )
-            scores = await self._prior.ask(requests) if ask_llm else [None] * len(requests)
+            asked = player != "search_alone"
+            scores = await self._prior.ask(requests) if asked else [None] * len(requests)
         for decision, request, answer in zip(due, requests, scores, strict=True):
             decision.request, decision.scores = request, answer
         return due
@@ -216,19 +252,39 @@ class PriorZeroCollector:
         due: Sequence[Decision],
         temperature: float,
         env_steps: int,
-    ) -> list[SearchOutput]:
+        played: _Played,
+    ) -> list[Move]:
+        """What the search plays in these slots."""
         reduction = self._settings.root_prior.reduction
         roots = [d.root(slot, reduction) for slot, d in zip(slots, due, strict=True)]
         with self.watch("search"):
-            return await asyncio.to_thread(
-                self._policy.collect_mode.forward, roots, temperature, env_steps
+            plans = await asyncio.to_thread(
+                self._policy.collect_mode.forward, roots, temperature, env_steps + played.steps
             )
+        played.effects += [prior_effect(plan) for plan in plans]
+        return [search_move(plan) for plan in plans]
+
+    def _draw(self, due: Sequence[Decision], temperature: float, played: _Played) -> list[Move]:
+        """What the LLM plays alone.
+
+        Raises:
+            PriorZeroError: it gave no answer: there is nobody else to play.
+        """
+        logprobs = [decision.llm_logprobs(self._settings.root_prior.reduction) for decision in due]
+        if any(own is None for own in logprobs):
+            raise PriorZeroError(
+                "the LLM engine failed while the LLM played alone, and nobody else is there to "
+                "play; the log above has the reason. The last checkpoint stands: continue it with "
+                "--resume, or use --engine transformers"
+            )
+        played.effects += [{"llm_entropy": _entropy(llm_policy(own, 1.0))} for own in logprobs]
+        return [llm_move(own, temperature, self._rng) for own in logprobs]
 
     async def _step(
         self,
         slots: Sequence[Slot],
         due: Sequence[Decision],
-        plans: Sequence[SearchOutput],
+        moves: Sequence[Move],
         played: _Played,
     ) -> list[int]:
         """Play the chosen actions and write down what came of them.
@@ -237,8 +293,8 @@ class PriorZeroCollector:
             the environments whose episode ended.
         """
         chosen = {
-            slot.env_id: decision.valid_actions[plan.action_index]
-            for slot, decision, plan in zip(slots, due, plans, strict=True)
+            slot.env_id: decision.valid_actions[move.action_index]
+            for slot, decision, move in zip(slots, due, moves, strict=True)
         }
         with self.watch("env"):
             timesteps = await asyncio.to_thread(self._envs.step, chosen)
@@ -247,7 +303,7 @@ class PriorZeroCollector:
             vectors = await asyncio.to_thread(self._encoder.encode, texts)
 
         ended = []
-        for slot, decision, plan, vector in zip(slots, due, plans, vectors, strict=True):
+        for slot, decision, move, vector in zip(slots, due, moves, vectors, strict=True):
             outcome = timesteps[slot.env_id]
             played.steps += 1
             if outcome.info["done_kind"] == "hang":
@@ -255,10 +311,11 @@ class PriorZeroCollector:
                 # the data.
                 self.counters["hangs"] += 1
             else:
-                self._record(slot, decision, plan, outcome, vector)
+                self._record(slot, decision, move, outcome, vector)
 
             if outcome.done:
                 ended.append(slot.env_id)
+                del self._slots[slot.env_id]
                 played.episodes.append(outcome.info)
             if len(slot.segment) and (outcome.done or slot.segment.is_full()):
                 played.segments.append(slot.segment)
@@ -270,7 +327,7 @@ class PriorZeroCollector:
         self,
         slot: Slot,
         decision: Decision,
-        plan: SearchOutput,
+        move: Move,
         outcome,
         next_vector: np.ndarray,
     ) -> None:
@@ -280,18 +337,18 @@ class PriorZeroCollector:
             observation=slot.vector,
             valid_actions=decision.valid_actions,
             valid_ids=decision.valid_ids,
-            action_index=plan.action_index,
-            visit_counts=plan.visit_counts,
-            target_policy=plan.target_policy,
-            behaviour=plan.behaviour,
-            root_value=plan.root_value,
-            predicted_value=plan.predicted_value,
+            action_index=move.action_index,
+            visit_counts=move.visit_counts,
+            target_policy=move.target_policy,
+            behaviour=move.behaviour,
+            root_value=move.root_value,
+            predicted_value=move.predicted_value,
             reward=float(outcome.reward),
             done_kind=outcome.info["done_kind"],
             timestep=slot.timestep,
             request=decision.request,
             scores=decision.scores,
-            prior_weight=plan.prior.weight,
+            prior_weight=move.prior_weight,
         )
 
         slot.segment.record(step, next_vector)
@@ -331,11 +388,15 @@ def _episode_metrics(played: _Played) -> dict[str, float]:
         "segments": float(len(played.segments)),
         "transitions": float(len(steps)),
         "episodes": float(len(played.episodes)),
-        "reward_per_step": float(np.mean([s.reward for s in steps])),
-        "valid_actions": float(np.mean([len(s.valid_actions) for s in steps])),
-        "root_value": float(np.mean([s.root_value for s in steps])),
-        "visit_entropy": float(np.mean([_entropy(visit_shares(s.visit_counts)) for s in steps])),
     }
+    if steps:  # all episodes may have hung at their first
+        metrics["reward_per_step"] = float(np.mean([s.reward for s in steps]))
+        metrics["valid_actions"] = float(np.mean([len(s.valid_actions) for s in steps]))
+    searched = [step for step in steps if step.searched]
+    if searched:
+        entropies = [_entropy(visit_shares(s.visit_counts)) for s in searched]
+        metrics["root_value"] = float(np.mean([s.root_value for s in searched]))
+        metrics["visit_entropy"] = float(np.mean(entropies))
     if not played.episodes:
         return metrics
 

@@ -24,6 +24,7 @@ from typing import Any
 
 from priorzero import plugins
 from priorzero.settings.experiment import ExperimentSettings
+from priorzero.settings.llm import GROUP_ADVANTAGES, LLMSettings
 from priorzero.settings.record import overlay, require
 from priorzero.types import PriorZeroError
 
@@ -98,6 +99,28 @@ SFT_ONLY = Preset(dict(llm=dict(sft=dict(enable=True), rft=dict(enable=False))))
 RFT_ONLY = Preset(dict(llm=dict(sft=dict(enable=False), rft=dict(enable=True))))
 FROZEN = Preset(dict(llm=dict(sft=dict(enable=False), rft=dict(enable=False))))
 
+# The LLM alone, without search and world model: what planning has to beat.
+LLM_ONLY = Preset(
+    settings=dict(
+        llm=dict(
+            sft=dict(enable=False),
+            # Few decisions a step are too noisy for returns of whole episodes.
+            train=dict(batch_size=16),
+            # All that the present weights played, and nothing older. More decisions than where a
+            # search plays, because phases are fewer.
+            rft=dict(
+                enable=True,
+                advantage="group",
+                samples=96,
+                recent_transitions=20_000,
+                max_staleness=0,
+            ),
+        ),
+        eval=dict(modes=["llm", "random"]),
+    ),
+    schedule=dict(wm_training_mode="llm_only"),
+)
+
 LORA = Preset(dict(llm=dict(lora=dict(enable=True), train=dict(learning_rate=2e-4))))
 
 PRESETS = dict(
@@ -106,6 +129,7 @@ PRESETS = dict(
     sft_only=SFT_ONLY,
     rft_only=RFT_ONLY,
     frozen=FROZEN,
+    llm_only=LLM_ONLY,
     lora=LORA,
 )
 
@@ -198,6 +222,8 @@ def _default_name(settings: ExperimentSettings, debug: bool) -> str:
     stem = settings.env.env_id.replace("\\", "/").rsplit("/", 1)[-1].rsplit(".z", 1)[0]
     game = "".join(c if c.isalnum() or c in "-_" else "-" for c in stem)
     method = "priorzero" if settings.llm.enable else "unizero"
+    if settings.llm.enable and settings.llm.rft.relative:
+        method = "llmonly"
     return f"{game}_{method}{'_debug' if debug else ''}_seed{settings.seed}"
 
 
@@ -226,7 +252,8 @@ class HybridTrainingConfig:
     wm_training_mode: str = "parallel"
     """Whose training follows whose: a file of priorzero/loop/schedules, which draws it as a time
     line. parallel: both in the same iterations, by wm_train_freq and llm_train_freq; sequential:
-    the world model, then the LLM; alternating: in turns."""
+    the world model, then the LLM; alternating: in turns; llm_only: the LLM plays and learns alone,
+    with the preset of that name."""
     wm_train_freq: int = 1
     """parallel: iterations between training phases of the world model."""
     llm_train_freq: int = 5
@@ -255,6 +282,8 @@ class HybridTrainingConfig:
     async_eval: bool = False
     """Evaluations play a snapshot beside what follows, instead of before it. The last one of a run
     has nothing beside it."""
+    llm_only_episodes: int = 8
+    """llm_only: episodes of a round, played by the same weights, at whose end the LLM trains."""
     use_orz_trainer: bool = False
     """Let ORZ's Ray PPO trainer do the LLM's reinforcement step. Not built yet: True is refused."""
     iterations: int = 2000
@@ -296,6 +325,7 @@ class HybridTrainingConfig:
         own = self._subclass_attributes()
         if self._own_schedule() and "wm_training_mode" not in own:
             self.wm_training_mode = type(self).__name__
+            own.add("wm_training_mode")  # no preset's takes its place
         for preset in chosen.values():
             for name, value in preset.schedule.items():
                 if name not in own:
@@ -343,6 +373,7 @@ class HybridTrainingConfig:
             sequential_llm_phases=1,
             alternating_wm_updates=1,
             alternating_llm_phases=1,
+            llm_only_episodes=2,
             iterations=1,
             eval_freq=0,
             save_freq=0,
@@ -414,9 +445,10 @@ class HybridTrainingConfig:
 
         llm = self.priorzero_cfg.llm
         learns = llm.enable and (llm.sft.enable or llm.rft.enable)
-        if mode != "parallel" and not learns:
+        if mode in ("sequential", "alternating") and not learns:
             text = "the LLM has turns, and there is none that learns: take parallel"
             rules["wm_training_mode"] = mode, False, text
+        rules |= _who_plays(mode, llm)
         if mode == "alternating" and self.alternating_first == "llm":
             rules["alternating_llm_collect"] = (
                 self.alternating_llm_collect,
@@ -439,13 +471,30 @@ SCHEDULE = tuple(
 # Settings that bear their mode's name, which no other mode of ours reads; a user's own may.
 READ_BY = {
     mode: tuple(name for name in SCHEDULE if name.startswith(f"{mode}_"))
-    for mode in ("parallel", "sequential", "alternating")
+    for mode in ("parallel", "sequential", "alternating", "llm_only")
 }
 
 CHOICES = dict(
     alternating_first=("world_model", "llm"),
     alternating_llm_collect=("everything", "world_model", "nothing"),
 )
+
+
+def _who_plays(mode: str, llm: LLMSettings) -> dict[str, tuple[Any, bool, str]]:
+    """Advantages must fit the player, as `require` wants it: those of groups need episodes that the
+    LLM played alone, all others a search.
+    """
+    advantage, groups = llm.rft.advantage, ", ".join(GROUP_ADVANTAGES)
+    if mode == "llm_only":
+        learns = llm.enable and llm.rft.enable and llm.rft.relative
+        text = "then an LLM plays alone, and llm.enable and llm.rft.enable must be true and "
+        text += f"llm.rft.advantage one of {groups}: take the preset llm_only"
+        return {"wm_training_mode": (mode, learns, text)}
+
+    searched = not (llm.enable and llm.rft.enable and llm.rft.relative)
+    text = f"a search plays in wm_training_mode {mode}: {groups} compare episodes that the LLM "
+    text += "plays alone (the preset llm_only)"
+    return {"llm.rft.advantage": (advantage, searched, text)}
 
 
 def _defaults(name: str) -> list[Any]:

@@ -19,10 +19,10 @@ import numpy as np
 
 from priorzero.games.group import GameEnvGroup
 from priorzero.llm.prior import LLMPrior
+from priorzero.play.players import llm_policy
 from priorzero.play.results import EvalResult
 from priorzero.play.slot import Decision, Slot, decide
 from priorzero.run.metrics import Stopwatch
-from priorzero.search.root_prior import log_softmax
 from priorzero.search.roots import SearchOutput
 from priorzero.settings.evaluation import LLM_MODES, MODES
 from priorzero.settings.policy import PolicySettings
@@ -230,8 +230,7 @@ class PriorZeroEvaluator:
     def _pick(self, logprobs: np.ndarray, rng: np.random.Generator) -> int:
         if not self._temperature:
             return int(np.argmax(logprobs))
-        p = np.exp(log_softmax(logprobs / self._temperature))
-        return int(rng.choice(len(logprobs), p=p))
+        return int(rng.choice(len(logprobs), p=llm_policy(logprobs, self._temperature)))
 
     def _write_transcripts(self, label: str, done: Sequence[_Episode]) -> None:
         if self._transcripts is None:

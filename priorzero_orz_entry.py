@@ -167,6 +167,7 @@ async def build(config: HybridTrainingConfig, eval_only: bool = False) -> Parts:
             encoder,
             prior,
             history_length=history_length,
+            seed=settings.seed,
             watch=watch,
         )
         evaluator = PriorZeroEvaluator(

@@ -40,6 +40,7 @@ def parts(compiled_cfg, encoder, one_thread):
             encoder,
             prior,
             history_length=history_length,
+            seed=0,
         )
         return SimpleNamespace(collector=collector, envs=group.envs, prior=prior, policy=policy)
 
@@ -242,7 +243,7 @@ async def test_a_state_without_an_answer_is_planned_with_the_world_model(parts):
 async def test_a_search_without_the_llm_does_not_ask_it(parts):
     """What it would have been asked is kept, and the next call asks again."""
     made = parts([ScriptedEnv(0, length=8)])
-    first = await made.collector.collect(1, 0, 1.0, ask_llm=False)
+    first = await made.collector.collect(1, 0, 1.0, "search_alone")
     assert made.prior.calls == [] and len(made.prior.told) == 4
     assert all(root.llm_logprobs is None for (roots, *_), _ in made.policy.calls for root in roots)
     assert first.prior["weight"] == first.prior["kl_from_wm"] == 0.0
@@ -280,6 +281,7 @@ async def test_textworld(compiled_cfg, encoder, one_thread, tmp_path, monkeypatc
             encoder,
             FakePrior(),
             history_length=2,
+            seed=0,
         )
         result = await collector.collect(4, 0, 1.0)
     finally:

@@ -155,7 +155,7 @@ def test_every_setting_is_known_by_name_and_type(path):
         ("llm.trainer", "nobody", "trainers holds builtin"),
         ("llm.rft.objective", "word", "objectives holds action, sequence, token"),
         ("llm.rft.cot_weight", 0.5, "no chain of thought to train without prompt.use_cot"),
-        ("llm.rft.advantage", "best", "raw, batch, running or robust"),
+        ("llm.rft.advantage", "best", "raw, batch, running, robust, group, group_mean or leave"),
         ("llm.rft.clip_epsilon_high", 0.0, "positive or None"),
         ("llm.rft.dual_clip", 1.0, "0 or above 1"),
         ("llm.rft.epochs", 0, "positive"),
@@ -307,7 +307,7 @@ def test_misspelt_attributes_of_the_schedule_are_refused():
         (dict(sequential_repeat=1), "True or False"),
         (dict(alternating_first="both"), "'both', but it must be world_model or llm"),
         (dict(alternating_llm_collect=None), "everything or world_model or nothing"),
-        (dict(wm_training_mode=["parallel"]), "holds alternating, parallel, sequential"),
+        (dict(wm_training_mode=["parallel"]), "holds alternating, llm_only, parallel, sequential"),
         # What another mode reads would be ignored.
         (dict(alternating_first="llm"), "only wm_training_mode alternating reads it.*parallel"),
         (

@@ -32,17 +32,18 @@ class StepRecord:
             vocabulary dropped.
         valid_ids: `[A]` their ids, in the same order.
         action_index: position of the chosen one.
-        visit_counts: `[A]` of the search.
+        visit_counts: `[A]` of the search; all 0 where the LLM played alone.
         behaviour: `[A]` probabilities the action was drawn from.
-        target_policy: `[A]` what policies are trained on, from the search, sums to one.
-        root_value: of the search.
-        predicted_value: of the network before the search.
+        target_policy: `[A]` what policies are trained on, from the search, sums to one; `behaviour`
+            where there was none.
+        root_value: of the search; nan where there was none.
+        predicted_value: of the network before the search; nan where there was none.
         reward: what the action earned.
         done_kind: one of DONE_KINDS.
         timestep: from 0.
         request: the prompt and the actions as token ids, None where no LLM is used.
         scores: what the LLM answered, None where it was not asked or failed.
-        prior_weight: the LLM's share in the root's mixture.
+        prior_weight: the LLM's share in the root's mixture; 1 where it played alone.
     """
 
     state: TextState
@@ -76,6 +77,11 @@ class StepRecord:
     @property
     def action(self) -> str:
         return self.valid_actions[self.action_index]
+
+    @property
+    def searched(self) -> bool:
+        """Whether a search chose the action; else the LLM played alone."""
+        return bool(self.visit_counts.any())
 
 
 class Segment:

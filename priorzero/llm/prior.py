@@ -138,14 +138,16 @@ def reduced(scores: ActionScores | None, reduction: str) -> np.ndarray | None:
 
 def prior_table(step: StepRecord, reduction: str) -> str:
     """Markdown table of one decision: each action's prior and share of the visits, most visited
-    first.
+    first; where the LLM played alone, its probability when the action was drawn.
     """
     totals = reduced(step.scores, reduction)
     prior = np.exp(totals - totals.max())
     prior /= prior.sum()
-    visits = step.visit_counts / step.visit_counts.sum()
-    lines = ["| action | LLM prior | visits |", "| --- | --- | --- |"]
-    for i in np.argsort(-visits):
+    name, shares = "drawn from", step.behaviour
+    if step.searched:
+        name, shares = "visits", step.visit_counts / step.visit_counts.sum()
+    lines = [f"| action | LLM prior | {name} |", "| --- | --- | --- |"]
+    for i in np.argsort(-shares):
         chosen = " (chosen)" if i == step.action_index else ""
-        lines.append(f"| {step.valid_actions[i]}{chosen} | {prior[i]:.3f} | {visits[i]:.3f} |")
+        lines.append(f"| {step.valid_actions[i]}{chosen} | {prior[i]:.3f} | {shares[i]:.3f} |")
     return "\n".join(lines)

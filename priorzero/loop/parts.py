@@ -23,9 +23,11 @@ from priorzero.data.segment import Segment
 from priorzero.games.catalogue import GameSpec
 from priorzero.games.group import GameEnvGroup
 from priorzero.llm.build import LLMParts
+from priorzero.llm.update.groups import Rate
 from priorzero.llm.update.samples import LLMSample
 from priorzero.loop.background import Background
 from priorzero.loop.progress import History, Progress
+from priorzero.play.players import Player
 from priorzero.play.results import CollectResult, EvalResult
 from priorzero.run.checkpoint import CheckpointStore
 from priorzero.run.metrics import MetricsWriter, PeakMemory, Stopwatch
@@ -48,6 +50,7 @@ class Schedule(Protocol):
     alternating_llm_collect: str
     off_policy_degree: int
     async_eval: bool
+    llm_only_episodes: int
     iterations: int
     eval_freq: int
     save_freq: int
@@ -90,6 +93,8 @@ class Buffer(Protocol):
 
     def sample_llm(self, count: int, recent: int | None = None) -> list[LLMSample]: ...
 
+    def sample_episodes(self, count: int, recent: int, rate: Rate) -> list[LLMSample]: ...
+
     def numbered_segments(self) -> Iterable[tuple[int, Segment]]: ...
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -101,7 +106,12 @@ class Collector(Protocol):
     """`PriorZeroCollector`."""
 
     async def collect(
-        self, num_segments: int, env_steps: int, temperature: float, ask_llm: bool = True
+        self,
+        num_segments: int,
+        env_steps: int,
+        temperature: float,
+        player: Player = "search",
+        new_episodes: int | None = None,
     ) -> CollectResult: ...
 
     def state_dict(self) -> dict[str, Any]: ...

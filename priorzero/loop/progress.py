@@ -24,6 +24,7 @@ class Progress:
         transitions: in those segments.
         turns: finished ones, in schedules that have turns (`turns.py`).
         turn_updates: done of the present turn: the world model's updates, or the LLM's phases.
+        round_episodes: begun in the present round of llm_only.
         episodes_lost: running episodes that did not come back at a resume.
         save_failures: checkpoints that could not be written.
     """
@@ -37,6 +38,7 @@ class Progress:
     transitions: int = 0
     turns: int = 0
     turn_updates: int = 0
+    round_episodes: int = 0
     episodes_lost: int = 0
     save_failures: int = 0
 

@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from priorzero.llm.update.groups import GroupDraw
 from priorzero.loop.clocks import Ratio
 from priorzero.loop.parts import Evaluator, Parts
 from priorzero.loop.saving import save
+from priorzero.play.players import Player
 from priorzero.play.results import CollectResult, EvalResult
 from priorzero.run.report import evaluation_line
 from priorzero.settings.evaluation import judging_mode
@@ -24,11 +26,14 @@ from priorzero.settings.evaluation import judging_mode
 logger = logging.getLogger(__name__)
 
 
-async def collect(parts: Parts, ask_llm: bool = True) -> CollectResult:
+async def collect(
+    parts: Parts, player: Player = "search", new_episodes: int | None = None
+) -> CollectResult:
     """Play `num_segments` segments into the buffer.
 
     Args:
-        ask_llm: False searches without the LLM's prior.
+        player: who plays.
+        new_episodes: how many episodes may begin; None: as many as end.
     """
     progress, policy = parts.progress, parts.settings.policy
     logger.info("[Iter %d] Collecting data...", progress.iteration)
@@ -37,7 +42,8 @@ async def collect(parts: Parts, ask_llm: bool = True) -> CollectResult:
             policy.num_segments,
             progress.env_steps,
             policy.fixed_temperature_value,
-            ask_llm,
+            player,
+            new_episodes,
         )
 
     parts.buffer.push_game_segments(result.segments)
@@ -112,8 +118,14 @@ async def train_llm(parts: Parts) -> dict[str, float]:
     """
     if parts.llm is None:
         return {}
+    rft, draw = parts.settings.llm.rft, parts.buffer.sample_llm
+    if rft.relative:
+        draw = GroupDraw(parts.buffer.sample_episodes, rft, parts.llm.trainer.version)
+
     with parts.watch("train_llm"):
-        metrics = await parts.llm.phase.run(parts.buffer.sample_llm)
+        metrics = await parts.llm.phase.run(draw)
+    if rft.relative:
+        metrics |= draw.metrics
     parts.progress.llm_version = parts.llm.trainer.version
     if metrics:
         parts.metrics.scalars("llm", metrics, parts.progress.env_steps)

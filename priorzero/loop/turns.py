@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from priorzero.loop import reporting, stages
 from priorzero.loop.parts import Parts
 from priorzero.loop.progress import Progress
+from priorzero.play.players import Player
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,8 @@ async def iterate(parts: Parts, turns: Turns) -> None:
         collect = "everything"
     collected = None
     if collect != "nothing":
-        collected = await stages.collect(parts, ask_llm=collect == "everything")
+        player: Player = "search" if collect == "everything" else "search_alone"
+        collected = await stages.collect(parts, player)
 
     wm: dict[str, float] = {}
     llm: dict[str, float] = {}

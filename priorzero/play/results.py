@@ -15,12 +15,15 @@ class CollectResult:
 
     segments: the finished ones. steps: environment steps of this call, those of unfinished segments
     included. collect: metrics about episodes. prior: metrics about the LLM's effect on the search.
+    begun: episodes that began in this call. running: those that go on after it.
     """
 
     segments: list[Segment]
     steps: int
     collect: dict[str, float]
     prior: dict[str, float]
+    begun: int = 0
+    running: int = 0
 
     @property
     def transitions(self) -> int:

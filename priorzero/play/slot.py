@@ -133,17 +133,25 @@ class Decision:
     request: TokenisedRequest | None = None
     scores: ActionScores | None = None
 
+    def llm_logprobs(self, reduction: str) -> np.ndarray | None:
+        """`[A]` log-probabilities from the LLM; None where it gave no answer.
+
+        Args:
+            reduction: how token log-probabilities become one number per action.
+        """
+        if self.scores is None:
+            return None
+        return np.asarray(self.scores.totals(reduction), dtype=np.float64)
+
     def root(self, slot: Slot, reduction: str) -> Root:
         """What the search plans from.
 
         Args:
             slot: where the decision is due.
-            reduction: how token log-probabilities become one number per action.
+            reduction: see `llm_logprobs`.
         """
-        llm = None
-        if self.scores is not None:
-            llm = np.asarray(self.scores.totals(reduction), dtype=np.float64)
         context = slot.context
+        llm = self.llm_logprobs(reduction)
         return Root(context.observations, context.actions, self.valid_ids, llm)
 
 

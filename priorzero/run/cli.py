@@ -124,6 +124,10 @@ def _add_schedules(parser: argparse.ArgumentParser) -> None:
         help="alternating: what is played in the LLM's turn; world_model searches without the LLM",
     )
 
+    parser.add_argument(
+        "--llm-only-episodes", type=int, help="llm_only: episodes between the LLM's phases"
+    )
+
 
 def calm_openmp() -> None:
     """Let OpenMP threads spin for a moment only before they sleep; to be called before torch loads.

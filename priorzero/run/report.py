@@ -30,7 +30,6 @@ def banner(
         orz: whether Open-Reasoner-Zero was found, which trains nothing yet; and where, or why not.
     """
     settings = config.priorzero_cfg
-    policy = settings.policy
     line = "=" * 78
 
     return "\n".join(
@@ -45,10 +44,20 @@ def banner(
             f"Training mode:   {_training_mode(config)}",
             f"Game:            {game.env_id} ({game.kind}), seed {settings.seed}",
             f"LLM:             {llm}",
-            f"World model:     UniZero, {parameters / 1e6:.1f} M parameters on {device}, "
-            f"{policy.num_simulations} simulations, root prior {policy.root_prior.mode}",
+            f"World model:     {_world_model(config, device, parameters)}",
             line,
         ]
+    )
+
+
+def _world_model(config, device: str, parameters: int) -> str:
+    """What plans, and how hard."""
+    if config.wm_training_mode == "llm_only":
+        return "neither plays nor learns"
+    policy = config.priorzero_cfg.policy
+    return (
+        f"UniZero, {parameters / 1e6:.1f} M parameters on {device}, "
+        f"{policy.num_simulations} simulations, root prior {policy.root_prior.mode}"
     )
 
 
@@ -70,6 +79,8 @@ def _training_mode(config) -> str:
         text += f"LLM {config.alternating_llm_phases} phases, in turns, "
         text += f"{config.alternating_first} first, the LLM's collects "
         text += config.alternating_llm_collect
+    elif mode == "llm_only":
+        text = f"rounds of {config.llm_only_episodes} episodes of the LLM alone, which then trains"
     else:
         return mode
     return f"{mode}: {text}"

@@ -160,15 +160,19 @@ class SFTSettings(Settings):
         yield from positive(self, "samples", "recent_transitions")
 
 
+GROUP_ADVANTAGES = ("group", "group_mean", "leave_one_out")
+
+
 @dataclass(kw_only=True)
 class RFTSettings(Settings):
-    """PPO-style reinforcement; advantage = n-step return - the world model's predicted value.
+    """PPO-style reinforcement; advantage = n-step return - the world model's predicted value, or
+    where the LLM plays alone return - baseline of a group of episodes.
 
     The equations stand in docs/ALGORITHM.md.
     """
 
     enable: bool = False
-    """Whether the LLM learns from advantages of the world model."""
+    """Whether the LLM learns from advantages of the world model, or of groups."""
     samples: int = 64
     """Decisions per training phase."""
     recent_transitions: int = 500
@@ -181,7 +185,12 @@ class RFTSettings(Settings):
     trained."""
     advantage: str = "batch"
     """Scale of advantages. raw: none; batch: mean and deviation of the phase; running: of the last
-    thousand decisions; robust: median and quartiles of the phase."""
+    thousand decisions; robust: median and quartiles of the phase. Or, for wm_training_mode
+    llm_only, what an episode's return is compared with. group: mean and deviation of the episodes
+    that the same weights played (GRPO); group_mean: their mean; leave_one_out: the others' mean."""
+    group_return: str = "episode"
+    """What a decision of a group is rated by. episode: the return of its whole episode; to_go: what
+    was earned from it on, compared at the same step of the other episodes."""
     clip_epsilon_high: float | None = None
     """Clip range upwards, where it is another than train.clip_epsilon; None: the same."""
     dual_clip: float = 0.0
@@ -203,7 +212,8 @@ class RFTSettings(Settings):
     mismatch_high: float = 2.0
     """Largest k."""
     max_staleness: int | None = None
-    """Training phases a decision may be old; older ones are left out and counted. None: any."""
+    """Training phases a decision may be old; older ones are left out and counted (older groups are
+    not drawn from). None: any."""
     kl_estimator: str = "exact"
     """KL from the reference, times train.kl_coef. exact: over the valid actions; k1, k2, k3: from
     the played action's (and thought's) own probabilities, k1 within the advantage."""
@@ -220,7 +230,14 @@ class RFTSettings(Settings):
             self, "cot_weight", "max_kl", "max_importance", "mismatch_low", "kl_target"
         )
         yield from a_file_of(self, "objective", "priorzero.llm.update.objectives")
-        yield from one_of(self, "advantage", "raw", "batch", "running", "robust")
+        scales = ("raw", "batch", "running", "robust")
+        yield from one_of(self, "advantage", *scales, *GROUP_ADVANTAGES)
+        yield from one_of(self, "group_return", "episode", "to_go")
+        yield Rule(
+            "group_return",
+            self.group_return == "episode" or self.relative,
+            f"only advantage {', '.join(GROUP_ADVANTAGES)} reads it",
+        )
         yield from one_of(self, "mismatch", "off", "truncate", "mask")
         yield from one_of(self, "kl_estimator", "exact", "k1", "k2", "k3")
         yield from one_of(self, "kl_reference", "collected", "initial")
@@ -232,6 +249,11 @@ class RFTSettings(Settings):
         yield Rule("mismatch_low", self.mismatch_low <= 1, "it must be at most 1")
         yield Rule("mismatch_high", self.mismatch_high >= 1, "it must be at least 1")
         yield Rule("max_staleness", staleness is None or staleness >= 0, "it must not be negative")
+
+    @property
+    def relative(self) -> bool:
+        """Whether advantages compare the episodes of a group, which the LLM played alone."""
+        return self.advantage in GROUP_ADVANTAGES
 
 
 @dataclass(kw_only=True)
@@ -321,6 +343,12 @@ class LLMSettings(Settings):
             "rft.cot_weight",
             not self.rft.cot_weight or self.prompt.use_cot,
             "there is no chain of thought to train without prompt.use_cot",
+        )
+        yield Rule(
+            "sft.enable",
+            not (self.sft.enable and self.rft.enable and self.rft.relative),
+            f"rft.advantage is {self.rft.advantage}: the LLM plays alone, and SFT learns from a "
+            "search. The preset llm_only has settings that fit",
         )
         yield Rule(
             "rft.kl_target",

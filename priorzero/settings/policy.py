@@ -164,8 +164,8 @@ class PolicySettings(Settings):
     noise and all values found (priorzero/search/targets.py); visits: the shares of the visit
     counts. lightzero's tree knows visits only."""
     fixed_temperature_value: float = 1.0
-    """Temperature of visit counts when an action is drawn in collect; lower ones repeat what earns
-    a little."""
+    """Temperature of visit counts when an action is drawn in collect (of the LLM where it plays
+    alone); lower ones repeat what earns a little."""
 
     # ---- data ----
     game_segment_length: int = 20

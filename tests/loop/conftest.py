@@ -32,6 +32,7 @@ class Schedule:
     alternating_llm_collect = "everything"
     off_policy_degree = 0
     async_eval = False
+    llm_only_episodes = 2
     iterations = 4
     eval_freq = 2
     save_freq = 3
@@ -48,7 +49,7 @@ SETTINGS = dict(
     text=SimpleNamespace(encoder="none"),
     llm=SimpleNamespace(
         sft=SimpleNamespace(enable=True, recent_transitions=6),
-        rft=SimpleNamespace(enable=False, recent_transitions=1000),
+        rft=SimpleNamespace(enable=False, recent_transitions=1000, relative=False),
     ),
     policy=SimpleNamespace(
         num_segments=1,
@@ -165,9 +166,10 @@ class Made:
         )
         self.updates = 0
 
-    async def _collect(self, num_segments, env_steps, temperature, ask_llm=True):
+    async def _collect(self, num_segments, env_steps, temperature, player, new_episodes):
         assert (num_segments, temperature) == (1, 0.5)
-        self.events.append(f"collect from {env_steps}" + ("" if ask_llm else " without the LLM"))
+        told = {"search": "", "search_alone": " without the LLM", "llm": f" alone, {new_episodes}"}
+        self.events.append(f"collect from {env_steps}{told[player]}")
         transitions, steps = self.plays.pop(0) if self.plays else (3, 5)
         return CollectResult([Played([None] * transitions)], steps, {"segments": 1.0}, {})
 

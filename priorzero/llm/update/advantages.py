@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from priorzero.settings.llm import GROUP_ADVANTAGES
+
 _MEMORY = 1024  # decisions `running` remembers, about
 _TINY = 1e-6
 _FURTHEST = 5.0  # robust: in spreads
@@ -22,6 +24,8 @@ class Advantages:
         robust   (A - median) / (IQR / 1.349 + tiny), of the phase, cut at +-5; where the IQR is 0,
                  std takes its place
 
+    Those of groups (`GROUP_ADVANTAGES`) come on their group's own scale and stay as they are.
+
     `batch` calls half of every phase bad, however good it was; `running` does not, because what is
     usual is remembered. `robust` is for rare large rewards, which make all else vanish in a
     standard deviation.
@@ -30,7 +34,7 @@ class Advantages:
         kind: one of these.
     """
 
-    KINDS = ("raw", "batch", "running", "robust")
+    KINDS = ("raw", "batch", "running", "robust", *GROUP_ADVANTAGES)
 
     def __init__(self, kind: str) -> None:
         assert kind in self.KINDS, kind
@@ -39,7 +43,7 @@ class Advantages:
 
     def __call__(self, raw: np.ndarray) -> np.ndarray:
         """`[N]` normalised, N >= 1; `running` learns from them first."""
-        if self._kind == "raw":
+        if self._kind in ("raw", *GROUP_ADVANTAGES):
             return raw
         if self._kind == "running":
             self._remember(raw)

@@ -53,7 +53,7 @@ class LLMPhase:
         """One phase: draw, train, publish.
 
         Args:
-            draw: the buffer's `sample_llm`.
+            draw: the buffer's `sample_llm`, or a `GroupDraw`.
 
         Returns:
             metrics for the `llm/` namespace; without losses where there was no decision to learn

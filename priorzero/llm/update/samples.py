@@ -34,13 +34,15 @@ class LLMSample:
         thought_logprobs: what the engine gave to the thought's ids as it wrote them; they are the
             first ones, the marker's behind them were not written.
         action_index: which action was executed.
-        target_policy: `[A]` probabilities, what the search would play (no exploration noise).
+        target_policy: `[A]` probabilities, what the search would play (no exploration noise);
+            `behaviour` where the LLM played alone.
         behaviour: `[A]` probabilities the executed action was drawn from.
         collected_logprobs: `[A]` tuples of token log-probabilities (natural log) the engine gave
             when the action was chosen; None where it did not answer.
         policy_version: LLM weights that gave them.
-        value_target: n-step return of the decision.
-        predicted_value: what the world model expected before the search.
+        value_target: n-step return of the decision; in a group, the return it is rated by.
+        predicted_value: what the world model expected before the search; in a group, its baseline.
+        spread: what advantages are divided by; 1 outside of groups.
     """
 
     request: TokenisedRequest
@@ -53,6 +55,7 @@ class LLMSample:
     policy_version: int
     value_target: float
     predicted_value: float
+    spread: float = 1.0
 
     def __post_init__(self) -> None:
         actions = len(self.request.action_ids)
@@ -74,16 +77,21 @@ class LLMSample:
 
     @property
     def advantage(self) -> float:
-        """How much better the decision turned out than the world model expected."""
-        return self.value_target - self.predicted_value
+        """How much better the decision turned out than expected."""
+        return (self.value_target - self.predicted_value) / self.spread
 
 
-def build_sample(step: StepRecord, value_target: float) -> LLMSample | None:
+def build_sample(
+    step: StepRecord, value_target: float, expected: float | None = None, spread: float = 1.0
+) -> LLMSample | None:
     """The sample of a played step.
 
     Args:
         step: the decision as it was recorded.
-        value_target: its n-step return (`priorzero/data/returns.py`).
+        value_target: its n-step return (`priorzero/data/returns.py`), or what its group rates it by
+            (`priorzero/llm/update/groups.py`).
+        expected: what that is held against; None: what the world model predicted.
+        spread: what the difference is divided by.
 
     Returns:
         None where there is nothing to train on: the LLM was never asked, or a chain of thought
@@ -106,5 +114,6 @@ def build_sample(step: StepRecord, value_target: float) -> LLMSample | None:
         collected_logprobs=scores.token_logprobs if scores is not None else None,
         policy_version=scores.weights_version if scores is not None else 0,
         value_target=float(value_target),
-        predicted_value=float(step.predicted_value),
+        predicted_value=float(step.predicted_value if expected is None else expected),
+        spread=spread,
     )
