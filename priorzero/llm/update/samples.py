@@ -33,6 +33,7 @@ class LLMSample:
             action marker included; 0 where none was generated.
         thought_logprobs: what the engine gave to the thought's ids as it wrote them; they are the
             first ones, the marker's behind them were not written.
+        thought_ended: whether the LLM itself ended the thought, by writing the marker.
         action_index: which action was executed.
         target_policy: `[A]` probabilities, what the search would play (no exploration noise).
         behaviour: `[A]` probabilities the executed action was drawn from.
@@ -53,6 +54,7 @@ class LLMSample:
     policy_version: int
     value_target: float
     predicted_value: float
+    thought_ended: bool = False
 
     def __post_init__(self) -> None:
         actions = len(self.request.action_ids)
@@ -107,4 +109,5 @@ def build_sample(step: StepRecord, value_target: float) -> LLMSample | None:
         policy_version=scores.weights_version if scores is not None else 0,
         value_target=float(value_target),
         predicted_value=float(step.predicted_value),
+        thought_ended=scores is not None and scores.thought_ended,
     )
