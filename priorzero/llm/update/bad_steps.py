@@ -6,6 +6,7 @@ written down, so that the fault can be looked at and computed again.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -114,7 +115,8 @@ class BadSteps:
             torch.save(record | place, making)
             os.replace(making, path)
         except (OSError, RuntimeError) as error:  # RuntimeError: torch's own writer, disk full
-            making.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                making.unlink()
             return f"Its decisions could not be written to {path} ({error})"
         return f"Its decisions are in {path}"
 
