@@ -143,6 +143,7 @@ async def build(config: HybridTrainingConfig, eval_only: bool = False) -> Parts:
                 seed=settings.seed,
                 marker=ACTION_MARKER,
                 make_prompt=partial(prompt_builder, settings.llm.prompt),
+                folder=folder,
             )
             opened.push_async_callback(_close, llm.trainer)
             opened.push_async_callback(_close, llm.engine)

@@ -78,13 +78,15 @@ class ActionScores:
     the last one. `weights_version` tells which LLM weights answered. `thought_ids` is the chain
     of thought generated between prompt and actions, action marker included, or empty.
     `thought_logprobs` are those (temperature 1) of its tokens that the LLM wrote; the marker's
-    ids behind them were put there, so they have none.
+    ids behind them were put there, so they have none. `thought_ended` tells whether the LLM had
+    written the marker too, or was cut off.
     """
 
     token_logprobs: tuple[tuple[float, ...], ...]
     weights_version: int = 0
     thought_ids: tuple[int, ...] = ()
     thought_logprobs: tuple[float, ...] = ()
+    thought_ended: bool = False
     cached: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:

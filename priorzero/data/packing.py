@@ -123,7 +123,7 @@ def _pack_llm(steps: Sequence[StepRecord]) -> Arrays:
 
     # The tuples themselves live in the steps, so that their ids tell them apart.
     answers: dict[int, tuple[int, tuple[tuple[float, ...], ...]]] = {}
-    answered, versions, thoughts, written, cached = [], [], [], [], []
+    answered, versions, thoughts, written, ended, cached = [], [], [], [], [], []
     for step in steps:
         scores = step.scores or ActionScores(())
         logprobs = scores.token_logprobs
@@ -132,6 +132,7 @@ def _pack_llm(steps: Sequence[StepRecord]) -> Arrays:
         versions.append(scores.weights_version)
         thoughts.append(tokens.add(scores.thought_ids))
         written.append(scores.thought_logprobs)
+        ended.append(scores.thought_ended)
         cached.append(scores.cached)
 
     rows = [logprobs for _, logprobs in answers.values()]
@@ -140,6 +141,7 @@ def _pack_llm(steps: Sequence[StepRecord]) -> Arrays:
         "scores": np.array(answered, np.int64),
         "scores_version": np.array(versions, np.int64),
         "scores_thought": np.array(thoughts, np.int64),
+        "scores_ended": np.array(ended, bool),
         "scores_cached": np.array(cached, bool),
         "request_head": np.array([tokens.add(r.head_ids) for r in requests], np.int64),
         "request_body": np.array([tokens.add(r.body_ids) for r in requests], np.int64),
@@ -265,6 +267,8 @@ def _unpack_scores(arrays: Mapping[str, np.ndarray], pool: Pool) -> list[ActionS
     ends = np.cumsum(arrays["answers_n"]).tolist()
     answers = [tuple(parts[a:b]) for a, b in zip([0, *ends], ends, strict=False)]
     written = _rows(arrays, "thought_logprobs")
+    # Earlier files do not tell.
+    ended = arrays.get("scores_ended", np.zeros(len(arrays["scores"]), bool))
     columns = ("scores", "scores_version", "scores_thought", "scores_cached")
     return [
         None
@@ -274,10 +278,11 @@ def _unpack_scores(arrays: Mapping[str, np.ndarray], pool: Pool) -> list[ActionS
             weights_version=version,
             thought_ids=_pooled(pool, tuple(tokens[thought])),
             thought_logprobs=tuple(own),
+            thought_ended=closed,
             cached=cached,
         )
-        for answer, version, thought, cached, own in zip(
-            *(arrays[c].tolist() for c in columns), written, strict=True
+        for answer, version, thought, cached, closed, own in zip(
+            *(arrays[c].tolist() for c in columns), ended.tolist(), written, strict=True
         )
     ]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from priorzero import plugins
 from priorzero.llm.engines.base import LLMEngine
@@ -41,6 +42,7 @@ async def build_llm(
     seed: int,
     marker: str,
     make_prompt: Callable[[object], PromptBuilder],
+    folder: Path | None = None,
 ) -> LLMParts:
     """Load the model and start its engine.
 
@@ -51,6 +53,7 @@ async def build_llm(
         seed: of generated chains of thought.
         marker: text that ends a chain of thought.
         make_prompt: tokenizer -> prompt builder.
+        folder: of the run, where the trainer may leave files; None: nowhere.
 
     Raises:
         PriorZeroError: the model cannot be had, or a required engine does not start.
@@ -61,7 +64,7 @@ async def build_llm(
     model, tokenizer = await asyncio.to_thread(load_llm, resolved, device)
     tokeniser = Tokeniser(tokenizer, model_max_tokens(model.config))
 
-    trainer = await asyncio.to_thread(trainers.make, model, tokenizer, settings, reduction)
+    trainer = await asyncio.to_thread(trainers.make, model, tokenizer, settings, reduction, folder)
     engine = await create_engine(
         settings,
         resolved,

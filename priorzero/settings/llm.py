@@ -9,6 +9,7 @@ from priorzero.settings.record import (
     Rule,
     Settings,
     a_file_of,
+    in_unit_interval,
     not_negative,
     one_of,
     positive,
@@ -116,14 +117,26 @@ class LLMTrainSettings(Settings):
     """AdamW's learning rate."""
     weight_decay: float = 0.0
     """AdamW's weight decay."""
+    schedule: str = "constant"
+    """Learning rate behind the warm-up. constant: as it is; cosine: falls along half a cosine."""
     warmup_steps: int = 0
     """Optimiser steps over which the learning rate grows linearly to its full value."""
+    decay_steps: int = 0
+    """cosine: optimiser steps, those of the warm-up included, after which the rate is at its
+    lowest."""
+    min_learning_rate_share: float = 0.0
+    """cosine: the lowest rate, as a share of learning_rate."""
     max_grad_norm: float = 1.0
     """Largest norm of a gradient."""
     batch_size: int = 16
     """Decisions per optimiser step; 0: all of a training phase in one step."""
     max_batch_tokens: int = 2048
     """Padded tokens per forward pass; gradients accumulate over the passes of a step."""
+    gradient_checkpointing: bool = False
+    """Compute the layers a second time in the backward pass instead of keeping what they gave: less
+    memory, about a third more time."""
+    max_bad_steps: int = 3
+    """A step whose loss or gradient is not finite is skipped, and so many in a row end the run."""
     objective: str = "actions"
     """SFT loss. actions: cross-entropy over the valid actions; tokens: over the tokens of their
     texts."""
@@ -136,9 +149,21 @@ class LLMTrainSettings(Settings):
 
     def rules(self) -> Iterator[Rule]:
         """See `Settings.rules`."""
-        yield from positive(self, "learning_rate", "max_grad_norm", "max_batch_tokens")
+        yield from positive(
+            self, "learning_rate", "max_grad_norm", "max_batch_tokens", "max_bad_steps"
+        )
         yield from not_negative(
             self, "weight_decay", "warmup_steps", "batch_size", "kl_coef", "entropy_coef"
+        )
+        yield from one_of(self, "schedule", "constant", "cosine")
+        yield from in_unit_interval(self, "min_learning_rate_share")
+        falls = self.schedule == "cosine"
+        yield Rule(
+            "decay_steps",
+            self.decay_steps > self.warmup_steps if falls else self.decay_steps == 0,
+            f"it must be more than warmup_steps ({self.warmup_steps}) with schedule cosine"
+            if falls
+            else "only schedule cosine decays; with constant it must be 0",
         )
         yield from one_of(self, "objective", "actions", "tokens")
         yield Rule("clip_epsilon", 0 < self.clip_epsilon < 1, "it must lie between 0 and 1")
@@ -165,7 +190,7 @@ GROUP_ADVANTAGES = ("group", "group_mean", "leave_one_out")
 
 @dataclass(kw_only=True)
 class RFTSettings(Settings):
-    """PPO-style reinforcement; advantage = n-step return - the world model's predicted value, or
+    """Reinforcement; advantage = n-step return - the world model's predicted value, or
     where the LLM plays alone return - baseline of a group of episodes.
 
     The equations stand in docs/ALGORITHM.md.
@@ -180,9 +205,15 @@ class RFTSettings(Settings):
     objective: str = "action"
     """What a ratio is taken of: a file of priorzero/llm/update/objectives. action: the policy over
     the valid actions; token: each token of the played action; sequence: their mean (GSPO)."""
+    surrogate: str = "clipped"
+    """What is maximised. clipped: PPO's clipped ratio times the advantage; reinforce: the
+    log-probability times the advantage, without ratio and clip."""
     cot_weight: float = 0.0
     """How much the tokens of a chain of thought count beside the action's; 0: the thought is not
     trained."""
+    format_reward: float = 0.0
+    """Reward of a thought that the LLM ended itself, with the action marker, over one that was cut
+    off; it counts for the thought's tokens alone, in units of the scaled advantage. 0: none."""
     advantage: str = "batch"
     """Scale of advantages. raw: none; batch: mean and deviation of the phase; running: of the last
     thousand decisions; robust: median and quartiles of the phase. Or, for wm_training_mode
@@ -227,8 +258,15 @@ class RFTSettings(Settings):
         """See `Settings.rules`."""
         yield from positive(self, "samples", "recent_transitions", "epochs")
         yield from not_negative(
-            self, "cot_weight", "max_kl", "max_importance", "mismatch_low", "kl_target"
+            self,
+            "cot_weight",
+            "format_reward",
+            "max_kl",
+            "max_importance",
+            "mismatch_low",
+            "kl_target",
         )
+        yield from one_of(self, "surrogate", "clipped", "reinforce")
         yield from a_file_of(self, "objective", "priorzero.llm.update.objectives")
         scales = ("raw", "batch", "running", "robust")
         yield from one_of(self, "advantage", *scales, *GROUP_ADVANTAGES)
@@ -246,6 +284,12 @@ class RFTSettings(Settings):
         yield Rule(
             "dual_clip", self.dual_clip == 0 or self.dual_clip > 1, "it must be 0 or above 1"
         )
+        for name, unset in (("clip_epsilon_high", high is None), ("dual_clip", not self.dual_clip)):
+            yield Rule(
+                name,
+                unset or self.surrogate == "clipped",
+                "surrogate reinforce has no ratio that could be clipped",
+            )
         yield Rule("mismatch_low", self.mismatch_low <= 1, "it must be at most 1")
         yield Rule("mismatch_high", self.mismatch_high >= 1, "it must be at least 1")
         yield Rule("max_staleness", staleness is None or staleness >= 0, "it must not be negative")
@@ -349,6 +393,22 @@ class LLMSettings(Settings):
             not (self.sft.enable and self.rft.enable and self.rft.relative),
             f"rft.advantage is {self.rft.advantage}: the LLM plays alone, and SFT learns from a "
             "search. The preset llm_only has settings that fit",
+        )
+        yield Rule(
+            "rft.format_reward",
+            not self.rft.format_reward or self.prompt.use_cot,
+            "there is no chain of thought to reward without prompt.use_cot",
+        )
+        yield Rule(
+            "rft.format_reward",
+            not self.rft.format_reward or self.rft.cot_weight > 0,
+            "it goes to the thought's tokens, which are not trained where rft.cot_weight is 0",
+        )
+        yield Rule(
+            "reasoning.temperature",
+            self.reasoning.temperature == 1 or not self.rft.cot_weight,
+            "rft.cot_weight trains the policy at temperature 1, so that thoughts must be drawn "
+            "from it: set 1, or rft.cot_weight to 0",
         )
         yield Rule(
             "rft.kl_target",

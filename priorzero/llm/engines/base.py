@@ -93,7 +93,11 @@ class LLMEngine(ABC):
         self.counters["states_computed"] += len(unique)
         return [
             ActionScores(
-                check_scores(request, answer_of[request]), version, thought.ids, thought.logprobs
+                check_scores(request, answer_of[request]),
+                version,
+                thought.ids,
+                thought.logprobs,
+                thought.had_marker,
             )
             for request, thought in zip(asked, thoughts, strict=True)
         ]

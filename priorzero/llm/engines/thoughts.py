@@ -31,7 +31,7 @@ class Thought:
     Attributes:
         ids: what the LLM wrote, then the marker's own ids.
         logprobs: of the ids that the LLM wrote; fewer than `ids`.
-        had_marker: whether it had written the marker itself.
+        had_marker: whether it had written the marker itself, where there was room for it.
     """
 
     ids: tuple[int, ...] = ()
@@ -69,10 +69,11 @@ class Reasoner:
         kept, found = before_text(generated.ids, self.marker, tokeniser)
         own = tokeniser.ids(self.marker)
         line_end = tokeniser.ids("\n" + self.marker)
-        kept = kept[: max(0, room - max(len(own), len(line_end)))]
+        longest = max(0, room - max(len(own), len(line_end)))
+        fits, kept = len(kept) <= longest, kept[:longest]
         closed = tokeniser.decode(kept).endswith("\n")
         ids = kept + (own if closed else line_end)
-        return Thought(ids, generated.logprobs[: len(kept)], found)
+        return Thought(ids, generated.logprobs[: len(kept)], found and fits)
 
 
 def before_text(

@@ -21,7 +21,12 @@ import torch
 from priorzero.llm.model import base_model
 from priorzero.llm.scoring.head_cache import HeadCache, head_key_values
 from priorzero.llm.scoring.items import LayerKV, TreeItem, headless, prepare
-from priorzero.llm.scoring.layers import is_out_of_memory, multiplying_dtype, sliding_window
+from priorzero.llm.scoring.layers import (
+    checkpointed_layers,
+    is_out_of_memory,
+    multiplying_dtype,
+    sliding_window,
+)
 from priorzero.llm.scoring.logits import token_logprobs
 from priorzero.llm.scoring.packed import lay_out, packed_pass, run_packed, supports_packing
 from priorzero.llm.scoring.padded import padded_pass
@@ -66,6 +71,7 @@ def tree_logprobs(
     trunk: TrunkCache | None = None,
     way: str | None = None,
     logit_rows: int = 512,
+    checkpointing: bool = False,
 ) -> list[torch.Tensor]:
     """Log-probabilities (natural log, temperature 1, float32) of all action tokens of one batch.
 
@@ -78,6 +84,9 @@ def tree_logprobs(
         trunk: outputs of frozen layers; used where states are packed.
         way: "packed", "padded", "two_pass" or "plain"; None: `choose_way`.
         logit_rows: rows of logits `[R, N]` held at a time (autograd keeps them all).
+        checkpointing: keep only what goes into each layer for the backward, which computes the rest
+            again (`checkpointed_layers`). Nothing is handed on as keys and values then: the head is
+            computed with every state where states are padded.
 
     Returns:
         per item one flat tensor: the tokens of its actions one after another, with the lengths of
@@ -88,11 +97,16 @@ def tree_logprobs(
     assert all(item.request.head_ids == head_ids for item in items), "one head per batch"
 
     causal_lm = base_model(model)
-    way = way or choose_way(model, items)
-    if way == "plain":
-        return plain_logprobs(causal_lm, items)
-    hidden = _row_states(model, items, way, heads, trunk)
-    return token_logprobs(causal_lm, hidden, items, logit_rows)
+    way = way or choose_way(model, items, passes=1 if checkpointing else 2)
+    if checkpointing:
+        assert heads is None and way != "two_pass", "computed again, keys and values come twice"
+        items = [headless(item) for item in items] if way == "padded" else items
+
+    with checkpointed_layers(model) if checkpointing else contextlib.nullcontext():
+        if way == "plain":
+            return plain_logprobs(causal_lm, items)
+        hidden = _row_states(model, items, way, heads, trunk)
+    return token_logprobs(causal_lm, hidden, items, logit_rows, checkpointing)
 
 
 def _row_states(
@@ -136,8 +150,12 @@ def _packed_on_trunk(
     return run_packed(causal_lm, inputs, trunk.depth, hidden=below)[inputs.places]
 
 
-def choose_way(model: torch.nn.Module, items: Sequence[TreeItem]) -> str:
-    """How to compute these states together: "packed", "padded", "two_pass" or "plain"."""
+def choose_way(model: torch.nn.Module, items: Sequence[TreeItem], passes: int = 2) -> str:
+    """How to compute these states together: "packed", "padded", "two_pass" or "plain".
+
+    Args:
+        passes: at most so many; with 1 "two_pass" is out of the question.
+    """
     causal_lm = base_model(model)
 
     # The tree's mask is the full mask; a window that is shorter than the line would need another.
@@ -149,7 +167,7 @@ def choose_way(model: torch.nn.Module, items: Sequence[TreeItem]) -> str:
         return "plain"
 
     failures = ""
-    for way in _candidates(causal_lm, items):
+    for way in _candidates(causal_lm, items, passes):
         failure = _fault(causal_lm, way)
         if not failure:
             return way
@@ -158,12 +176,13 @@ def choose_way(model: torch.nn.Module, items: Sequence[TreeItem]) -> str:
     return "plain"
 
 
-def _candidates(causal_lm: torch.nn.Module, items: Sequence[TreeItem]) -> list[str]:
+def _candidates(causal_lm: torch.nn.Module, items: Sequence[TreeItem], passes: int) -> list[str]:
     """Ways for these states, the fastest first."""
     if next(causal_lm.parameters()).device.type == "cuda":
         # On a GPU padding costs less than the many small kernels of a packed line.
         longest = max(len(item.request.body_ids) for item in items)
-        return ["two_pass", "padded"] if longest >= TWO_PASS_TOKENS else ["padded"]
+        long = passes > 1 and longest >= TWO_PASS_TOKENS
+        return ["two_pass", "padded"] if long else ["padded"]
     return ["packed", "padded"] if supports_packing(causal_lm) else ["padded"]
 
 

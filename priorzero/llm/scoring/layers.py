@@ -1,12 +1,19 @@
 """What scoring asks of a model's layers: windows, number formats, running some of them only,
-whether their weights have changed, and whether memory ran out in them.
+computing them a second time instead of keeping what they gave, whether their weights have changed,
+and whether memory ran out in them.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
+
+from priorzero.llm.model import base_model
 
 
 def sliding_window(config) -> int | None:
@@ -40,6 +47,82 @@ def only_layers(decoder: torch.nn.Module, first: int, last: int):
         yield
     finally:
         decoder.layers, decoder.norm = layers, norm
+
+
+def checkpointable_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The layers of a model that transformers itself would checkpoint; empty for a foreign one."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    decoder = base_model(model).get_decoder()
+    return [m for m in decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
+@contextlib.contextmanager
+def checkpointed_layers(model: torch.nn.Module) -> Iterator[None]:
+    """Gradient checkpointing (arXiv:1604.06174) of every layer's forward, for a while.
+
+    transformers' own switch acts in training mode only, which has dropout, and takes the attention
+    for granted that is set when the backward comes. Only for forwards without a cache of keys and
+    values: computing a layer again would add to it again.
+    """
+    layers = checkpointable_layers(model)
+    before = [layer.__dict__.get("forward") for layer in layers]  # usually the class's, so nothing
+    config = base_model(model).get_decoder().config
+    for layer in layers:
+        layer.forward = partial(run_checkpointed, layer.forward, config)
+    try:
+        yield
+    finally:
+        for layer, own in zip(layers, before, strict=True):
+            if own is None:
+                del layer.forward
+            else:
+                layer.forward = own
+
+
+def run_checkpointed(function: Callable, config, *args, **kwargs) -> Any:
+    """`function(*args, **kwargs)`, of which the backward computes again what it needs.
+
+    The backward runs when all contexts of the forward are left, so those that decide how attention
+    is computed are entered again. (Autocast's, torch restores itself.)
+
+    Args:
+        config: the decoder's, which names its attention.
+    """
+    if not torch.is_grad_enabled():
+        return function(*args, **kwargs)
+    attention, kernels = config._attn_implementation, _sdpa_kernels()
+
+    @contextlib.contextmanager
+    def again():
+        meanwhile, config._attn_implementation = config._attn_implementation, attention
+        try:
+            with torch.nn.attention.sdpa_kernel(kernels):
+                yield
+        finally:
+            config._attn_implementation = meanwhile
+
+    return checkpoint(
+        function,
+        *args,
+        use_reentrant=False,
+        preserve_rng_state=False,  # nothing is drawn: models are in eval mode
+        context_fn=lambda: (contextlib.nullcontext(), again()),
+        **kwargs,
+    )
+
+
+def _sdpa_kernels() -> list:
+    """The attention kernels that are allowed at this moment."""
+    from torch.nn.attention import SDPBackend
+
+    allowed = {
+        SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled(),
+        SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled(),
+        SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled(),
+        SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.cudnn_sdp_enabled(),
+    }
+    return [kernel for kernel, on in allowed.items() if on]
 
 
 def weights_stamp(model: torch.nn.Module) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from priorzero.llm.scoring.items import TreeItem
+from priorzero.llm.scoring.layers import run_checkpointed
 from priorzero.types import TokenisedRequest
 
 
@@ -42,12 +43,17 @@ def _decoder_gives(decoder: torch.nn.Module, hidden: torch.Tensor):
 
 
 def token_logprobs(
-    causal_lm: torch.nn.Module, hidden: torch.Tensor, items: Sequence[TreeItem], logit_rows: int
+    causal_lm: torch.nn.Module,
+    hidden: torch.Tensor,
+    items: Sequence[TreeItem],
+    logit_rows: int,
+    checkpointing: bool = False,
 ) -> list[torch.Tensor]:
     """Read the asked tokens' log-probabilities off the rows' hidden states `[R, D]`.
 
     Args:
         logit_rows: rows of logits `[R, N]` held at a time (autograd keeps them all).
+        checkpointing: the backward computes them again.
 
     Returns:
         per item one flat tensor: the tokens of its actions one after another, then the thought's.
@@ -67,11 +73,21 @@ def token_logprobs(
     step = max(1, logit_rows)
     for start in range(0, len(hidden), step):
         inside = ((row >= start) & (row < start + step)).nonzero()[:, 0]
-        logits = logits_of(causal_lm, hidden[start : start + step])
-        local = row[inside] - start
-        picked = logits[local, token[inside]] - logits.logsumexp(-1)[local]
+        asked = (causal_lm, hidden[start : start + step], row[inside] - start, token[inside])
+        if checkpointing:
+            picked = run_checkpointed(_picked, causal_lm.get_decoder().config, *asked)
+        else:
+            picked = _picked(*asked)
         flat = flat.index_copy(0, inside, picked)
     return list(flat.split(counts))
+
+
+def _picked(
+    causal_lm: torch.nn.Module, hidden: torch.Tensor, row: torch.Tensor, token: torch.Tensor
+) -> torch.Tensor:
+    """Log-probability of each `token` behind its `row` of `hidden` [R, D]."""
+    logits = logits_of(causal_lm, hidden)
+    return logits[row, token] - logits.logsumexp(-1)[row]
 
 
 def split_actions(flat: torch.Tensor, request: TokenisedRequest) -> list[torch.Tensor]:

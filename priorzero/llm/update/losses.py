@@ -78,6 +78,17 @@ def clipped_surrogate(
     return Surrogate(value, ratio, clipped)
 
 
+def reinforce_surrogate(
+    value: torch.Tensor, log_ratio: torch.Tensor, advantage: torch.Tensor
+) -> Surrogate:
+    """REINFORCE with a baseline (Williams 1992): `advantage` [U] * `value` [U], which is log pi.
+
+    Its gradient is that of the clipped surrogate where the policy is still the old one. The ratio
+    is told, and plays no part.
+    """
+    return Surrogate(advantage * value, log_ratio.exp(), torch.zeros_like(value, dtype=torch.bool))
+
+
 def approx_kl(log_ratio: torch.Tensor) -> torch.Tensor:
     """KL(old || new) from actions of the old policy: exp(log_ratio) - 1 - log_ratio (k3)."""
     return log_ratio.exp() - 1 - log_ratio

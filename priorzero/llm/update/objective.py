@@ -102,7 +102,8 @@ class Objective(ABC):
             samples: all decisions of the phase, at least one.
 
         Returns:
-            what `loss` needs of each sample, and metrics of the whole phase.
+            what `loss` needs of each sample (plain values, tensors, or a dataclass of these: a step
+            that fails is written down with it), and metrics of the whole phase.
         """
 
     @abstractmethod

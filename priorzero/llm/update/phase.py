@@ -60,7 +60,7 @@ class LLMPhase:
             from.
 
         Raises:
-            PriorZeroError: the loss or a gradient is not finite, or the engine does not take over
+            PriorZeroError: losses or gradients stay not finite, or the engine does not take over
                 the weights.
         """
         apart = self._engine.answers_apart

@@ -1,7 +1,8 @@
 """The one seam between a run and whoever trains its LLM.
 
-A trainer is one file in `trainers/` with `make(model, tokenizer, settings, reduction) ->
-LLMTrainer`, chosen by its file name (`llm.trainer`). The loop, the engines and the checkpoints
+A trainer is one file in `trainers/` with `make(model, tokenizer, settings, reduction, folder) ->
+LLMTrainer`, chosen by its file name (`llm.trainer`). `folder` is the run's, where it may leave
+files; None: it leaves none. The loop, the engines and the checkpoints
 know nothing more of it than what stands here. A trainer knows nothing of engines.
 """
 
@@ -47,7 +48,7 @@ class LLMTrainer(Protocol):
             metrics, each with its objective's name as prefix ("sft_loss").
 
         Raises:
-            PriorZeroError: a loss or gradient is not finite.
+            PriorZeroError: losses or gradients stay not finite (`llm.train.max_bad_steps`).
         """
         ...
 

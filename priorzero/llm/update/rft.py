@@ -19,11 +19,13 @@ import torch
 from priorzero.llm.update.advantages import Advantages
 from priorzero.llm.update.corrections import effective_share, mismatch_weight, search_weight
 from priorzero.llm.update.losses import (
+    Surrogate,
     approx_kl,
     clipped_surrogate,
     entropy,
     kl_divergence,
     kl_estimate,
+    reinforce_surrogate,
 )
 from priorzero.llm.update.objective import Answer, Metrics, Objective, Score
 from priorzero.llm.update.samples import LLMSample
@@ -40,11 +42,13 @@ class Units(NamedTuple):
         drawn: the part of it that the LLM's engine drew: a thought's tokens. The action was drawn
             by the search.
         share: how much the unit counts in the loss.
+        thought: True where it is the thought that the unit rates: the format reward is for these.
     """
 
     value: torch.Tensor
     drawn: torch.Tensor
     share: torch.Tensor
+    thought: torch.Tensor
 
 
 class Rating(Protocol):
@@ -107,7 +111,7 @@ class KLCoefficient:
 
 
 class RFT(Objective):
-    """Clipped policy gradient on the units of an objective (PPO, arXiv:1707.06347).
+    """Policy gradient on the units of an objective: clipped (PPO, arXiv:1707.06347) or REINFORCE.
 
         loss = -sum_u share_u w_u surrogate_u + kl_coef KL - entropy_coef H
 
@@ -117,13 +121,17 @@ class RFT(Objective):
     the action only where the search's draw is not corrected. Old log-probabilities come from the
     trainer's own forward: engines in 16 bits are too noisy for ratios.
 
+    `format_reward` rewards a thought that the LLM ended itself. Its baseline is the phase's share
+    of such thoughts, so that it teaches nothing where all end, or none; it is added to the
+    normalised advantage of the thought's units.
+
     KL: `exact` is KL(pi || reference) over the valid actions; the estimates k2 and k3 are over the
     units; k1 is taken off the advantages, as a loss it would do nothing. H is the entropy over the
     valid actions.
 
     Metrics: loss, policy_loss, ratio, clip_fraction, approx_kl (old || new), kl_reference, entropy;
     of the phase: advantage_raw (mean before normalisation), kl_coef, importance_* (of the search's
-    draw) and mismatch_*.
+    draw) and mismatch_*; where there are thoughts, reasoning_ended (share of those the LLM ended).
 
     Args:
         settings: the `llm.rft` group.
@@ -159,12 +167,22 @@ class RFT(Objective):
         advantages = self._advantages(raw)
         importance = [self._importance(s, old) for s, old in zip(samples, olds, strict=True)]
         mismatch = [self._mismatch(*row) for row in zip(samples, olds, collected, strict=True)]
+        ended = _ended_share(samples)
         rows = zip(samples, olds, references, advantages, importance, mismatch, strict=True)
         targets = [
-            self._target(sample, old, reference, float(advantage), weight * units)
+            self._target(
+                sample,
+                old,
+                reference,
+                float(advantage),
+                self._settings.format_reward * (sample.thought_ended - ended),
+                weight * units,
+            )
             for sample, old, reference, advantage, weight, units in rows
         ]
         metrics = {"advantage_raw": float(raw.mean()), "kl_coef": self._kl_coef.value}
+        if any(s.thought_tokens for s in samples):
+            metrics["reasoning_ended"] = ended
         metrics |= self._of_importance(importance)
         return targets, metrics | self._of_mismatch(samples, olds, collected, mismatch)
 
@@ -177,7 +195,7 @@ class RFT(Objective):
         """log pi_trainer - log pi_engine of each unit, both before the phase."""
         ours = self._rating.units(old, sample.action_index)
         theirs = self._rating.units(collected, sample.action_index)
-        return Units(ours.value - theirs.value, ours.drawn - theirs.drawn, ours.share)
+        return ours._replace(value=ours.value - theirs.value, drawn=ours.drawn - theirs.drawn)
 
     def _mismatch(self, sample: LLMSample, old: Answer, collected: Answer | None) -> torch.Tensor:
         """`[U]` weights; 1 where the engine's numbers are unknown."""
@@ -195,10 +213,12 @@ class RFT(Objective):
         old: Answer,
         reference: Answer | None,
         advantage: float,
+        bonus: float,
         weight: torch.Tensor,
     ) -> RFTTarget:
         units = self._rating.units(old, sample.action_index)
         advantages = torch.full_like(units.value, advantage)
+        advantages[units.thought] += bonus
         if reference is None:
             return RFTTarget(sample.action_index, advantages, units.value, weight, None)
 
@@ -241,7 +261,7 @@ class RFT(Objective):
         target = prepared.like(answer.actions)
         units = self._rating.units(answer, target.action)
         log_ratio = units.value - target.old
-        surrogate = self._surrogate(log_ratio, target.advantage)
+        surrogate = self._surrogate(units.value, log_ratio, target.advantage)
         policy_loss = -(units.share * target.weight * surrogate.value).sum()
 
         log_policy = answer.policy(self._reduction)
@@ -264,7 +284,11 @@ class RFT(Objective):
             "entropy": spread.detach(),
         }
 
-    def _surrogate(self, log_ratio: torch.Tensor, advantage: torch.Tensor):
+    def _surrogate(
+        self, value: torch.Tensor, log_ratio: torch.Tensor, advantage: torch.Tensor
+    ) -> Surrogate:
+        if self._settings.surrogate == "reinforce":
+            return reinforce_surrogate(value, log_ratio, advantage)
         low, high = self._train.clip_epsilon, self._settings.clip_epsilon_high
         return clipped_surrogate(
             log_ratio,
@@ -299,3 +323,9 @@ class RFT(Objective):
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         self._kl_coef.value = state["kl_coef"]
         self._advantages.load_state_dict(state)
+
+
+def _ended_share(samples: Sequence[LLMSample]) -> float:
+    """Share of the thoughts that the LLM ended itself; 0 where there are none."""
+    ended = [s.thought_ended for s in samples if s.thought_tokens]
+    return sum(ended) / len(ended) if ended else 0.0

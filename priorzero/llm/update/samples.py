@@ -33,6 +33,7 @@ class LLMSample:
             action marker included; 0 where none was generated.
         thought_logprobs: what the engine gave to the thought's ids as it wrote them; they are the
             first ones, the marker's behind them were not written.
+        thought_ended: whether the LLM itself ended the thought, by writing the marker.
         action_index: which action was executed.
         target_policy: `[A]` probabilities, what the search would play (no exploration noise);
             `behaviour` where the LLM played alone.
@@ -55,6 +56,7 @@ class LLMSample:
     policy_version: int
     value_target: float
     predicted_value: float
+    thought_ended: bool = False
     spread: float = 1.0
 
     def __post_init__(self) -> None:
@@ -115,5 +117,6 @@ def build_sample(
         policy_version=scores.weights_version if scores is not None else 0,
         value_target=float(value_target),
         predicted_value=float(step.predicted_value if expected is None else expected),
+        thought_ended=scores is not None and scores.thought_ended,
         spread=spread,
     )

@@ -56,8 +56,10 @@ def test_generated_ids_up_to_the_marker_then_the_markers_own(pieces, text, kept,
 
 
 def test_a_thought_that_does_not_fit_loses_its_end():
-    text, kept, _ = finish((" a", " b", " c", " d"), room=len("\nAction:") + 2)
-    assert (text, kept) == (" a b\nAction:", (0, 1))
+    """Also where the LLM had ended it: what stands there was not."""
+    for pieces in ((" a", " b", " c", " d"), (" a", " b", " c", "\nAction:")):
+        text, kept, ended = finish(pieces, room=len("\nAction:") + 2)
+        assert (text, kept, ended) == (" a b\nAction:", (0, 1), False)
 
 
 def test_text_that_does_not_occur_cuts_nothing():
@@ -74,7 +76,7 @@ async def test_the_thought_is_part_of_the_answer(byte_model, tokeniser, referenc
     written = (await engine.generate([asked.prompt_ids], 5, 0.0))[0]
     assert answer.thought_ids == written.ids + marker and 0 < len(written.ids) <= 5
     assert answer.thought_logprobs == written.logprobs
-    assert engine.stats()["reasoning_without_marker"] == 1
+    assert engine.stats()["reasoning_without_marker"] == 1 and not answer.thought_ended
     expected = reference(byte_model, asked.with_thought(answer.thought_ids))
     for got, want in zip(answer.token_logprobs, expected, strict=True):
         assert list(got) == pytest.approx(want, abs=1e-4)

@@ -14,6 +14,7 @@ from priorzero.llm.update.losses import (
     entropy_of,
     kl_divergence,
     kl_estimate,
+    reinforce_surrogate,
     sft_action_loss,
     sft_token_loss,
 )
@@ -91,6 +92,16 @@ def test_a_clipped_unit_gives_no_gradient():
     log_ratio = torch.tensor([math.log(2.0)], requires_grad=True)
     clipped_surrogate(log_ratio, 2.0 * ONE, low=0.2, high=0.2).value.sum().backward()
     assert log_ratio.grad.tolist() == [0.0]
+
+
+def test_reinforce_by_hand():
+    """A log pi, whatever the old policy was; its gradient is the advantage."""
+    value = torch.tensor([-1.0, -2.0], requires_grad=True)
+    got = reinforce_surrogate(value, torch.tensor([0.0, math.log(9.0)]), torch.tensor([2.0, -3.0]))
+    assert got.value.tolist() == [-2.0, 6.0] and got.clipped.tolist() == [False, False]
+    assert got.ratio.tolist() == pytest.approx([1.0, 9.0])
+    got.value.sum().backward()
+    assert value.grad.tolist() == [2.0, -3.0]
 
 
 @pytest.mark.parametrize(

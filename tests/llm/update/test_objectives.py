@@ -16,6 +16,8 @@ from priorzero.llm.scoring.forward import tree_logprobs
 from priorzero.llm.scoring.items import prepare
 from priorzero.llm.update.build import OBJECTIVES, make_objectives
 from priorzero.llm.update.objective import Answer
+from priorzero.settings.llm import PromptSettings, ReasoningSettings
+from priorzero.types import PriorZeroError
 from tests.llm.decisions import (
     REQUESTS,
     answer,
@@ -31,6 +33,7 @@ from tests.llm.decisions import (
 )
 
 NAMES = plugins.names(OBJECTIVES)
+KINDS = [(name, surrogate) for name in NAMES for surrogate in ("clipped", "reinforce")]
 
 
 def test_all_objectives_are_here():
@@ -45,26 +48,41 @@ def log_policy(actions: list[torch.Tensor]) -> torch.Tensor:
     return totals - totals.exp().sum().log()
 
 
-def rated(name: str, said, action: int, cot: float):
-    """[(value, the engine's part of it, share)] of a decision."""
+def rated(name: str, said, action: int, cot: float, by_token: bool):
+    """[(value, the engine's part of it, share, of the thought)] of a decision.
+
+    `by_token`: the sequence's ratio with the gradient of one token after the other, as GSPO-token.
+    """
     actions, thought = said
-    thoughts = [(value, value, cot / len(thought)) for value in thought] if cot else []
+    thoughts = [(value, value, cot / len(thought), True) for value in thought] if cot else []
     if name == "action":
-        return [(log_policy(actions)[action], 0.0, 1.0), *thoughts]
+        return [(log_policy(actions)[action], 0.0, 1.0, False), *thoughts]
     tokens = actions[action]
     if name == "token":
-        return [(value, 0.0, 1 / len(tokens)) for value in tokens] + thoughts
+        return [(value, 0.0, 1 / len(tokens), False) for value in tokens] + thoughts
     length = len(tokens) + cot * len(thought)
     drawn = cot * sum(thought) / length if cot else 0.0
-    return [(sum(tokens) / length + drawn, drawn, 1.0)]
+    value = sum(tokens) / length + drawn
+    if not by_token:
+        return [(value, drawn, 1.0, False)]
+    return [
+        (value.detach() + token - token.detach(), drawn, weight / length, of_thought)
+        for of_thought, weight, group in ((False, 1.0, tokens), (True, cot, thought))
+        for token in group
+    ]
 
 
-def slow_loss(name: str, drawn, advantage: float, s, train, new, old, first) -> torch.Tensor:
+def slow_loss(
+    name: str, drawn, advantage: float, s, train, new, old, first, ended: float = 0.0
+) -> torch.Tensor:
     """Loss of one decision; `new`, `old`, `first`: what the LLM says now, before the phase, before
-    all training.
+    all training; `ended`: the share of thoughts that the LLM ended.
     """
     action, cot, beta = drawn.action_index, s.cot_weight, train.kl_coef
-    engine = ([torch.tensor(t) for t in drawn.collected_logprobs], drawn.thought_logprobs)
+    engine = (
+        [torch.tensor(t) for t in drawn.collected_logprobs],
+        [torch.tensor(t) for t in drawn.thought_logprobs],
+    )
     reference = first if s.kl_reference == "initial" else engine
 
     weight = 1.0
@@ -73,8 +91,9 @@ def slow_loss(name: str, drawn, advantage: float, s, train, new, old, first) -> 
         weight = min(s.max_importance, pi / drawn.behaviour[action])
 
     loss = torch.zeros(())
-    units = [rated(name, said, action, cot) for said in (new, old, engine, reference)]
-    for (x, _, share), (x_old, d_old, _), (x_eng, d_eng, _), (x_ref, _, _) in zip(
+    apart = s.format_reward > 0
+    units = [rated(name, said, action, cot, apart) for said in (new, old, engine, reference)]
+    for (x, _, share, of_thought), (x_old, d_old, *_), (x_eng, d_eng, *_), (x_ref, *_) in zip(
         *units, strict=True
     ):
         k_whole = math.exp(x_old - x_eng)
@@ -87,9 +106,13 @@ def slow_loss(name: str, drawn, advantage: float, s, train, new, old, first) -> 
             k = 0.0
 
         a = advantage - beta * float(x_old - x_ref) if s.kl_estimator == "k1" else advantage
+        if of_thought:
+            a = a + s.format_reward * ((1.0 if drawn.thought_ended else 0.0) - ended)
         ratio = torch.exp(x - x_old)
         high = train.clip_epsilon if s.clip_epsilon_high is None else s.clip_epsilon_high
-        if a >= 0:
+        if s.surrogate == "reinforce":
+            gain = a * x
+        elif a >= 0:
             gain = ratio * a if ratio < 1 + high else torch.tensor((1 + high) * a)
         else:
             gain = (
@@ -123,7 +146,14 @@ def near(model, by: float, seed: int):
 
 THOUGHTS = ("Up it is.", "No", "The door, then")
 BARE = [
-    thinking(REQUESTS[i], THOUGHTS[i], action_index=i, behaviour=mu, value_target=value)
+    thinking(
+        REQUESTS[i],
+        THOUGHTS[i],
+        action_index=i,
+        behaviour=mu,
+        value_target=value,
+        thought_ended=i != 1,
+    )
     for i, mu, value in (
         (0, (0.3, 0.7), 1.0),
         (1, (0.5, 0.05, 0.45), -2.0),
@@ -166,11 +196,31 @@ CASES = {
     "k2": (dict(kl_estimator="k2", kl_reference="initial"), dict(kl_coef=0.5)),
     "k3": (dict(kl_estimator="k3", max_importance=2.0), dict(kl_coef=0.5)),
     "exact to initial": (dict(kl_reference="initial"), dict(kl_coef=0.5)),
+    "reinforce": (dict(surrogate="reinforce"), dict(kl_coef=0.0)),
+    "reinforce with all corrections": (
+        dict(
+            surrogate="reinforce",
+            max_importance=2.0,
+            mismatch="truncate",
+            mismatch_high=1.01,
+            kl_estimator="k3",
+        ),
+        dict(kl_coef=0.3, entropy_coef=0.1),
+    ),
+    "format": (dict(format_reward=0.8), dict(kl_coef=0.0)),
+    "format with clips": (
+        dict(format_reward=2.0, clip_epsilon_high=0.02, kl_estimator="k1"),
+        dict(kl_coef=0.5, clip_epsilon=0.01),
+    ),
+    "format with reinforce": (
+        dict(format_reward=0.8, surrogate="reinforce", kl_estimator="k2"),
+        dict(kl_coef=0.3),
+    ),
 }
+WITH_THOUGHTS = [(case, cot) for case in CASES for cot in (0.0, 0.7) if cot or "format" not in case]
 
 
-@pytest.mark.parametrize("cot", [0.0, 0.7])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "cot"), WITH_THOUGHTS)
 @pytest.mark.parametrize("name", NAMES)
 def test_loss_and_gradient_are_those_of_the_equations(name, case, cot, byte_model):
     model = byte_model
@@ -202,7 +252,15 @@ def test_loss_and_gradient_are_those_of_the_equations(name, case, cot, byte_mode
             before, begin = says(old, one), says(first, one)
         expected.append(
             slow_loss(
-                name, one, one.advantage, chosen, train_settings, says(model, one), before, begin
+                name,
+                one,
+                one.advantage,
+                chosen,
+                train_settings,
+                says(model, one),
+                before,
+                begin,
+                ended=2 / 3,
             )
         )
     theirs = torch.autograd.grad(sum(expected), weights)
@@ -242,10 +300,12 @@ def test_the_cases_reach_what_they_are_for(byte_model):
 
 def test_a_phase_of_the_trainer_is_that_of_the_equations(tiny):
     """Two passes of one step each: loss and gradient norm, the second with ratios other than 1."""
-    for name in NAMES:
+    for name, surrogate in KINDS:
         model = tiny(vocab=262)
         drawn = decisions(near(model, 0.01, 1))
-        chosen = rft_settings(objective=name, cot_weight=0.5, epochs=2, max_importance=2.0)
+        chosen = rft_settings(
+            objective=name, surrogate=surrogate, cot_weight=0.5, epochs=2, max_importance=2.0
+        )
         fields = dict(rft=chosen, kl_coef=0.1, learning_rate=1e-3)
 
         slow, train = copy.deepcopy(model), settings(**fields).train
@@ -278,12 +338,11 @@ def totals(trainer, asked) -> list[float]:
     return trainer.score([asked])[0].totals()
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_good_actions_get_likelier_and_bad_ones_less(name, byte_model):
+@pytest.mark.parametrize(("name", "surrogate"), KINDS)
+def test_good_actions_get_likelier_and_bad_ones_less(name, surrogate, byte_model):
     """Over the valid actions, and in the probability of their texts."""
-    trainer = trainer_of(
-        byte_model, rft=rft_settings(objective=name, advantage="raw"), learning_rate=1e-3
-    )
+    chosen = rft_settings(objective=name, surrogate=surrogate, advantage="raw")
+    trainer = trainer_of(byte_model, rft=chosen, learning_rate=1e-3)
     good = sample(REQUESTS[2], value_target=1.0)
     bad = sample(request("Cellar.\nAction:", ("us", "in", "open")), action_index=1, value_target=-1)
     before = [(policy(trainer, s.request), totals(trainer, s.request)) for s in (good, bad)]
@@ -296,9 +355,9 @@ def test_good_actions_get_likelier_and_bad_ones_less(name, byte_model):
         assert after[0][1][0] > before[0][1][0] and after[1][1][1] < before[1][1][1]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "surrogate"), KINDS)
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
-def test_thoughts_move_with_their_weight_and_not_without(name, advantage, tiny):
+def test_thoughts_move_with_their_weight_and_not_without(name, surrogate, advantage, tiny):
     """Without, training is to the last bit what it is where the thought is part of the prompt."""
     fields = dict(value_target=advantage, action_index=1)
     thoughtful = thinking(REQUESTS[0], "Up it is.", **fields)
@@ -307,7 +366,9 @@ def test_thoughts_move_with_their_weight_and_not_without(name, advantage, tiny):
     for cot in (0.0, 2.0):
         for drawn in (thoughtful, given):
             model = tiny(vocab=262)
-            chosen = rft_settings(objective=name, cot_weight=cot, advantage="raw")
+            chosen = rft_settings(
+                objective=name, surrogate=surrogate, cot_weight=cot, advantage="raw"
+            )
             trainer = trainer_of(model, rft=chosen, learning_rate=1e-4)
             before = says(model, thoughtful)[1].sum().item()
             trainer.update({"rft": [drawn]})
@@ -337,6 +398,68 @@ def test_no_gradient_reaches_a_thought_without_weight(name, byte_model):
             assert (gradient < 0).all(), "likelier thoughts lower the loss of a good decision"
 
 
+@pytest.mark.parametrize(("name", "surrogate"), KINDS)
+def test_the_format_reward_is_for_the_thoughts_tokens_alone(name, surrogate, byte_model):
+    """As good as expected, three thoughts, of which two were ended: +1/3 and -2/3 of the reward."""
+    drawn = [
+        thinking(REQUESTS[i], THOUGHTS[i], thought_ended=ended)
+        for i, ended in enumerate((True, False, True))
+    ]
+    chosen = rft_settings(
+        objective=name, surrogate=surrogate, cot_weight=1.0, advantage="raw", format_reward=0.6
+    )
+    objective = make_objectives(settings(rft=chosen), "sum")["rft"]
+    said = [answer(byte_model, one) for one in drawn]
+    targets, metrics = objective.prepare(drawn, lambda *_, **__: said)
+    assert metrics["reasoning_ended"] == pytest.approx(2 / 3)
+
+    for one, target, given in zip(said, targets, (0.2, -0.4, 0.2), strict=True):
+        thought, actions = (x.clone().requires_grad_() for x in (one.thought, one.actions))
+        loss, _ = objective.loss(Answer(one.request, actions, thought), target)
+        of_thought, of_actions = torch.autograd.grad(loss, (thought, actions))
+        assert not of_actions.any()
+        share = 1 / len(thought)  # of each token in a thought's weight
+        if name == "sequence":
+            share = 1 / (len(thought) + len(one.tokens(0)))
+        assert of_thought.tolist() == pytest.approx([-given * share] * len(thought), rel=1e-5)
+
+
+def test_the_format_reward_is_silent_where_all_thoughts_are_alike(byte_model):
+    """All ended, none, or no thought at all: nothing is added, and without thoughts no rate."""
+    chosen = rft_settings(cot_weight=1.0, advantage="raw", format_reward=5.0)
+    for ended in (True, False):
+        drawn = [thinking(REQUESTS[0], "Up it is.", thought_ended=ended, value_target=1.0)] * 2
+        drawn.append(sample(REQUESTS[1], value_target=1.0))
+        objective = make_objectives(settings(rft=chosen), "sum")["rft"]
+        said = [answer(byte_model, one) for one in drawn]
+        targets, metrics = objective.prepare(drawn, lambda *_, said=said, **__: said)
+        assert metrics["reasoning_ended"] == float(ended)
+        assert all((target.advantage == 1.0).all() for target in targets)
+        _, metrics = objective.prepare(drawn[2:], lambda *_, said=said, **__: said[2:])
+        assert "reasoning_ended" not in metrics
+
+
+@pytest.mark.parametrize(
+    ("rft", "more", "message"),
+    [
+        (dict(format_reward=1.0), dict(prompt=PromptSettings()), "without prompt.use_cot"),
+        (dict(format_reward=1.0), {}, "rft.cot_weight is 0"),
+        (dict(format_reward=-1.0, cot_weight=1.0), {}, "must not be negative"),
+        (dict(surrogate="vanilla"), {}, "clipped or reinforce"),
+        (dict(surrogate="reinforce", dual_clip=3.0), {}, "no ratio that could be clipped"),
+        (dict(surrogate="reinforce", clip_epsilon_high=0.3), {}, "no ratio that could be clipped"),
+        (
+            dict(cot_weight=1.0),
+            dict(reasoning=ReasoningSettings(temperature=0.7)),
+            "the policy at temperature 1",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused(rft, more, message):
+    with pytest.raises(PriorZeroError, match=message):
+        settings(rft=rft_settings(**rft), **more)
+
+
 def test_units_by_hand():
     """Action 1 has the tokens -2, -1, -1, -0.5 (" us" and the terminator), a thought -1, -3."""
     asked = REQUESTS[0].with_thought(ids("ab") + ids("\nAction:"))
@@ -354,5 +477,10 @@ def test_units_by_hand():
     assert units("token", 0.0).value.tolist() == pytest.approx([-2.0, -1.0, -1.0, -0.5])
     assert units("token", 0.5).share.tolist() == pytest.approx([0.25] * 4 + [0.25] * 2)
     assert units("sequence", 0.0).value.tolist() == pytest.approx([-4.5 / 4])
-    assert units("sequence", 1.0).value.tolist() == pytest.approx([-8.5 / 6])
-    assert units("sequence", 0.5).drawn.tolist() == pytest.approx([-2.0 / 5])
+    assert units("sequence", 0.0).thought.tolist() == [False]
+    assert units("sequence", 1.0).value.tolist() == pytest.approx([-8.5 / 6] * 2)
+    assert units("sequence", 1.0).share.tolist() == pytest.approx([4 / 6, 2 / 6])
+    assert units("sequence", 0.5).drawn.tolist() == pytest.approx([-2.0 / 5] * 2)
+    assert units("sequence", 0.5).thought.tolist() == [False, True]
+    assert units("token", 0.5).thought.tolist() == [False] * 4 + [True] * 2
+    assert units("action", 0.5).thought.tolist() == [False] + [True] * 2

@@ -66,7 +66,9 @@ class TestChainOfThought:
         assert sample.request.prompt_ids == ASKED.prompt_ids + THOUGHT
         assert sample.request.body_ids[-sample.thought_tokens :] == THOUGHT
         assert not sample.request.reasoning
-        assert sample.thought_logprobs == written
+        assert sample.thought_logprobs == written and not sample.thought_ended
+        ended = dataclasses.replace(answer, thought_ended=True)
+        assert build_sample(step(request=self.asked, scores=ended), 4.0).thought_ended
         assert [sample.request.body_ids[i] for i in sample.written] == list(THOUGHT[:3])
 
     @pytest.mark.parametrize("scores", [None, ANSWER])

@@ -32,8 +32,10 @@ class Action:
         chosen = answer.policy(self.reduction)[action : action + 1]
         thought = answer.thought if self.cot_weight else answer.thought[:0]
         shares = [1.0] + [self.cot_weight / max(1, len(thought))] * len(thought)
+        value = torch.cat([chosen, thought])
         return Units(
-            value=torch.cat([chosen, thought]),
+            value=value,
             drawn=torch.cat([torch.zeros_like(chosen), thought]),
             share=chosen.new_tensor(shares),
+            thought=torch.arange(len(value), device=value.device) >= 1,
         )

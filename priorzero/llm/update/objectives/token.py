@@ -33,8 +33,10 @@ class Token:
         thought = answer.thought if self.cot_weight else answer.thought[:0]
         shares = [1.0 / len(tokens)] * len(tokens)
         shares += [self.cot_weight / max(1, len(thought))] * len(thought)
+        value = torch.cat([tokens, thought])
         return Units(
-            value=torch.cat([tokens, thought]),
+            value=value,
             drawn=torch.cat([torch.zeros_like(tokens), thought]),
             share=tokens.new_tensor(shares),
+            thought=torch.arange(len(value), device=value.device) >= len(tokens),
         )

@@ -16,17 +16,21 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from priorzero.llm.model import pick_dtype
+from priorzero.llm.model import base_model, pick_dtype
 from priorzero.llm.scoring.forward import computing, tree_logprobs
 from priorzero.llm.scoring.head_cache import HeadCache
 from priorzero.llm.scoring.items import TreeItem, plan_batches, prepare
+from priorzero.llm.scoring.layers import checkpointable_layers
 from priorzero.llm.scoring.logits import split_actions
 from priorzero.llm.scoring.trunk import TrunkCache, frozen_layers
+from priorzero.llm.update.bad_steps import BadSteps, NotFinite
 from priorzero.llm.update.build import make_objectives
+from priorzero.llm.update.learning_rate import learning_rate
 from priorzero.llm.update.objective import Answer, Objective
 from priorzero.llm.update.samples import LLMSample
 from priorzero.llm.weights.adapters import with_adapters
@@ -43,15 +47,27 @@ logger = logging.getLogger(__name__)
 _BETAS = (0.9, 0.95)  # AdamW's, as usual for language models
 
 
+class _Ready(NamedTuple):
+    """A decision of a phase: as it was drawn, ready for the forward, and with its targets."""
+
+    sample: LLMSample
+    item: TreeItem
+    prepared: Any
+
+
 def make(
-    model: torch.nn.Module, tokenizer, settings: LLMSettings, reduction: str
+    model: torch.nn.Module,
+    tokenizer,
+    settings: LLMSettings,
+    reduction: str,
+    folder: Path | None = None,
 ) -> BuiltinTrainer:
     """Plug-in contract of `trainers/`; see `BuiltinTrainer`.
 
     Args:
         tokenizer: not needed here; samples are token ids.
     """
-    return BuiltinTrainer(model, settings, make_objectives(settings, reduction))
+    return BuiltinTrainer(model, settings, make_objectives(settings, reduction), folder)
 
 
 class BuiltinTrainer:
@@ -64,18 +80,27 @@ class BuiltinTrainer:
         settings: the `llm` group.
         objectives: by name, see `make_objectives`. Where one asks for the LLM before any training,
             it is this model with its adapters switched off, or a copy of all weights.
+        folder: of the run; `bad_steps/` in there keeps steps that were skipped. None: none is kept.
 
     Raises:
-        PriorZeroError: the adapters' target modules do not exist in this model.
+        PriorZeroError: the adapters' target modules do not exist in this model, or gradient
+            checkpointing is asked for and its layers are not found.
     """
 
     def __init__(
-        self, model: torch.nn.Module, settings: LLMSettings, objectives: Mapping[str, Objective]
+        self,
+        model: torch.nn.Module,
+        settings: LLMSettings,
+        objectives: Mapping[str, Objective],
+        folder: Path | None = None,
     ) -> None:
         self._settings = settings.train
         self._objectives = dict(objectives)
         self.version = 0
         self._steps = 0
+        self._bad_steps = BadSteps(
+            None if folder is None else folder / "bad_steps", settings.train.max_bad_steps
+        )
         self.lock = threading.RLock()
 
         self.device = next(model.parameters()).device
@@ -90,6 +115,12 @@ class BuiltinTrainer:
             model = with_adapters(model, settings.lora, self._compute_dtype)
         self._model = model.eval()
         self.trunk = self._make_trunk(settings.trunk_cache_mib)
+        if settings.train.gradient_checkpointing and not checkpointable_layers(self._model):
+            raise PriorZeroError(
+                f"the layers of this LLM ({type(base_model(self._model)).__name__}) cannot be told "
+                "apart, so that none can be computed apart; set llm.train.gradient_checkpointing "
+                "to false"
+            )
 
         self._parameters = [p for p in self._model.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(
@@ -111,15 +142,16 @@ class BuiltinTrainer:
     def update(self, samples: Mapping[str, Sequence[LLMSample]]) -> dict[str, float]:
         """See `LLMTrainer.update`.
 
-        Metrics of every objective besides its own: grad_norm (mean over the steps, before
-        clipping), epochs (passes over the samples, fewer where the objective stopped), tokens,
-        samples, seconds.
+        Metrics of every objective besides its own: grad_norm (mean over the steps taken, before
+        clipping), learning_rate (of the last one), epochs (passes over the samples, fewer where the
+        objective stopped or a step was skipped), skipped_steps (a number in them was not finite),
+        tokens, samples, seconds. Without a step taken there is nothing of the objective's own.
         """
         metrics: dict[str, float] = {}
         with self.lock:
             for name, drawn in samples.items():
                 if drawn:
-                    values = self._train(self._objectives[name], drawn)
+                    values = self._train(name, drawn)
                     metrics |= {f"{name}_{key}": value for key, value in values.items()}
             self.version += bool(metrics)
             self._optimizer.zero_grad(set_to_none=True)
@@ -128,88 +160,135 @@ class BuiltinTrainer:
         logger.debug("LLM weights %d: %s", self.version, metrics)
         return metrics
 
-    def _train(self, objective: Objective, samples: Sequence[LLMSample]) -> dict[str, float]:
+    def _train(self, name: str, samples: Sequence[LLMSample]) -> dict[str, float]:
         """Cut into optimiser steps, each into micro-batches; the loss of a step is the mean over
-        its samples.
+        its samples. A step with a number that is not finite is skipped.
         """
         started = time.perf_counter()
-        prepared, metrics = objective.prepare(samples, self._answers)
-        items = _items(samples, objective.thoughts)
-        ready = list(zip(items, prepared, strict=True))
+        objective = self._objectives[name]
+        done = {"samples": float(len(samples)), "skipped_steps": 0.0}
+        try:
+            prepared, metrics = objective.prepare(samples, self._answers)
+        except NotFinite as fault:
+            self._skip(fault, name, samples, ())
+            return done | {"skipped_steps": 1.0, "seconds": time.perf_counter() - started}
 
-        tally, norms, tokens = _Tally(), [], 0
+        items = _items(samples, objective.thoughts)
+        ready = [_Ready(*row) for row in zip(samples, items, prepared, strict=True)]
         size = self._settings.batch_size or len(samples)
         steps = [ready[start : start + size] for start in range(0, len(ready), size)]
+
+        rows: list[dict[str, float]] = []
+        norms, tokens = [], 0
         for step in steps * objective.passes:
             self._optimizer.zero_grad(set_to_none=True)
-            own = _Tally()
-            tokens += self._gradients(objective, step, (tally, own))
-            if objective.stops(own.means()):
+            try:
+                own, computed = self._gradients(objective, step)
+                tokens += computed
+                stops = objective.stops(_means(own))
+                norm = None if stops else self._step()
+            except NotFinite as fault:
+                self._skip(fault, name, [r.sample for r in step], [r.prepared for r in step])
+                done["skipped_steps"] += 1
+                continue
+            rows += own
+            if norm is None:
                 break
-            norms.append(self._step())
+            norms.append(norm)
+            self._bad_steps.passed()
 
-        objective.finish(tally.means())
-        return tally.means() | {
-            **metrics,
-            "grad_norm": sum(norms) / max(1, len(norms)),
-            "epochs": len(norms) / len(steps),
-            "tokens": float(tokens),
-            "samples": float(len(samples)),
-            "seconds": time.perf_counter() - started,
-        }
+        if rows:
+            objective.finish(_means(rows))
+        return (
+            _means(rows)
+            | metrics
+            | done
+            | {
+                "grad_norm": sum(norms) / max(1, len(norms)),
+                "learning_rate": learning_rate(self._settings, max(1, self._steps)),
+                "epochs": len(norms) / len(steps),
+                "tokens": float(tokens),
+                "seconds": time.perf_counter() - started,
+            }
+        )
+
+    def _skip(
+        self,
+        fault: NotFinite,
+        name: str,
+        samples: Sequence[LLMSample],
+        targets: Sequence[Any],
+    ) -> None:
+        """Leave everything as it was before the step; see `BadSteps.skipped`."""
+        self._optimizer.zero_grad(set_to_none=True)
+        self._bad_steps.skipped(
+            fault, samples, targets, objective=name, version=self.version, step=self._steps
+        )
 
     def _gradients(
-        self, objective: Objective, step: Sequence[tuple[TreeItem, Any]], tallies: Sequence[_Tally]
-    ) -> int:
-        """Gradients of one optimiser step; returns the tokens it computed."""
+        self, objective: Objective, step: Sequence[_Ready]
+    ) -> tuple[list[dict[str, float]], int]:
+        """Gradients of one optimiser step.
+
+        Returns:
+            each decision's metrics, and how many tokens were computed.
+
+        Raises:
+            NotFinite: a loss is not.
+        """
+        rows: list[dict[str, float]] = []
         tokens = 0
-        items = [item for item, _ in step]
+        items = [one.item for one in step]
         for batch in plan_batches(items, self._settings.max_batch_tokens):
-            self._backward(objective, [step[i] for i in batch], len(step), tallies)
+            rows += self._backward(objective, step, batch)
             tokens += sum(items[i].num_tokens for i in batch)
             tokens += len(items[batch[0]].request.head_ids)
-        return tokens
+        return rows, tokens
 
     def _backward(
-        self,
-        objective: Objective,
-        batch: list[tuple[TreeItem, Any]],
-        share: int,
-        tallies: Sequence[_Tally],
-    ) -> None:
-        """Add one micro-batch's gradients; `share` samples make one step."""
+        self, objective: Objective, step: Sequence[_Ready], batch: Sequence[int]
+    ) -> list[dict[str, float]]:
+        """Add the gradients of one micro-batch, the places `batch` of a step; returns metrics."""
         with computing(self.device, self._compute_dtype):
-            flats = tree_logprobs(self._model, [item for item, _ in batch], trunk=self.trunk)
-
-        losses = []
-        for flat, (item, prepared) in zip(flats, batch, strict=True):
-            loss, metrics = objective.loss(_answer(item, flat), prepared)
-            losses.append(loss)
-            for tally in tallies:
-                tally.add(metrics)
-
-        total = torch.stack(losses).sum() / share
-        if not torch.isfinite(total):
-            raise PriorZeroError(
-                f"the LLM's loss became {total.item()}; lower llm.train.learning_rate and resume "
-                "from a checkpoint"
+            flats = tree_logprobs(
+                self._model,
+                [step[i].item for i in batch],
+                trunk=self.trunk,
+                checkpointing=self._settings.gradient_checkpointing,
             )
+
+        losses, rows = [], []
+        for flat, i in zip(flats, batch, strict=True):
+            loss, metrics = objective.loss(_answer(step[i].item, flat), step[i].prepared)
+            losses.append(loss)
+            rows.append({key: float(value) for key, value in metrics.items()})
+
+        total = torch.stack(losses).sum() / len(step)
+        if not torch.isfinite(total):
+            culprits = [
+                i for i, loss in zip(batch, losses, strict=True) if not torch.isfinite(loss)
+            ]
+            raise NotFinite("loss", total.item(), culprits)
         total.backward()
+        return rows
 
     def _step(self) -> float:
-        """One optimiser step; returns the gradient's norm before clipping."""
-        s = self._settings
-        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, s.max_grad_norm))
+        """One optimiser step.
+
+        Returns:
+            the gradient's norm before clipping.
+
+        Raises:
+            NotFinite: it is not; nothing was changed.
+        """
+        limit = self._settings.max_grad_norm
+        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, limit))
         if not math.isfinite(norm):
-            raise PriorZeroError(
-                f"the LLM's gradient norm became {norm}; lower llm.train.learning_rate and resume "
-                "from a checkpoint"
-            )
+            raise NotFinite("gradient norm", norm)
 
         self._steps += 1
-        warm = min(1.0, self._steps / s.warmup_steps) if s.warmup_steps else 1.0
         for group in self._optimizer.param_groups:
-            group["lr"] = s.learning_rate * warm
+            group["lr"] = learning_rate(self._settings, self._steps)
         self._optimizer.step()
         return norm
 
@@ -241,7 +320,11 @@ class BuiltinTrainer:
     def _answers(
         self, samples: Sequence[LLMSample], *, thoughts: bool = False, initial: bool = False
     ) -> list[Answer]:
-        """See `Score`."""
+        """See `Score`.
+
+        Raises:
+            NotFinite: a log-probability is not.
+        """
         items = _items(samples, thoughts)
         with self.lock, contextlib.ExitStack() as stack:
             model, trunk = self._model, self.trunk
@@ -250,6 +333,10 @@ class BuiltinTrainer:
             elif initial:
                 stack.enter_context(model.disable_adapter())
             flats = self._forward(model, items, self._compute_dtype, trunk)
+
+        odd = [i for i, flat in enumerate(flats) if not flat.isfinite().all()]
+        if odd:
+            raise NotFinite("log-probabilities", float(flats[odd[0]].sum()), odd)
         return [_answer(item, flat.double()) for item, flat in zip(items, flats, strict=True)]
 
     def _forward(
@@ -276,8 +363,9 @@ class BuiltinTrainer:
         return Weights(self._model)
 
     def state_dict(self) -> dict:
-        """Trained weights (adapters only with LoRA), optimiser, its steps, what the objectives
-        remember, identity of the base. Their version is the loop's to save (`Progress`).
+        """Trained weights (adapters only with LoRA), optimiser, its steps and those skipped in a
+        row, what the objectives remember, identity of the base. Their version is the loop's to save
+        (`Progress`).
 
         The tensors are the live ones, as torch's own state_dict gives them: write them out before
         the next update.
@@ -290,6 +378,7 @@ class BuiltinTrainer:
                 "model": weights,
                 "optimizer": self._optimizer.state_dict(),
                 "steps": self._steps,
+                "bad_steps": self._bad_steps.in_a_row,
                 "objectives": {name: o.state_dict() for name, o in self._objectives.items()},
             }
 
@@ -310,7 +399,8 @@ class BuiltinTrainer:
                 )
             self._optimizer.load_state_dict(state["optimizer"])
             self._steps = state["steps"]
-            # Earlier checkpoints have none; one may have been switched on or off since.
+            # Earlier checkpoints have neither; an objective may have been switched on or off since.
+            self._bad_steps.in_a_row = state.get("bad_steps", 0)
             for name, kept in state.get("objectives", {}).items():
                 if name in self._objectives:
                     self._objectives[name].load_state_dict(kept)
@@ -335,20 +425,13 @@ def _answer(item: TreeItem, flat: torch.Tensor) -> Answer:
     return Answer(item.request, flat[:actions], flat[actions:])
 
 
-class _Tally:
-    """Means of per-sample metrics over one update."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, float] = {}
-        self._samples = 0
-
-    def add(self, values: Mapping[str, Any]) -> None:
-        self._samples += 1
-        for key, value in values.items():
-            self._sums[key] = self._sums.get(key, 0.0) + float(value)
-
-    def means(self) -> dict[str, float]:
-        return {key: value / self._samples for key, value in self._sums.items()}
+def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Means of per-sample metrics; empty without samples."""
+    sums: dict[str, float] = {}
+    for row in rows:
+        for key, value in row.items():
+            sums[key] = sums.get(key, 0.0) + value
+    return {key: value / len(rows) for key, value in sums.items()}
 
 
 def _return_freed_memory() -> None:
