@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from priorzero.data.batch import LearnOutput, WorldModelBatch
+from priorzero.data.batch import WorldModelBatch
 from priorzero.quiet import quiet_base
 from priorzero.run.randomness import generator_state, set_generator_state
 from priorzero.search.planner import Plan, Planner
@@ -30,7 +30,7 @@ from priorzero.search.roots import Root, SearchOutput
 from priorzero.settings.policy import PolicySettings
 from priorzero.text.vocabulary import ActionVocabulary, make_vocabulary
 from priorzero.world_model.model import PriorZeroModel
-from priorzero.world_model.trainer import WorldModelTrainer
+from priorzero.world_model.trainer import PendingOutput, WorldModelTrainer
 
 with quiet_base():
     from ding.utils import POLICY_REGISTRY
@@ -62,7 +62,7 @@ class PriorZeroPolicy(UniZeroPolicy):
         self.vocabulary = make_vocabulary(self._settings.action_vocabulary)
         self._embed_text: Callable[[list[str]], np.ndarray] | None = None
         self._rng = np.random.default_rng(cfg.seed)
-        self._trainer = WorldModelTrainer(self._model, self._settings, scalar_of, cfg.device)
+        self._trainer = WorldModelTrainer(self._model, self._settings, cfg.device)
         self._planner = Planner(self._model, self._settings, scalar_of, cfg.device)
         self._named = [self.network, self.target_network]  # what new actions are named in
 
@@ -233,12 +233,8 @@ class PriorZeroPolicy(UniZeroPolicy):
 
         return reanalyse(batch, plan, self._settings.root_prior.reduction)
 
-    def _forward_learn(self, batch: WorldModelBatch) -> LearnOutput:
-        """One update of the world model.
-
-        Raises:
-            PriorZeroError: the loss is not finite.
-        """
+    def _forward_learn(self, batch: WorldModelBatch) -> PendingOutput:
+        """One update of the world model; see `WorldModelTrainer.update`."""
         return self._trainer.update(batch, self.vocabulary.used_mask)
 
     def _state_dict_learn(self) -> dict[str, Any]:
