@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -16,10 +15,12 @@ from typing import Any, TypeVar
 import numpy as np
 from easydict import EasyDict
 
-from priorzero.data.batch import Revisit, WorldModelBatch, fill_row, find_revisits
+from priorzero.data.batch import Revisit, WorldModelBatch, find_revisits, gather_batch
+from priorzero.data.columns import Column
 from priorzero.data.episodes import whole_episodes
 from priorzero.data.returns import n_step_return
-from priorzero.data.segment import Segment, Window, window
+from priorzero.data.segment import Segment, window
+from priorzero.data.store import StepStore
 from priorzero.llm.update.groups import Rate
 from priorzero.llm.update.samples import LLMSample, build_sample
 from priorzero.quiet import quiet_base
@@ -28,6 +29,8 @@ from priorzero.settings.policy import PolicySettings
 
 with quiet_base():
     from ding.utils import BUFFER_REGISTRY
+
+_LOOK_AT = 1024  # transitions that `sample_llm` looks up at once
 
 Method = TypeVar("Method", bound=Callable)
 
@@ -68,18 +71,20 @@ class PriorZeroGameBuffer:
     def __init__(self, settings: PolicySettings, observation_dim: int, seed: int) -> None:
         self._lock = threading.RLock()
         self._settings = settings
-        self._dim = observation_dim
-        self._segments: deque[Segment] = deque()
-        self._numbers: deque[int] = deque()  # running number of each segment
+        self._segments: dict[int, Segment] = {}  # by running number, oldest first
         self._next_number = 0
-        self._last_of_episode: dict[int, Segment] = {}
+        self._dim = observation_dim
+        self._clear(first=0)
+        # Segments whose episode goes on, and their last transitions.
+        self._last_of_episode: dict[int, tuple[Segment, int]] = {}
         self._rng = np.random.default_rng(seed)
-        self._transitions = 0
-        self._dropped = 0  # transitions removed so far; indices count from the first ever pushed
-        self._starts: deque[int] = deque()
-        self._priorities = np.zeros(1024, dtype=np.float64)
-        self._offset = 0  # global index of _priorities[0]
         self._max_priority = 1.0
+
+    def _clear(self, first: int) -> None:
+        """Empty columns, in which transitions count from `first` on."""
+        self._store = StepStore(self._dim, self._settings.burn_in, first)
+        self._priorities = Column(np.float64, first=first)
+        self._powered = Column(np.float64, first=first)  # the priorities ** priority_prob_alpha
 
     @_one_at_a_time
     def push_game_segments(self, segments: Sequence[Segment]) -> None:
@@ -88,69 +93,61 @@ class PriorZeroGameBuffer:
         """
         for segment in segments:
             assert len(segment) > 0, "a collector pushes what it played or nothing"
-            self._link(segment)
-            self._append(segment, self._next_number, self._max_priority)
+            self._append(segment, self._next_number, np.full(len(segment), self._max_priority))
             self._next_number += 1
 
-    def _link(self, segment: Segment) -> None:
-        previous = self._last_of_episode.pop(segment.episode_id, None)
-        # After a resume the part between may be missing.
-        if previous and previous.steps[-1].timestep + 1 == segment.steps[0].timestep:
-            previous.successor = segment
+    def _append(self, segment: Segment, number: int, priorities: np.ndarray) -> None:
+        assert len(priorities) == len(segment)
+        self._store.append(segment, number, self._link(segment))
+        self._segments[number] = segment
+        self._priorities.append(priorities)
+        self._powered.append(priorities**self._settings.priority_prob_alpha)
         if segment.done_kind == "running":
-            self._last_of_episode[segment.episode_id] = segment
+            self._last_of_episode[segment.episode_id] = segment, self._store.end - 1
 
-    def _append(self, segment: Segment, number: int, priorities: np.ndarray | float) -> None:
-        start = self._dropped + self._transitions
-        self._segments.append(segment)
-        self._numbers.append(number)
-        self._starts.append(start)
-        self._transitions += len(segment)
-        self._reserve(start - self._offset + len(segment))
-        self._priorities[start - self._offset : start - self._offset + len(segment)] = priorities
-
-    def _reserve(self, size: int) -> None:
-        if size > len(self._priorities):
-            grown = np.zeros(max(size, 2 * len(self._priorities)), dtype=np.float64)
-            grown[: len(self._priorities)] = self._priorities
-            self._priorities = grown
+    def _link(self, segment: Segment) -> int | None:
+        """The last transition of the part of the episode that came right before, if it is held."""
+        previous, last = self._last_of_episode.pop(segment.episode_id, (None, None))
+        # After a resume the part between may be missing.
+        if previous is None or previous.steps[-1].timestep + 1 != segment.steps[0].timestep:
+            return None
+        previous.successor = segment
+        return last
 
     @_one_at_a_time
     def remove_oldest_data_to_fit(self) -> int:
         """Drop the oldest segments until at most replay_buffer_size transitions remain; returns how
         many were dropped.
         """
-        before = self._transitions
-        while self._transitions > self._settings.replay_buffer_size and len(self._segments) > 1:
-            gone = self._segments.popleft()
-            self._starts.popleft()
-            self._numbers.popleft()
-            self._transitions -= len(gone)
-            self._dropped += len(gone)
-            if self._last_of_episode.get(gone.episode_id) is gone:
+        before = len(self._store)
+        left = before
+        while left > self._settings.replay_buffer_size and len(self._segments) > 1:
+            gone = self._segments.pop(next(iter(self._segments)))
+            left -= len(gone)
+            if self._last_of_episode.get(gone.episode_id, (None,))[0] is gone:
                 del self._last_of_episode[gone.episode_id]
-        if self._dropped - self._offset > len(self._priorities) // 2:
-            self._priorities = np.roll(self._priorities, -(self._dropped - self._offset))
-            self._offset = self._dropped
-        return before - self._transitions
+
+        first = self._store.end - left
+        for part in (self._store, self._priorities, self._powered):
+            part.drop(first)
+        return before - left
 
     @_one_at_a_time
     def numbered_segments(self) -> Iterator[tuple[int, Segment]]:
         """What is held, oldest first, with running numbers from the first segment ever pushed."""
-        return zip(list(self._numbers), list(self._segments), strict=True)
+        return iter(list(self._segments.items()))
 
     @_one_at_a_time
     def state_dict(self) -> dict[str, Any]:
         """Running numbers, priorities and generator, as plain values and arrays. The segments are
         immutable and go to an archive (`priorzero/data/archive.py`).
         """
-        low = self._dropped - self._offset
         return {
-            "numbers": np.array(self._numbers, dtype=np.int64),
-            "lengths": np.array([len(s) for s in self._segments], dtype=np.int64),
+            "numbers": np.array(list(self._segments), dtype=np.int64),
+            "lengths": np.array([len(s) for s in self._segments.values()], dtype=np.int64),
             "next_number": self._next_number,
-            "dropped": self._dropped,
-            "priorities": self._priorities[low : low + self._transitions].copy(),
+            "dropped": self._store.first,
+            "priorities": self._priorities.held().copy(),
             "max_priority": self._max_priority,
             "rng": generator_state(self._rng),
         }
@@ -174,13 +171,12 @@ class PriorZeroGameBuffer:
 
         self._next_number = state["next_number"]
         # What is missing counts as dropped, so that the running numbers to come stay the same.
-        self._dropped = self._offset = state["dropped"] + missing
+        self._clear(first=state["dropped"] + missing)
         self._max_priority = state["max_priority"]
         set_generator_state(self._rng, state["rng"])
         for i in np.flatnonzero(found):
             segment = segments[int(numbers[i])]
             assert len(segment) == lengths[i]
-            self._link(segment)
             self._append(segment, int(numbers[i]), priorities[i])
         return missing
 
@@ -190,14 +186,14 @@ class PriorZeroGameBuffer:
 
     @_one_at_a_time
     def get_num_of_transitions(self) -> int:
-        return self._transitions
+        return len(self._store)
 
     def _locate(self, indices: np.ndarray) -> list[tuple[Segment, int]]:
-        """Global transition indices -> (segment, position)."""
-        starts = np.fromiter(self._starts, dtype=np.int64, count=len(self._starts))
-        which = np.searchsorted(starts, indices, side="right") - 1
+        """Running numbers of transitions -> (segment, position)."""
+        numbers, positions = self._store.places(indices)
         return [
-            (self._segments[w], int(i - starts[w])) for w, i in zip(which, indices, strict=True)
+            (self._segments[number], position)
+            for number, position in zip(numbers.tolist(), positions.tolist(), strict=True)
         ]
 
     @_one_at_a_time
@@ -208,20 +204,19 @@ class PriorZeroGameBuffer:
 
         P(i) = p_i^alpha / sum_j p_j^alpha; w_i = (N P(i))^-beta / max_j w_j over the batch.
         """
-        assert self._transitions > 0, "nothing was pushed yet"
+        first, total = self._store.first, len(self._store)
+        assert total > 0, "nothing was pushed yet"
         if not self._settings.use_priority:
-            return self._dropped + self._rng.integers(self._transitions, size=count), np.ones(
-                count, dtype=np.float32
-            )
+            ones = np.ones(count, dtype=np.float32)
+            return first + self._rng.integers(total, size=count), ones
 
-        low = self._dropped - self._offset
-        scaled = (
-            self._priorities[low : low + self._transitions] ** self._settings.priority_prob_alpha
-        )
-        probability = scaled / scaled.sum()
-        chosen = self._rng.choice(self._transitions, size=count, p=probability)
-        weights = (self._transitions * probability[chosen]) ** -self._settings.priority_prob_beta
-        return self._dropped + chosen, (weights / weights.max()).astype(np.float32)
+        # The same draws as `Generator.choice`, which checks all N probabilities each time.
+        powered = self._powered.held()
+        probability = powered / powered.sum()
+        cumulative = probability.cumsum()
+        chosen = (cumulative / cumulative[-1]).searchsorted(self._rng.random(count), side="right")
+        weights = (total * probability[chosen]) ** -self._settings.priority_prob_beta
+        return first + chosen, (weights / weights.max()).astype(np.float32)
 
     @_one_at_a_time
     def sample(self, batch_size: int) -> WorldModelBatch:
@@ -230,39 +225,40 @@ class PriorZeroGameBuffer:
 
     @_one_at_a_time
     def batch_of(self, indices: np.ndarray, weights: np.ndarray) -> WorldModelBatch:
-        """The batch whose rows begin at these transitions; see `fill_row` for the targets.
+        """The batch whose rows begin at these transitions; see `gather_batch` for the targets.
 
         Args:
             indices: `[B]` running numbers of transitions that are still held.
             weights: `[B]` float32 importance weights.
         """
         s = self._settings
-        batch = WorldModelBatch.zeros(
-            s.num_unroll_steps,
-            s.burn_in,
-            self._dim,
-            s.action_vocabulary.capacity,
+        windows = self._store.windows(np.asarray(indices), s.num_unroll_steps + s.td_steps)
+        batch = gather_batch(
+            self._store,
+            windows,
             weights,
-            indices,
+            self._store.draw_valid(windows.last, self._rng),
+            unroll=s.num_unroll_steps,
+            burn_in=s.burn_in,
+            td_steps=s.td_steps,
+            discount=s.discount_factor,
+            vocabulary=s.action_vocabulary.capacity,
         )
+        return replace(batch, revisits=self._revisits(batch)) if s.reanalyse_ratio else batch
 
-        reach = max(s.burn_in, s.context_steps - 1 if s.reanalyse_ratio else 0)
-        views = [
-            window(segment, position, s.num_unroll_steps + s.td_steps, reach)
-            for segment, position in self._locate(indices)
-        ]
-        for row, view in enumerate(views):
-            filler = int(self._rng.choice(view.steps[-1].valid_ids))
-            fill_row(batch, row, view, s.num_unroll_steps, s.td_steps, s.discount_factor, filler)
-        return replace(batch, revisits=self._revisits(views)) if s.reanalyse_ratio else batch
-
-    def _revisits(self, views: Sequence[Window]) -> list[Revisit]:
+    def _revisits(self, batch: WorldModelBatch) -> list[Revisit]:
         """Of a share of the rows, drawn anew for each batch."""
         s = self._settings
-        count = max(1, round(s.reanalyse_ratio * len(views)))
-        rows = self._rng.choice(len(views), size=count, replace=False)
+        count = max(1, round(s.reanalyse_ratio * len(batch)))
+        rows = self._rng.choice(len(batch), size=count, replace=False)
+
+        length, reach = s.num_unroll_steps + s.td_steps, max(s.burn_in, s.context_steps - 1)
+        places = self._locate(batch.indices[rows])
         return find_revisits(
-            {int(row): views[row] for row in rows},
+            {
+                int(row): window(segment, position, length, reach)
+                for row, (segment, position) in zip(rows, places, strict=True)
+            },
             s.num_unroll_steps,
             s.td_steps,
             s.discount_factor,
@@ -279,10 +275,13 @@ class PriorZeroGameBuffer:
             priorities: `[B]`, their absolute values count.
         """
         assert indices.shape == priorities.shape == (len(indices),)
-        alive = indices >= self._dropped
+        alive = indices >= self._store.first
         # The small constant keeps a perfectly predicted transition reachable.
         values = np.abs(priorities[alive]) + 1e-6
-        self._priorities[indices[alive] - self._offset] = values
+        self._priorities[indices[alive]] = values
+        self._powered[indices[alive]] = (
+            self._priorities[indices[alive]] ** self._settings.priority_prob_alpha
+        )
         if len(values):
             self._max_priority = max(self._max_priority, float(values.max()))
 
@@ -298,21 +297,25 @@ class PriorZeroGameBuffer:
             count: how many.
             recent: draw from the newest so many transitions; None: from all.
         """
-        low = max(self._transitions - recent, 0) if recent else 0
-        order = self._dropped + low + self._rng.permutation(self._transitions - low)
+        total = len(self._store)
+        low = max(total - recent, 0) if recent else 0
+        order = self._store.first + low + self._rng.permutation(total - low)
         samples: list[LLMSample] = []
-        for segment, position in self._locate(order):
-            if len(samples) == count:
-                break
-            step = segment.steps[position]
-            if len(step.valid_actions) < 2 or not step.searched:
-                continue
-            target = self._value_target(segment, position)
-            sample = build_sample(step, target) if np.isfinite(target) else None
-            if sample is not None:
-                samples.append(sample)
+        # Few of a large buffer's transitions are looked at: `count`, and what teaches nothing.
+        for start in range(0, len(order), _LOOK_AT):
+            for segment, position in self._locate(order[start : start + _LOOK_AT]):
+                if len(samples) == count:
+                    return samples
+                step = segment.steps[position]
+                if len(step.valid_actions) < 2 or not step.searched:
+                    continue
+                target = self._value_target(segment, position)
+                sample = build_sample(step, target) if np.isfinite(target) else None
+                if sample is not None:
+                    samples.append(sample)
         return samples
 
+    @_one_at_a_time
     def sample_episodes(self, count: int, recent: int, rate: Rate) -> list[LLMSample]:
         """Draw decisions of whole episodes for the LLM, without repetition; those with fewer than
         two valid actions, or without an LLM's request, are left out.
@@ -323,9 +326,14 @@ class PriorZeroGameBuffer:
             rate: the episodes -> decisions that may be drawn, each with how it turned out
                 (`GroupDraw`).
         """
-        low = self._dropped + max(self._transitions - recent, 0)
-        newest = zip(self._starts, self._segments, strict=True)
-        rated = rate(whole_episodes(segment for start, segment in newest if start >= low))
+        newest: list[Segment] = []
+        room = recent
+        for segment in reversed(self._segments.values()):
+            room -= len(segment)
+            if room < 0:
+                break
+            newest.append(segment)
+        rated = rate(whole_episodes(reversed(newest)))
 
         samples: list[LLMSample] = []
         for i in self._rng.permutation(len(rated)):

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from priorzero.data.batch import LearnOutput, WorldModelBatch
+from priorzero.data.batch import WorldModelBatch
 from priorzero.quiet import quiet_base
 from priorzero.run.randomness import generator_state, set_generator_state
 from priorzero.search.planner import Plan, Planner
@@ -37,7 +37,7 @@ from priorzero.search.roots import Root, SearchOutput
 from priorzero.settings.policy import PolicySettings
 from priorzero.text.vocabulary import ActionVocabulary, make_vocabulary
 from priorzero.world_model.model import PriorZeroModel
-from priorzero.world_model.trainer import WorldModelTrainer
+from priorzero.world_model.trainer import PendingOutput, WorldModelTrainer
 
 with quiet_base():
     from ding.utils import POLICY_REGISTRY
@@ -69,7 +69,7 @@ class PriorZeroPolicy(UniZeroPolicy):
         self.vocabulary = make_vocabulary(self._settings.action_vocabulary)
         self._embed_text: Callable[[list[str]], np.ndarray] | None = None
         self._rng = np.random.default_rng(cfg.seed)
-        self._trainer = WorldModelTrainer(self._model, self._settings, self._scalar_of, cfg.device)
+        self._trainer = WorldModelTrainer(self._model, self._settings, cfg.device)
         self._planner = self._planner_of(self._model)
         self._named = [self.network, self.target_network]  # what new actions are named in
         self._naming = threading.Lock()  # an id is used by nobody before it has its text
@@ -306,12 +306,8 @@ class PriorZeroPolicy(UniZeroPolicy):
 
         return reanalyse(batch, plan, self._settings.root_prior.reduction)
 
-    def _forward_learn(self, batch: WorldModelBatch) -> LearnOutput:
-        """One update of the world model.
-
-        Raises:
-            PriorZeroError: the loss is not finite.
-        """
+    def _forward_learn(self, batch: WorldModelBatch) -> PendingOutput:
+        """One update of the world model; see `WorldModelTrainer.update`."""
         return self._trainer.update(batch, self._used_actions())
 
     def _state_dict_learn(self) -> dict[str, Any]:

@@ -130,7 +130,8 @@ def test_it_learns_a_game_whose_values_are_known(corridor, scalar_of):
 def test_priorities_are_the_value_errors_of_the_first_step(corridor, scalar_of):
     policy, buffer = corridor
     batch = buffer.sample(8)
-    target = value_targets(batch, policy.target_network, scalar_of, "target_network")[:, 0].numpy()
+    values = policy.target_network.values
+    target = value_targets(batch, values, scalar_of, "target_network")[:, 0].numpy()
     priorities = policy.learn_mode.forward(batch).priorities
     # The value head starts at zero: it predicts 0 for every state whatever dropout does.
     np.testing.assert_allclose(priorities, np.abs(target), atol=1e-4)
@@ -201,18 +202,10 @@ def test_importance_weights_change_the_update(corridor):
 # ---- targets -------------------------------------------------------------------------------------
 
 
-class StateIndexTarget(torch.nn.Linear):
+def state_index_values(observations, actions):
     """A target network whose value of a state is ten times the index in its observation."""
-
-    def __init__(self) -> None:
-        super().__init__(1, 1)
-
-    def encode(self, observations):
-        return observations
-
-    def unroll(self, latents, actions):
-        assert actions.shape == latents.shape[:2]
-        return Unrolled(latent=None, reward=None, policy=None, value=10.0 * latents[..., :1])
+    assert actions.shape == observations.shape[:2]
+    return 10.0 * observations[..., :1]
 
 
 def indexed_buffer(buffer: PriorZeroGameBuffer, end: str) -> PriorZeroGameBuffer:
@@ -266,16 +259,13 @@ def test_value_targets_by_hand(make_policy, make_buffer, end, bootstrap):
         5 + (0 if over else 0.5 * v[5]),
         0.0,
     ]
-    targets = value_targets(batch, StateIndexTarget(), lambda x: x, bootstrap)
+    targets = value_targets(batch, state_index_values, lambda x: x, bootstrap)
     assert targets[0].tolist() == pytest.approx(by_hand)
 
 
-class RememberingTarget(StateIndexTarget):
+def remembering_values(observations, actions):
     """Its value of state i, seen from state j on, is 10 i + 1000 j."""
-
-    def unroll(self, latents, actions):
-        value = 10.0 * latents[..., :1] + 1000.0 * latents[:, :1, :1]
-        return Unrolled(latent=None, reward=None, policy=None, value=value)
+    return state_index_values(observations, actions) + 1000.0 * observations[:, :1, :1]
 
 
 @pytest.mark.parametrize(
@@ -296,7 +286,7 @@ def test_value_targets_with_burn_in_by_hand(make_policy, make_buffer, start, by_
     )
     buffer = indexed_buffer(make_buffer(policy), "truncated")
     batch = buffer.batch_of(np.array([start]), np.ones(1, dtype=np.float32))
-    targets = value_targets(batch, RememberingTarget(), lambda x: x, "target_network")
+    targets = value_targets(batch, remembering_values, lambda x: x, "target_network")
     assert targets[0].tolist() == pytest.approx(by_hand)
 
 

@@ -1,4 +1,4 @@
-"""The world model's batches, and the pure function that makes one row of one.
+"""The world model's batches, and the function that gathers one from the stored steps.
 
 With burn-in a row does not start cold: its window stands behind up to `c` real steps that only
 serve as context, as the root of a search stands behind the steps before it. Both begin at the
@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from priorzero.data.returns import n_step_return
+from priorzero.data.returns import n_step_return, n_step_returns
 from priorzero.data.segment import StepRecord, Window
+from priorzero.data.store import StepStore, Windows
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +44,7 @@ class WorldModelBatch:
 
     The n-step value target of step k is returns[k] + discounts[k] * v(s), where s is found at
     bootstrap_index[k] of the row's bootstrap sequence, a stretch of the same episode, or with
-    burn-in from W on in its own sequence (see `fill_row`).
+    burn-in from W on in its own sequence (see `gather_batch`).
 
     Attributes:
         observations: `[B, W+1, E]` a row's own sequence: its context, the unrolled window and what
@@ -85,42 +86,6 @@ class WorldModelBatch:
     indices: np.ndarray
     revisits: list[Revisit] = field(default_factory=list)
 
-    @classmethod
-    def zeros(
-        cls,
-        unroll: int,
-        burn_in: int,
-        dim: int,
-        vocabulary: int,
-        weights: np.ndarray,
-        indices: np.ndarray,
-    ) -> WorldModelBatch:
-        """An empty batch for `fill_row`, one row per index."""
-        assert len(weights) == len(indices)
-        shape, length = (len(indices), unroll), burn_in + unroll
-
-        def empty(*more: int, steps: int = unroll, dtype=np.float32) -> np.ndarray:
-            return np.zeros((len(indices), steps, *more), dtype=dtype)
-
-        return cls(
-            observations=empty(dim, steps=length + 1),
-            actions=empty(steps=length, dtype=np.int64),
-            starts=np.zeros(len(indices), dtype=np.int64),
-            rewards=empty(),
-            policies=empty(vocabulary),
-            mask_step=empty(),
-            mask_value=empty(),
-            mask_reward=empty(),
-            returns=empty(),
-            discounts=empty(),
-            bootstrap_observations=empty(dim, steps=length),
-            bootstrap_actions=empty(steps=length, dtype=np.int64),
-            bootstrap_index=empty(dtype=np.int64),
-            search_values=np.full(shape, np.nan, dtype=np.float32),
-            weights=weights,
-            indices=indices,
-        )
-
     @property
     def burn_in(self) -> int:
         """`c`, most steps of context of a row."""
@@ -143,16 +108,19 @@ class LearnOutput:
     priorities: np.ndarray
 
 
-def fill_row(
-    batch: WorldModelBatch,
-    row: int,
-    view: Window,
+def gather_batch(
+    store: StepStore,
+    windows: Windows,
+    weights: np.ndarray,
+    filler_actions: np.ndarray,
+    *,
     unroll: int,
+    burn_in: int,
     td_steps: int,
     discount: float,
-    filler_action: int,
-) -> None:
-    """Write one window into a row of a zeroed batch.
+    vocabulary: int,
+) -> WorldModelBatch:
+    """A batch whose rows are these windows.
 
     With m steps known, step k < m bootstraps from state k + min(td_steps, m - k), unless that is
     the state after a true end, whose value is zero. Steps k >= m are absorbing after a true end and
@@ -163,49 +131,89 @@ def fill_row(
     its value would average over what the step can still tell apart.
 
     Args:
-        view: steps r_0.., at most unroll + td_steps of them, and the context before them.
+        windows: of unroll + td_steps steps.
+        weights: `[B]` float32 importance weights.
+        filler_actions: `[B]` ids fed to the model where no action was played.
         unroll: `T`.
-        filler_action: the id fed to the model where no action was played.
+        burn_in: `c`.
+        vocabulary: `V`.
     """
-    known, length = len(view.steps), batch.burn_in + unroll
-    assert 1 <= known <= unroll + td_steps
-    over = view.end == "terminated"
+    known, length, reach = windows.known, burn_in + unroll, unroll + td_steps
+    assert windows.steps.shape == (len(weights), reach)
+    played = np.arange(unroll) < known[:, None]
+    mask = played.astype(np.float32)
+    mask_absorbing = (played | windows.over[:, None]).astype(np.float32)
 
-    start = _write_sequence(
-        batch.observations[row], batch.actions[row], view, 0, batch.burn_in, filler_action
+    # A row's own sequence begins with its oldest context, its bootstrap sequence with the context
+    # of the state where the first step's return ends.
+    base = np.minimum(td_steps, known)
+    behind = np.minimum(windows.context + base, burn_in)
+    own = _columns(burn_in - windows.context, length + 1)
+    other = _columns(burn_in + base - behind, length)
+
+    rewards = store.rewards(windows.steps)
+    target = n_step_returns(rewards, known, windows.over, unroll, td_steps, discount)
+    in_own = (windows.context[:, None] + target.state < length) & (burn_in > 0)
+    index = np.where(
+        in_own,
+        length + windows.context[:, None] + target.state,
+        (behind - base)[:, None] + target.state,
     )
-    batch.starts[row] = start
+    valued = played & (target.state < known[:, None])
+    state_steps = np.take_along_axis(windows.steps, np.minimum(target.state, reach - 1), axis=1)
 
-    # The bootstrap window begins where the first step's return ends.
-    base = min(td_steps, known)
-    bootstrap_start = _write_sequence(
-        batch.bootstrap_observations[row],
-        batch.bootstrap_actions[row],
-        view,
-        base,
-        batch.burn_in,
-        filler_action,
+    return WorldModelBatch(
+        observations=_observations(store, windows, own, burn_in),
+        actions=_actions(windows, own[:, :-1], burn_in, filler_actions),
+        starts=windows.context,
+        rewards=np.where(played, rewards[:, :unroll], 0.0).astype(np.float32),
+        policies=_policies(store, windows, played, vocabulary),
+        mask_step=mask,
+        mask_value=mask_absorbing,
+        mask_reward=mask_absorbing.copy(),
+        returns=target.reward_sum.astype(np.float32),
+        discounts=target.discount.astype(np.float32),
+        bootstrap_observations=_observations(store, windows, other, burn_in),
+        bootstrap_actions=_actions(windows, other, burn_in, filler_actions),
+        bootstrap_index=np.where(played, index, 0),
+        search_values=np.where(valued, store.root_values(state_steps), np.float32(np.nan)),
+        weights=weights,
+        indices=windows.steps[:, 0].copy(),
     )
 
-    for k in range(min(unroll, known)):
-        step = view.steps[k]
-        batch.rewards[row, k] = step.reward
-        batch.policies[row, k, step.valid_ids] = step.target_policy
-        batch.mask_step[row, k] = batch.mask_value[row, k] = batch.mask_reward[row, k] = 1.0
 
-        # A network can value any state, so the last one known counts as well.
-        target = n_step_return(view, k, td_steps, discount, last_valued=known)
-        batch.returns[row, k] = target.reward_sum
-        batch.discounts[row, k] = target.discount
-        in_own = batch.burn_in > 0 and start + target.state < length
-        batch.bootstrap_index[row, k] = (
-            length + start + target.state if in_own else bootstrap_start + target.state - base
-        )
-        if target.state < known:
-            batch.search_values[row, k] = view.steps[target.state].root_value
+def _columns(first: np.ndarray, length: int) -> np.ndarray:
+    """`[B]` -> `[B, length]`: as many columns of `Windows.states` from each `first` on."""
+    return first[:, None] + np.arange(length)
 
-    if over:
-        batch.mask_value[row, known:] = batch.mask_reward[row, known:] = 1.0
+
+def _observations(
+    store: StepStore, windows: Windows, columns: np.ndarray, burn_in: int
+) -> np.ndarray:
+    """`[B, n, E]` at these columns; beyond the last known state that one is repeated."""
+    end = (burn_in + windows.known)[:, None]
+    states = np.take_along_axis(windows.states, np.minimum(columns, end), axis=1)
+    return store.observations(states)
+
+
+def _actions(
+    windows: Windows, columns: np.ndarray, burn_in: int, filler_actions: np.ndarray
+) -> np.ndarray:
+    """`[B, n]` int64 at these columns; beyond the last known step the filler action."""
+    end = (burn_in + windows.known)[:, None]
+    actions = np.take_along_axis(windows.actions, np.minimum(columns, end - 1), axis=1)
+    return np.where(columns < end, actions, filler_actions[:, None]).astype(np.int64)
+
+
+def _policies(
+    store: StepStore, windows: Windows, played: np.ndarray, vocabulary: int
+) -> np.ndarray:
+    """`[B, T, V]` float32 target policies of the steps that were played."""
+    policies = np.zeros((*played.shape, vocabulary), dtype=np.float32)
+    steps = windows.steps[:, : played.shape[1]][played]
+    which, ids, targets = store.targets(steps)
+    policies.reshape(-1, vocabulary)[np.flatnonzero(played)[which], ids] = targets
+    return policies
 
 
 def find_revisits(
@@ -237,35 +245,3 @@ def find_revisits(
             if with_values and target.state < known:
                 visit(view, target.state).value_of.append((row, k))
     return list(found.values())
-
-
-def _write_sequence(
-    observations: np.ndarray,
-    actions: np.ndarray,
-    view: Window,
-    first: int,
-    burn_in: int,
-    filler_action: int,
-) -> int:
-    """Fill a row's sequence with the states from s_first on, behind at most `burn_in` steps.
-
-    Beyond the last known state that one is repeated, and the filler action.
-
-    Args:
-        observations: `[n, E]`, written to. actions: `[m]`, written to.
-
-    Returns:
-        where s_first stands in the sequence.
-    """
-    context = view.history(first, burn_in)
-    for position, step in enumerate(context):
-        observations[position], actions[position] = step.observation, step.action_id
-
-    start = len(context)
-    for position in range(start, len(observations)):
-        observations[position] = view.observation(first + position - start)
-    for position in range(start, len(actions)):
-        at = first + position - start
-        known = at < len(view.steps)
-        actions[position] = view.steps[at].action_id if known else filler_action
-    return start

@@ -1,12 +1,16 @@
-"""The n-step return: one function for the world model's value targets and for the LLM's.
+"""The n-step return, of one step and of many at once.
 
-Used by `batch.fill_row` (which bootstraps with the target network, or with stored root values) and
-by the buffer's decisions for the LLM (which bootstrap with stored root values).
+`n_step_return` is for the buffer's decisions for the LLM, which bootstrap with stored root values,
+and for the steps that reanalysis visits; `n_step_returns` for the world model's batches.
+
+Letters: `B` rows, `T` unroll steps, `L` steps of a window, n = td_steps.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+import numpy as np
 
 from priorzero.data.segment import Window
 
@@ -51,3 +55,45 @@ def n_step_return(
     reward_sum = sum(discount**i * view.steps[start + i].reward for i in range(span))
     state = start + span
     return NStepReturn(reward_sum, 0.0 if over and state == steps else discount**span, state)
+
+
+class NStepReturns(NamedTuple):
+    """`NStepReturn` of the first `T` steps of `B` windows, `[B, T]` each; all 0 from r_m on.
+
+    `reward_sum` and `discount` are float64.
+    """
+
+    reward_sum: np.ndarray
+    discount: np.ndarray
+    state: np.ndarray
+
+
+def n_step_returns(
+    rewards: np.ndarray,
+    known: np.ndarray,
+    over: np.ndarray,
+    unroll: int,
+    td_steps: int,
+    discount: float,
+) -> NStepReturns:
+    """`n_step_return` of many steps, with last_valued = m: to the last bit the same sums.
+
+    Args:
+        rewards: `[B, L]` float64 of r_0..; what stands from r_m on is not read.
+        known: `[B]` m. over: `[B]` bool, whether the episode truly ended with r_{m-1}.
+        unroll: `T`, with T + n <= L.
+    """
+    assert rewards.shape[1] >= unroll + td_steps
+    steps = np.arange(unroll)
+    span = np.clip(known[:, None] - steps, 0, td_steps)
+
+    # In the order of `n_step_return`: another one would round differently.
+    powers = np.array([discount**i for i in range(td_steps + 1)])
+    reward_sum = np.zeros(span.shape)
+    for i in range(td_steps):
+        reward_sum += np.where(i < span, powers[i] * rewards[:, i : i + unroll], 0.0)
+
+    inside = span > 0
+    state = np.where(inside, steps + span, 0)
+    ended = over[:, None] & (state == known[:, None])
+    return NStepReturns(reward_sum, np.where(inside & ~ended, powers[span], 0.0), state)

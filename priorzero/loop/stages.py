@@ -91,7 +91,9 @@ async def train_world_model(parts: Parts, updates: int) -> dict[str, float]:
 
 def _update_world_model(parts: Parts, updates: int) -> dict[str, float]:
     settings = parts.settings.policy
-    told: list[dict[str, float]] = []
+    outputs: list[Any] = []
+    others: list[dict[str, float]] = []
+    seconds = 0.0
     for _ in range(updates):
         batch = parts.buffer.sample(settings.batch_size)
         fresh: dict[str, float] = {}
@@ -101,13 +103,21 @@ def _update_world_model(parts: Parts, updates: int) -> dict[str, float]:
 
         started = time.perf_counter()
         output = parts.policy.learn_mode.forward(batch)
-        told.append(output.metrics | fresh | {"train_time": time.perf_counter() - started})
+        priorities = output.priorities if settings.use_priority else None
+        seconds += time.perf_counter() - started
+        outputs.append(output)
+        others.append(fresh)
 
-        if settings.use_priority:
-            parts.buffer.update_priority(batch.indices, output.priorities)
+        if priorities is not None:
+            parts.buffer.update_priority(batch.indices, priorities)
+
+    # Read at the end: a GPU works on one update while the next batch is drawn.
+    started = time.perf_counter()
+    told = [output.metrics | fresh for output, fresh in zip(outputs, others, strict=True)]
+    seconds += time.perf_counter() - started
 
     means = {name: float(np.mean([one[name] for one in told])) for name in told[0]}
-    return means | {"updates": float(updates)}
+    return means | {"updates": float(updates), "train_time": seconds / updates}
 
 
 async def train_llm(parts: Parts) -> dict[str, float]:

@@ -217,12 +217,20 @@ class PolicySettings(Settings):
     """Share of the online network that enters the target network at each update."""
     loss_weights: LossWeights = field(default_factory=LossWeights)
     """Weights of the loss terms."""
+    train_dtype: str = "auto"
+    """Matrix products of an update: float32, or bfloat16 under autocast (weights, sums, softmax and
+    losses stay float32); auto takes bfloat16 on CUDA."""
+    compile_update: str = "off"
+    """torch.compile for the networks' passes in an update: off, default or reduce-overhead (with
+    CUDA graphs). It takes up to minutes at the first update."""
 
     def rules(self) -> Iterator[Rule]:
         """See `Settings.rules`."""
         yield from one_of(self, "device", "auto", "cpu", "cuda")
         yield from one_of(self, "value_bootstrap", "target_network", "search")
         yield from one_of(self, "policy_target", "regularised", "visits")
+        yield from one_of(self, "train_dtype", "auto", "float32", "bfloat16")
+        yield from one_of(self, "compile_update", "off", "default", "reduce-overhead")
         yield from a_file_of(self, "root_policy", "priorzero.search.root_policies")
         yield from positive(
             self,

@@ -152,22 +152,41 @@ class PriorZeroModel(UniZeroModel):
         )
 
     def unroll(self, latents: Tensor, actions: Tensor) -> Unrolled:
-        """The full causal forward of LightZero's world model over o_0 a_0 o_1 a_1 … (no cache).
+        """What the network says along o_0 a_0 o_1 a_1 …, under causal attention, without a cache.
+
+        It is LightZero's forward to the last bit (tests/world_model/test_model.py), which joins the
+        tokens step by step and picks them with indices of the CPU: a copy of all gradients for each
+        step, and a wait for the GPU at each head.
 
         Args:
             latents: `[B, T, D]`.
             actions: `[B, T]` ids.
         """
-        assert latents.shape[:2] == actions.shape
-        out = self.world_model.forward(
-            {"obs_embeddings_and_act_tokens": (latents.unsqueeze(2), actions.unsqueeze(-1))},
-            # Only rotary embeddings would use it; UniZero's positions count from the window's
-            # start.
-            start_pos=torch.zeros(len(actions), 1, dtype=torch.long),
-        )
+        states, taken = self._hidden(latents, actions)
+        heads = self.world_model
         return Unrolled(
-            latent=out.logits_observations,
-            reward=out.logits_rewards,
-            policy=out.logits_policy,
-            value=out.logits_value,
+            latent=heads.head_observations.head_module(taken),
+            reward=heads.head_rewards.head_module(taken),
+            policy=heads.head_policy.head_module(states),
+            value=heads.head_value.head_module(states),
         )
+
+    def predict(self, observations: Tensor, actions: Tensor) -> Unrolled:
+        """`unroll` from observation vectors `[B, T, E]` on."""
+        return self.unroll(self.encode(observations), actions)
+
+    def values(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """`predict`'s value logits `[B, T, S]` alone."""
+        states, _ = self._hidden(self.encode(observations), actions)
+        return self.world_model.head_value.head_module(states)
+
+    def _hidden(self, latents: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """The transformer's outputs `[B, T, D]` at the states' tokens and at the actions'."""
+        assert latents.shape[:2] == actions.shape
+        wm, (rows, steps, width) = self.world_model, latents.shape
+        embedded = wm.act_embedding_table(actions)
+        # Under autocast both are of its type, and positions and residual stream are not.
+        tokens = torch.stack([latents.float(), embedded.float()], dim=2)
+        positions = torch.arange(2 * steps, device=latents.device)
+        hidden = wm.transformer(tokens.view(rows, 2 * steps, width) + wm.pos_emb(positions))
+        return hidden[:, 0::2].contiguous(), hidden[:, 1::2].contiguous()
