@@ -1,16 +1,19 @@
 """Planning, from roots to what the search found: network, mixture, tree search.
 
-The one way into the search for collection and evaluation. The tree behind it is a root policy
-(`root_policies/`); `tests/search/test_planner.py` checks that with LightZero's tree this loop
-visits the same nodes as LightZero's own does.
+The one way into the search for collection, evaluation and reanalysis. The tree behind it is a root
+policy (`root_policies/`). Its simulations run plain (`simulate`, the reference) or fused
+(`fused/`), see `policy.search_backend`. `tests/search/test_planner.py` checks that with LightZero's
+tree the plain loop visits the same nodes as LightZero's own does.
 
 Letters: `B` roots, `A` valid actions of a root, `K` action ids nodes branch over.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Protocol
 
 import numpy as np
@@ -19,11 +22,15 @@ from torch import Tensor
 
 from priorzero.compute import torch_threads
 from priorzero.plugins import load
+from priorzero.search.fused.rule import FusedRule, FusibleSearch
 from priorzero.search.root_prior import RootPrior, mix_root_prior
 from priorzero.search.roots import Root, SearchResult, batch_contexts
 from priorzero.settings.policy import PolicySettings, RootPriorSettings
-from priorzero.world_model.inference import SearchMemory
+from priorzero.types import PriorZeroError
+from priorzero.world_model.inference import ContextMemory, SearchMemory, read_contexts
 from priorzero.world_model.model import PriorZeroModel
+
+logger = logging.getLogger(__name__)
 
 # Categorical logits `[n, S]` -> scalars `[n, 1]`.
 ScalarOf = Callable[[Tensor], Tensor]
@@ -51,6 +58,19 @@ class Plan:
     prior: RootPrior
 
 
+class Simulations(Protocol):
+    """All simulations of a search, fused: one implementation per kind of device."""
+
+    def run(
+        self, contexts: ContextMemory, search: FusibleSearch, rule: FusedRule, inner_actions: int
+    ) -> int:
+        """Grow the begun `search` from the roots of `contexts`; `rule` is its own.
+
+        Returns:
+            how many positions lay beyond the trained window.
+        """
+
+
 class Planner:
     """Plans batches of roots with one network.
 
@@ -59,6 +79,9 @@ class Planner:
         settings: search and threads.
         scalar_of: the network's transform of values and rewards.
         device: where the network lives.
+
+    Raises:
+        PriorZeroError: a fused search was asked for and cannot be had.
     """
 
     def __init__(
@@ -66,7 +89,8 @@ class Planner:
     ) -> None:
         self._model, self._settings, self._scalar_of = model, settings, scalar_of
         self._device = device
-        self._begin = load("priorzero.search.root_policies", settings.root_policy).begin
+        self._policy = load("priorzero.search.root_policies", settings.root_policy)
+        self._fused = fused_simulations(model, settings, self._policy, device)
         self.positions_clamped = 0
 
     def plan(
@@ -88,10 +112,9 @@ class Planner:
         self._model.eval()
         with torch_threads(self._settings.search_threads):
             # 1. The network looks at the roots.
-            memory = SearchMemory(self._model, self._settings.num_simulations)
-            root = memory.root(*batch_contexts(roots, self._device))
-            values = self._scalar_of(root.value_logits).view(-1).double().cpu().numpy()
-            logits = root.policy_logits.cpu().numpy()
+            contexts = read_contexts(self._model, *batch_contexts(roots, self._device))
+            values = self._scalar_of(contexts.root.value_logits).view(-1).double().cpu().numpy()
+            logits = contexts.root.policy_logits.cpu().numpy()
 
             # 2. Its policy and the LLM's are mixed.
             priors = [
@@ -100,20 +123,60 @@ class Planner:
             ]
 
             # 3. The tree grows by one node per root and simulation.
-            tree = self._begin(roots, priors, values, inner_actions, self._settings, noise)
-            results = simulate(
-                tree,
-                memory,
-                self._settings.num_simulations,
-                inner_actions,
-                self._scalar_of,
-                self._device,
-            )
-        self.positions_clamped += memory.positions_clamped
+            search = self._policy.begin(roots, priors, values, inner_actions, self._settings, noise)
+            results = self._grow(contexts, search, inner_actions)
         return [
             Plan(result, float(value), prior)
             for result, value, prior in zip(results, values, priors, strict=True)
         ]
+
+    def _grow(
+        self, contexts: ContextMemory, search: SearchTree, inner_actions: int
+    ) -> list[SearchResult]:
+        """All simulations of a begun search."""
+        if self._fused is not None:
+            rule = self._policy.fused(search)
+            self.positions_clamped += self._fused.run(contexts, search, rule, inner_actions)
+            return search.results()
+
+        simulations = self._settings.num_simulations
+        memory = SearchMemory(self._model, simulations)
+        memory.begin(contexts)
+        results = simulate(
+            search, memory, simulations, inner_actions, self._scalar_of, self._device
+        )
+        self.positions_clamped += memory.positions_clamped
+        return results
+
+
+def fused_simulations(
+    model: PriorZeroModel, settings: PolicySettings, root_policy: ModuleType, device: str
+) -> Simulations | None:
+    """Who runs a fused search on this device; None where it is to run plain.
+
+    Raises:
+        PriorZeroError: `policy.search_backend` is fused, and the root policy has no such form; or
+            the device lacks what it needs.
+    """
+    backend = settings.search_backend
+    if not hasattr(root_policy, "fused"):
+        if backend == "fused":
+            raise PriorZeroError(
+                f"policy.search_backend is fused, but root policy {settings.root_policy!r} has no "
+                "fused form: take search_backend auto or plain, or root_policy puct or gumbel"
+            )
+        if backend == "auto":
+            logger.info("root policy %s has no fused form: plain search", settings.root_policy)
+        return None
+    if backend == "plain":
+        return None
+
+    # Each needs a compiler that the other device has no use for.
+    if torch.device(device).type == "cuda":
+        return None
+    from priorzero.search.fused.cpu import CpuSimulations
+
+    return CpuSimulations(model, settings.num_simulations)
 
 
 def simulate(
@@ -124,7 +187,7 @@ def simulate(
     scalar_of: ScalarOf,
     device: str | torch.device,
 ) -> list[SearchResult]:
-    """Grow a begun tree; `memory.root` has been called for its roots."""
+    """Grow a begun tree; `memory` has begun with its roots."""
     for simulation in range(simulations):
         parents, actions = tree.select()
         node = memory.expand(

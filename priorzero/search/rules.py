@@ -1,4 +1,5 @@
-"""Selection rules: scores of a node's actions as pure functions of its statistics.
+"""Selection rules: scores of a node's actions as pure functions of its statistics; and the policy
+that enters a new node.
 
 The rule is that of mctx, in which a node's own expansion counts as a visit, so that the prior
 decides from the first one on (LightZero's tree does not, see docs/LIGHTZERO.md).
@@ -41,3 +42,9 @@ def puct(node: NodeStatistics) -> np.ndarray:
     """
     exploration = exploration_factor(node.total) * np.sqrt(node.total)
     return normalised_q(node) + exploration[:, None] * node.prior / (1.0 + node.visits)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """The network's policy `[B, K]` from its logits, in their precision."""
+    p = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return p / p.sum(axis=1, keepdims=True)

@@ -9,6 +9,7 @@ Letters: `B` roots, `N` nodes per root, `K` action ids that nodes branch over.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -41,8 +42,35 @@ class NodeStatistics(NamedTuple):
 SelectionRule = Callable[[NodeStatistics], np.ndarray]
 
 
+@dataclass(frozen=True, eq=False)
+class TreeArrays:
+    """All there is to know of a search's trees. A compiled search (`fused/`) works on the same.
+
+    Attributes:
+        child: `[B, N, K]` int64, the node an action leads to, 0 for none: no action leads to the
+            root.
+        visits, returns, prior: `[B, N, K]` of every action: how often it was taken, the sum of the
+            returns, its probability.
+        rewards: `[B, N]` of the step into a node.
+        node_visits, node_returns: `[B, N]`, the node's own expansion and network value included.
+        low, high: `[B]` smallest and largest q seen; inf and -inf before the first.
+        valid: `[B, K]` bool, what may be taken at the roots.
+    """
+
+    child: np.ndarray
+    visits: np.ndarray
+    returns: np.ndarray
+    prior: np.ndarray
+    rewards: np.ndarray
+    node_visits: np.ndarray
+    node_returns: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    valid: np.ndarray
+
+
 class Tree:
-    """One search.
+    """One search. Its state is `arrays`; `discount` is as given.
 
     Args:
         priors: `[B, K]` probabilities at the roots, 0 for what is not valid.
@@ -65,26 +93,23 @@ class Tree:
         assert valid.shape == (batch, actions) and values.shape == (batch,)
         assert valid.any(axis=1).all(), "a root without a valid action"
 
-        self._discount = discount
-        self._valid = valid
+        self.discount = discount
+        self.arrays = TreeArrays(
+            child=np.zeros((batch, nodes, actions), dtype=np.int64),
+            visits=np.zeros((batch, nodes, actions)),
+            returns=np.zeros((batch, nodes, actions)),
+            prior=np.zeros((batch, nodes, actions)),
+            rewards=np.zeros((batch, nodes)),
+            node_visits=np.zeros((batch, nodes)),
+            node_returns=np.zeros((batch, nodes)),
+            low=np.full(batch, np.inf),
+            high=np.full(batch, -np.inf),
+            valid=valid,
+        )
+        self.arrays.prior[:, 0] = priors
+        self.arrays.node_visits[:, 0], self.arrays.node_returns[:, 0] = 1.0, values
         self._rows = np.arange(batch)
         self._size = 1
-
-        # Per edge (node, action): the node it leads to, visits, sum of returns, prior.
-        self._child = np.full((batch, nodes, actions), -1, dtype=np.int64)
-        self._visits = np.zeros((batch, nodes, actions))
-        self._returns = np.zeros((batch, nodes, actions))
-        self._prior = np.zeros((batch, nodes, actions))
-        self._prior[:, 0] = priors
-
-        # Per node: reward of the step into it, visits, sum of returns. A node's first return is its
-        # own network value.
-        self._rewards = np.zeros((batch, nodes))
-        self._node_visits = np.zeros((batch, nodes))
-        self._node_returns = np.zeros((batch, nodes))
-        self._node_visits[:, 0], self._node_returns[:, 0] = 1.0, values
-
-        self._low, self._high = np.full(batch, np.inf), np.full(batch, -np.inf)
         self._path: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
     def select(
@@ -95,16 +120,16 @@ class Tree:
         Returns:
             parent nodes `[B]` and action ids `[B]`.
         """
-        node = np.zeros(len(self._rows), dtype=np.int64)
+        t, node = self.arrays, np.zeros(len(self._rows), dtype=np.int64)
         walking = np.ones(len(self._rows), dtype=bool)
-        action = np.where(self._valid, root_rule(self.statistics(node)), -np.inf).argmax(axis=1)
+        action = np.where(t.valid, root_rule(self.statistics(node)), -np.inf).argmax(axis=1)
         # One entry per depth: nodes, actions, rows still walking. A row that stopped earlier
         # repeats its last node and action.
         self._path = [(node, action, walking)]
 
         while True:
-            following = self._child[self._rows, node, action]
-            walking = walking & (following >= 0)
+            following = t.child[self._rows, node, action]
+            walking = walking & (following > 0)
             if not walking.any():
                 return node, action
             node = np.where(walking, following, node)
@@ -121,12 +146,12 @@ class Tree:
             priors: `[B, K]` the network's policy there, probabilities.
         """
         assert self._path, "select comes first"
-        parent, action, _ = self._path[-1]
+        t, (parent, action, _) = self.arrays, self._path[-1]
         new = self._size
-        self._child[self._rows, parent, action] = new
-        self._rewards[:, new] = rewards
-        self._prior[:, new] = priors
-        self._node_visits[:, new], self._node_returns[:, new] = 1.0, values
+        t.child[self._rows, parent, action] = new
+        t.rewards[:, new] = rewards
+        t.prior[:, new] = priors
+        t.node_visits[:, new], t.node_returns[:, new] = 1.0, values
         self._size += 1
 
         # From the leaves up: the return of a step is its reward and the discounted return below.
@@ -134,31 +159,32 @@ class Tree:
         for nodes, actions, walked in reversed(self._path):
             rows = self._rows[walked]
             n, a = nodes[walked], actions[walked]
-            reward = self._rewards[rows, self._child[rows, n, a]]
-            gain[walked] = reward + self._discount * gain[walked]
+            reward = t.rewards[rows, t.child[rows, n, a]]
+            gain[walked] = reward + self.discount * gain[walked]
 
-            self._visits[rows, n, a] += 1.0
-            self._returns[rows, n, a] += gain[walked]
-            self._node_visits[rows, n] += 1.0
-            self._node_returns[rows, n] += gain[walked]
+            t.visits[rows, n, a] += 1.0
+            t.returns[rows, n, a] += gain[walked]
+            t.node_visits[rows, n] += 1.0
+            t.node_returns[rows, n] += gain[walked]
 
-            q = self._returns[rows, n, a] / self._visits[rows, n, a]
-            self._low[rows] = np.minimum(self._low[rows], q)
-            self._high[rows] = np.maximum(self._high[rows], q)
+            q = t.returns[rows, n, a] / t.visits[rows, n, a]
+            t.low[rows] = np.minimum(t.low[rows], q)
+            t.high[rows] = np.maximum(t.high[rows], q)
         self._path = []
 
     def statistics(self, node: np.ndarray) -> NodeStatistics:
         """Statistics of node `node[b]` of every root b; `[B]` int64."""
         at = self._rows, node
-        visits, total = self._visits[at], self._node_visits[at]
+        t = self.arrays
+        visits, total = t.visits[at], t.node_visits[at]
         return NodeStatistics(
             visits=visits,
-            q=self._returns[at] / np.maximum(visits, 1.0),
-            prior=self._prior[at],
+            q=t.returns[at] / np.maximum(visits, 1.0),
+            prior=t.prior[at],
             total=total,
-            value=self._node_returns[at] / total,
-            low=self._low,
-            high=self._high,
+            value=t.node_returns[at] / total,
+            low=t.low,
+            high=t.high,
         )
 
     def root_statistics(self) -> NodeStatistics:

@@ -150,6 +150,9 @@ class PolicySettings(Settings):
     """
     gumbel: GumbelSettings = field(default_factory=GumbelSettings)
     """Of root_policy gumbel, which knows neither Dirichlet noise nor `policy_target`."""
+    search_backend: str = "auto"
+    """fused: the simulations compiled, on a GPU as one CUDA graph; plain: the reference, in numpy
+    and single network calls; auto: fused where the root policy has such a form (puct, gumbel)."""
     search_threads: int = 1
     """CPU threads of a search: 1 is fastest up to a width of about 512; 0 leaves torch's own
     number."""
@@ -231,6 +234,7 @@ class PolicySettings(Settings):
         yield from one_of(self, "policy_target", "regularised", "visits")
         yield from one_of(self, "train_dtype", "auto", "float32", "bfloat16")
         yield from one_of(self, "compile_update", "off", "default", "reduce-overhead")
+        yield from one_of(self, "search_backend", "auto", "fused", "plain")
         yield from a_file_of(self, "root_policy", "priorzero.search.root_policies")
         yield from positive(
             self,

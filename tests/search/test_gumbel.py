@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from priorzero.search.fused.cpu import CompiledTree
 from priorzero.search.root_policies import gumbel
 from priorzero.search.root_prior import RootPrior
 from priorzero.search.roots import Root
@@ -44,10 +45,11 @@ def settings_for(simulations: int, considered: int, smallest_range: float = 1e-8
     return PolicySettings(num_simulations=simulations, discount_factor=DISCOUNT, gumbel=method)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(
     "case", RECORDED["cases"], ids=lambda c: f"{c['simulations']}-{c['considered']}"
 )
-def test_it_searches_as_mctx_does(case):
+def test_it_searches_as_mctx_does(case, compiled):
     rewards, values, logits = (np.asarray(case[x]) for x in ("rewards", "values", "logits"))
     valid = ~np.asarray(case["invalid"], dtype=bool)
     ids = [np.flatnonzero(v) for v in valid]
@@ -64,6 +66,8 @@ def test_it_searches_as_mctx_does(case):
         settings_for(case["simulations"], case["considered"]),
         noise,
     )
+    if compiled:
+        search = CompiledTree(search, gumbel.fused(search))
 
     for _ in range(case["simulations"]):
         parents, actions = search.select()

@@ -31,8 +31,10 @@ from functools import cache
 
 import numpy as np
 
+from priorzero.search.fused.rule import FusedRule, halving_rule
 from priorzero.search.root_prior import RootPrior
 from priorzero.search.roots import Root, SearchResult, spread
+from priorzero.search.rules import softmax
 from priorzero.search.tree import NodeStatistics, Tree
 from priorzero.settings.policy import GumbelSettings, PolicySettings
 
@@ -60,6 +62,11 @@ def begin(
     return GumbelSearch(tree, valid_ids, valid, gumbel, settings.num_simulations, settings.gumbel)
 
 
+def fused(search: GumbelSearch) -> FusedRule:
+    """See `priorzero/search/fused/rule.py`."""
+    return halving_rule(search.gumbel, search.schedule, search.settings)
+
+
 class GumbelSearch:
     """The tree under sequential halving at the roots and the improved policy below them.
 
@@ -81,23 +88,22 @@ class GumbelSearch:
         simulations: int,
         settings: GumbelSettings,
     ) -> None:
-        self._tree, self._valid_ids, self._valid = tree, valid_ids, valid
-        self._gumbel, self._settings = gumbel, settings
+        self.tree, self._valid_ids, self._valid = tree, valid_ids, valid
+        self.gumbel, self.settings = gumbel, settings
 
         # What each simulation visits depends on the number of considered actions alone.
         considered = np.minimum(settings.max_considered_actions, valid.sum(axis=1))
-        self._schedule = np.array([considered_visits(int(m), simulations) for m in considered])
+        self.schedule = np.array([considered_visits(int(m), simulations) for m in considered])
 
     def select(self) -> tuple[np.ndarray, np.ndarray]:
-        return self._tree.select(self._root_rule, self._inner_rule)
+        return self.tree.select(self._root_rule, self._inner_rule)
 
     def expand(self, rewards: np.ndarray, values: np.ndarray, logits: np.ndarray) -> None:
-        p = np.exp(logits - logits.max(axis=1, keepdims=True))
-        self._tree.expand(rewards, values, p / p.sum(axis=1, keepdims=True))
+        self.tree.expand(rewards, values, softmax(logits))
 
     def results(self) -> list[SearchResult]:
-        root = self._tree.root_statistics()
-        improved = improved_policy(root, self._settings, self._valid)
+        root = self.tree.root_statistics()
+        improved = improved_policy(root, self.settings, self._valid)
 
         # The most visited of the considered actions, ties by g + log p + sigma(q).
         most = root.visits.max(axis=1)
@@ -114,19 +120,19 @@ class GumbelSearch:
 
     def _root_rule(self, node: NodeStatistics) -> np.ndarray:
         done = (node.total - 1).astype(np.int64)  # a node's own expansion is its first visit
-        return self._scores(node, self._schedule[np.arange(len(done)), done])
+        return self._scores(node, self.schedule[np.arange(len(done)), done])
 
     def _scores(self, node: NodeStatistics, visits: np.ndarray) -> np.ndarray:
         """`[B, K]` g + log p + sigma(q), -inf for actions not visited exactly `visits` `[B]` times
         and for those that are not valid.
         """
-        value = self._gumbel + log_prior(node) + sigma(node, self._settings, self._valid)
+        value = self.gumbel + log_prior(node) + sigma(node, self.settings, self._valid)
         open_ = self._valid & (node.visits == visits[:, None])
         return np.where(open_, np.maximum(value, _NOTHING), -np.inf)
 
     def _inner_rule(self, node: NodeStatistics) -> np.ndarray:
         everything = np.ones_like(node.prior, dtype=bool)
-        improved = improved_policy(node, self._settings, everything)
+        improved = improved_policy(node, self.settings, everything)
         return improved - node.visits / node.total[:, None]
 
 

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from priorzero.search.fused.rule import FusedRule, puct_rule
 from priorzero.search.root_prior import RootPrior
 from priorzero.search.roots import Root, SearchResult, spread
-from priorzero.search.rules import exploration_factor, normalised_q, puct
+from priorzero.search.rules import exploration_factor, normalised_q, puct, softmax
 from priorzero.search.targets import regularised, visit_shares
 from priorzero.search.tree import Tree
 from priorzero.settings.policy import PolicySettings
@@ -40,6 +41,12 @@ def begin(
     return PuctSearch(tree, valid_ids, clean, settings.policy_target)
 
 
+def fused(search: PuctSearch) -> FusedRule:
+    """See `priorzero/search/fused/rule.py`."""
+    batch, nodes, actions = search.tree.arrays.child.shape
+    return puct_rule(batch, actions, nodes - 1)
+
+
 class PuctSearch:
     """The tree under the PUCT rule.
 
@@ -53,17 +60,17 @@ class PuctSearch:
     def __init__(
         self, tree: Tree, valid_ids: list[np.ndarray], priors: list[np.ndarray], target: str
     ) -> None:
-        self._tree, self._valid_ids, self._priors, self._target = tree, valid_ids, priors, target
+        self.tree = tree
+        self._valid_ids, self._priors, self._target = valid_ids, priors, target
 
     def select(self) -> tuple[np.ndarray, np.ndarray]:
-        return self._tree.select(puct, puct)
+        return self.tree.select(puct, puct)
 
     def expand(self, rewards: np.ndarray, values: np.ndarray, logits: np.ndarray) -> None:
-        p = np.exp(logits - logits.max(axis=1, keepdims=True))
-        self._tree.expand(rewards, values, p / p.sum(axis=1, keepdims=True))
+        self.tree.expand(rewards, values, softmax(logits))
 
     def results(self) -> list[SearchResult]:
-        root = self._tree.root_statistics()
+        root = self.tree.root_statistics()
         q, factor = normalised_q(root), exploration_factor(root.total)
 
         results = []

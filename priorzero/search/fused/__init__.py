@@ -1,0 +1,12 @@
+"""The fast form of a search: walking, network and backup without Python per root or node.
+
+| file | what it is |
+| --- | --- |
+| `rule.py` | which children a walk takes, as numbers that a kernel reads |
+| `cpu_kernels.py` | walking and backup compiled for the CPU (numba) |
+| `cpu.py` | a search on the CPU: those kernels and the fused network by turns |
+
+The reference is `priorzero/search/tree.py` with `rules.py` and the root policies beside it; the
+kernels make the same choices, ties included (tests/search/test_fused.py). The network's part is
+`priorzero/world_model/fused.py`.
+"""
