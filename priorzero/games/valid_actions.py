@@ -7,6 +7,8 @@ game and the state's hash. The first writer wins, so that every reader sees the 
 A file that is damaged is set aside as `<name>.damaged-<n>` and rebuilt. A file that cannot be
 written (disk full, read-only, locked for too long) costs persistence only: it is counted, said
 once, and the memory part goes on.
+
+A state that several environments meet at the same time is listed once: `get_or_list`.
 """
 
 from __future__ import annotations
@@ -18,7 +20,10 @@ import os
 import sqlite3
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Literal
 
 from priorzero.games.records import StateDetails
 
@@ -56,6 +61,7 @@ class ValidActionCache:
         self.path = None if path is None else Path(path)
         self._memory: OrderedDict[tuple[str, str], StateDetails] = OrderedDict()
         self._memory_entries = memory_entries
+        self._under_way: dict[tuple[str, str], Future] = {}
         self._lock = threading.Lock()
         self._db: sqlite3.Connection | None = None
         self._warned = False
@@ -68,20 +74,56 @@ class ValidActionCache:
 
     def get(self, story: str, state: str) -> StateDetails | None:
         """The details of a state, or None; counted as hit or miss."""
+        with self._lock:
+            return self._look_up((story, state))
+
+    def get_or_list(
+        self, story: str, state: str, list_state: Callable[[], StateDetails]
+    ) -> tuple[StateDetails, Literal["known", "shared", "listed"]]:
+        """The details of a state, listed where they are not known.
+
+        Args:
+            list_state: finds them, in bounded time. Not called while another thread is at it for
+                this state; if that one fails, this one tries.
+
+        Returns:
+            the details, and whether they were known, came from the thread that was listing them
+            already, or were listed here.
+
+        Raises:
+            Exception: whatever `list_state` raises.
+        """
+        key = (story, state)
+        while True:
+            with self._lock:
+                found = self._look_up(key)
+                if found is not None:
+                    return found, "known"
+                under_way = self._under_way.get(key)
+                if under_way is None:
+                    mine = self._under_way[key] = Future()
+                    break
+            if under_way.exception() is None:
+                return under_way.result(), "shared"
+
+        try:
+            details = self.put(story, state, list_state())
+            mine.set_result(details)
+            return details, "listed"
+        except BaseException as error:
+            mine.set_exception(error)
+            raise
+        finally:
+            with self._lock:
+                del self._under_way[key]
+
+    def is_known(self, story: str, state: str) -> bool:
+        """Whether there is nothing to list: the details are known, or a thread is at it."""
         key = (story, state)
         with self._lock:
-            found = self._memory.get(key)
-            if found is not None:
-                self._memory.move_to_end(key)
-                self._counts["memory_hits"] += 1
-                return found
-            found = self._decode(self._run("get", key))
-            if found is None:
-                self._counts["misses"] += 1
-                return None
-            self._counts["disk_hits"] += 1
-            self._remember(key, found)
-            return found
+            if key in self._memory or key in self._under_way:
+                return True
+            return self._run("get", key) is not None
 
     def put(self, story: str, state: str, details: StateDetails) -> StateDetails:
         """Store the details of a state.
@@ -115,6 +157,21 @@ class ValidActionCache:
             if self._db is not None:
                 self._db.close()
                 self._db = None
+
+    def _look_up(self, key: tuple[str, str]) -> StateDetails | None:
+        found = self._memory.get(key)
+        if found is not None:
+            self._memory.move_to_end(key)
+            self._counts["memory_hits"] += 1
+            return found
+
+        found = self._decode(self._run("get", key))
+        if found is None:
+            self._counts["misses"] += 1
+            return None
+        self._counts["disk_hits"] += 1
+        self._remember(key, found)
+        return found
 
     def _remember(self, key: tuple[str, str], details: StateDetails) -> None:
         self._memory[key] = details
