@@ -20,12 +20,13 @@ import os
 import sqlite3
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Literal
 
 from priorzero.games.records import StateDetails
+from priorzero.types import PriorZeroError
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ _SCHEMA = (
     "CREATE TABLE IF NOT EXISTS details (story TEXT NOT NULL, state TEXT NOT NULL,"
     " payload TEXT NOT NULL, PRIMARY KEY (story, state)) WITHOUT ROWID"
 )
+_INSERT = "INSERT INTO details VALUES (?, ?, ?) ON CONFLICT DO NOTHING"
 
 
 def cache_root() -> Path:
@@ -133,14 +135,59 @@ class ValidActionCache:
         """
         key = (story, state)
         with self._lock:
-            payload = json.dumps(
-                [details.valid_actions, details.look, details.inventory], ensure_ascii=False
-            )
-            self._run("put", (*key, payload))
+            self._run("put", (*key, _encode(details)))
             details = self._decode(self._run("get", key)) or details
             self._counts["stored"] += 1
             self._remember(key, details)
             return details
+
+    def stored(self, story: str) -> dict[str, StateDetails]:
+        """All that the file knows of a story, by state hash.
+
+        Raises:
+            PriorZeroError: the file cannot be read.
+        """
+        with self._lock:
+            found = {}
+            for state, payload in self._query(
+                "SELECT state, payload FROM details WHERE story=?", (story,)
+            ):
+                details = self._decode((payload,))
+                if details is not None:
+                    found[state] = details
+            return found
+
+    def merge(self, story: str, states: Mapping[str, StateDetails]) -> int:
+        """Add states to the file; all of them, or none. What it knows already stays.
+
+        Returns:
+            how many were new.
+
+        Raises:
+            PriorZeroError: the file cannot be written.
+        """
+        rows = [(story, state, _encode(details)) for state, details in states.items()]
+        count = "SELECT count(*) FROM details WHERE story=?"
+        with self._lock:
+            before = self._query(count, (story,))[0][0]
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                self._db.executemany(_INSERT, rows)
+                self._db.execute("COMMIT")
+            except sqlite3.Error as error:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise _unusable(self.path, error) from error
+            return self._query(count, (story,))[0][0] - before
+
+    def count(self) -> dict[str, int]:
+        """States in the file, by story.
+
+        Raises:
+            PriorZeroError: the file cannot be read.
+        """
+        with self._lock:
+            return dict(self._query("SELECT story, count(*) FROM details GROUP BY story", ()))
 
     def stats(self) -> dict[str, int]:
         """Counters since construction; `entries` is the memory part's size."""
@@ -192,6 +239,16 @@ class ValidActionCache:
             )
             return None
 
+    def _query(self, sql: str, arguments: tuple) -> list[tuple]:
+        """Rows of the file, or a PriorZeroError: for those who want the file and not its states."""
+        assert self.path is not None, "a cache in memory has no file"
+        try:
+            if self._db is None:
+                self._db = _open_database(self.path)
+            return self._db.execute(sql, arguments).fetchall()
+        except (sqlite3.Error, OSError) as error:
+            raise _unusable(self.path, error) from error
+
     def _run(self, what: str, arguments: tuple | None) -> tuple | None:
         """One database operation: repairs a damaged file once, survives one it cannot write."""
         if self.path is None:
@@ -206,9 +263,7 @@ class ValidActionCache:
                         "SELECT payload FROM details WHERE story=? AND state=?", arguments
                     ).fetchone()
                 if what == "put":
-                    self._db.execute(
-                        "INSERT INTO details VALUES (?, ?, ?) ON CONFLICT DO NOTHING", arguments
-                    )
+                    self._db.execute(_INSERT, arguments)
                 return None
 
             except (sqlite3.Error, OSError) as error:
@@ -254,6 +309,18 @@ class ValidActionCache:
             error,
             aside,
         )
+
+
+def _encode(details: StateDetails) -> str:
+    """What `_decode` reads."""
+    return json.dumps([details.valid_actions, details.look, details.inventory], ensure_ascii=False)
+
+
+def _unusable(path: Path, error: Exception) -> PriorZeroError:
+    return PriorZeroError(
+        f"the file of known states {path} cannot be used: {error!r}; check its folder, or name"
+        " another file"
+    )
 
 
 def _open_database(path: Path) -> sqlite3.Connection:
