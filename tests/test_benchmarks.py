@@ -123,7 +123,7 @@ def test_a_block_of_jericho_without_cache_lists_every_state(story):
     from priorzero.games.env import TextGameEnv
     from priorzero.games.group import GameEnvGroup
 
-    env = TextGameEnv({"env_id": story("detective.z5"), "cache_path": None})
+    env = TextGameEnv({"env_id": story("detective.z5"), "action_cache": None})
     envs = GameEnvGroup([env])
     try:
         own_state_cache(envs, None)

@@ -16,6 +16,7 @@ from ding.envs import BaseEnv, BaseEnvTimestep
 from ding.utils import ENV_REGISTRY
 from easydict import EasyDict
 
+from priorzero.games.ahead import ListingAhead, default_workers
 from priorzero.games.catalogue import resolve_game
 from priorzero.games.process import GameProcess
 from priorzero.games.records import (
@@ -40,9 +41,11 @@ _COUNTERS = (
     "deaths",
     "state_hits",
     "state_misses",
+    "state_shared",
     "fallback_states",
     "step_s",
     "describe_s",
+    "wait_s",
     "reset_s",
 )
 
@@ -78,8 +81,6 @@ class TextGameEnv(BaseEnv):
         "extra_actions": [],  # commands offered in every state besides the valid ones
         "fallback_actions": ["look", "wait"],  # commands offered where there would be none
         "reset_attempts": 3,  # episodes tried, each with its own seed, before reset gives up
-        # SQLite file of known states; "auto": in the cache folder; None: memory only.
-        "cache_path": "auto",
     }
 
     @classmethod
@@ -124,6 +125,7 @@ class TextGameEnv(BaseEnv):
 
         self._process = GameProcess(self._game.kind, self._game.path)
         self._cache: ValidActionCache | None = None
+        self._ahead: ListingAhead | None = None
         self._counts: dict[str, float] = dict.fromkeys(_COUNTERS, 0)
 
         # Text spaces have no gym equivalent that DI-engine understands; its managers accept None.
@@ -151,8 +153,14 @@ class TextGameEnv(BaseEnv):
         """The interpreter's seed of the current episode."""
         return self._episode_seed
 
+    @property
+    def ahead(self) -> ListingAhead | None:
+        """What lists the states behind the present one; None where nothing does."""
+        return self._ahead
+
     def use_state_cache(self, cache: ValidActionCache) -> None:
         """Take known states from `cache` instead of this process's shared one."""
+        self._leave_ahead()
         self._cache = cache
 
     def seed(self, seed: int, dynamic_seed: bool = True, env_index: int | None = None) -> None:
@@ -227,6 +235,7 @@ class TextGameEnv(BaseEnv):
             )
             self._first_score = self._score = state.score
             self._obs = self._observe(state)
+            self._look_ahead(state, self._obs["valid_actions"])
         finally:
             self._counts["reset_s"] += time.perf_counter() - start
 
@@ -257,6 +266,8 @@ class TextGameEnv(BaseEnv):
         start = time.perf_counter()
         self._timestep += 1
         self._typed.append(action)
+        if (ahead := self._ahead) is not None:
+            ahead.typed(action)
         self._counts["steps"] += 1
         state: GameState | None = None
         fault_text = ""
@@ -265,6 +276,7 @@ class TextGameEnv(BaseEnv):
             state = self._process.call("step", action, timeout_s=self._cfg.step_timeout_s)
             self._counts["step_s"] += time.perf_counter() - start
             obs = self._observe(state)
+            self._look_ahead(state, obs["valid_actions"])
         except WorkerFault as fault:
             self._count_fault(fault, f"action {action!r} at step {self._timestep}")
             fault_text = str(fault)
@@ -394,22 +406,63 @@ class TextGameEnv(BaseEnv):
 
     def _details(self, state_hash: str) -> StateDetails:
         """From the cache, else from the worker; only a miss costs a round trip."""
-        if self._cache is None:
-            path = default_cache_path() if self._cfg.cache_path == "auto" else self._cfg.cache_path
-            self._cache = shared_cache(path)
+        start = time.perf_counter()
+        details, how = self._states().get_or_list(
+            self._game.story_key, state_hash, self._list_present
+        )
 
-        details = self._cache.get(self._game.story_key, state_hash)
-        if details is not None:
-            self._counts["state_hits"] += 1
+        if how == "listed":
+            self._counts["state_misses"] += 1
             return details
+        self._counts["state_hits"] += 1
+        if how == "shared":
+            self._counts["state_shared"] += 1
+            self._counts["wait_s"] += time.perf_counter() - start
+        if (ahead := self._ahead) is not None:
+            ahead.asked_for(state_hash)
+        return details
 
-        self._counts["state_misses"] += 1
+    def _list_present(self) -> StateDetails:
         start = time.perf_counter()
         try:
-            details = self._process.call("describe", timeout_s=self._cfg.describe_timeout_s)
+            return self._process.call("describe", timeout_s=self._cfg.describe_timeout_s)
         finally:
             self._counts["describe_s"] += time.perf_counter() - start
-        return self._cache.put(self._game.story_key, state_hash, details)
+
+    def _states(self) -> ValidActionCache:
+        """The cache of known states."""
+        if self._cache is None:
+            path = self._cfg.action_cache
+            self._cache = shared_cache(default_cache_path() if path == "auto" else path)
+        return self._cache
+
+    def _look_ahead(self, state: GameState, actions: tuple[str, ...]) -> None:
+        """Offer the states that `actions` lead to for listing. Raises WorkerFault."""
+        workers = self._cfg.listing_workers
+        workers = default_workers() if workers is None else workers
+        # States that come with their details, or that nothing comes behind, need no listing.
+        if not workers or state.details is not None or self._timestep >= self._max_steps:
+            return
+
+        if (ahead := self._ahead) is None:
+            ahead = self._ahead = ListingAhead.join(
+                self._game,
+                self._states(),
+                workers,
+                step_timeout_s=self._cfg.step_timeout_s,
+                describe_timeout_s=self._cfg.describe_timeout_s,
+            )
+        if not ahead.wants(state.state_hash):
+            return
+        snapshot = self._process.call("snapshot", timeout_s=self._cfg.step_timeout_s)
+        if snapshot is not None:
+            ahead.offer(id(self), state.state_hash, snapshot, actions)
+
+    def _leave_ahead(self) -> None:
+        # Another thread may be in `step`: it goes on with what it has in hand.
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            ahead.leave()
 
     def _count_fault(self, fault: WorkerFault, where: str) -> None:
         self._counts["hangs" if isinstance(fault, WorkerTimeout) else "deaths"] += 1
@@ -423,8 +476,9 @@ class TextGameEnv(BaseEnv):
 
     def stats(self) -> dict[str, float]:
         """Counters since construction: episodes, steps, hangs (time limit), deaths (crashes),
-        respawns, state_hits and state_misses (lookups of valid actions), fallback_states, and
-        seconds spent in step_s, describe_s, reset_s and spawn_s.
+        respawns, state_hits and state_misses (lookups of valid actions), state_shared (the hits
+        that waited for a list that was being made, `wait_s` seconds), fallback_states, and seconds
+        spent in step_s, describe_s, reset_s and spawn_s.
         """
         return {
             **self._counts,
@@ -435,9 +489,11 @@ class TextGameEnv(BaseEnv):
     def interrupt(self) -> None:
         """From another thread: end a `step` or `reset` under way, as if the worker had died."""
         self._process.interrupt()
+        self._leave_ahead()
 
     def close(self) -> None:
         """End the interpreter process; `reset` would start a new one."""
+        self._leave_ahead()
         self._process.close()
         self._obs = None
 

@@ -5,12 +5,14 @@ From an asyncio loop: `timesteps = await asyncio.to_thread(group.step, {env_id: 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from ding.envs import BaseEnvTimestep
 
+from priorzero.games.ahead import COUNTERS as AHEAD_COUNTERS
 from priorzero.games.env import TextGameEnv
 from priorzero.types import PriorZeroError
 
@@ -84,12 +86,11 @@ class GameEnvGroup:
         return {i: answer for i, answer in answers.items() if answer is not None}
 
     def stats(self) -> dict[str, float]:
-        """Sums of the environments' counters."""
-        total: dict[str, float] = {}
-        for env in self.envs:
-            for name, value in env.stats().items():
-                total[name] = total.get(name, 0) + value
-        return total
+        """Sums of the environments' counters, with those of what lists ahead for them."""
+        total: Counter[str] = Counter(dict.fromkeys(AHEAD_COUNTERS, 0))
+        for part in (*self.envs, *({env.ahead for env in self.envs} - {None})):
+            total.update(part.stats())
+        return dict(total)
 
     def close(self) -> None:
         """Cut short what is under way and end all interpreters."""

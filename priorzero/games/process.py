@@ -28,7 +28,13 @@ logger = logging.getLogger(__name__)
 
 NURSERY_START_S = 180.0
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
-_THREAD_LIMITS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+_SURROUNDINGS = {
+    **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
+    # Jericho walks through sets of strings, and which of two equivalent commands it lists ("throw
+    # egg at path", "... at window") depends on their order, which Python draws anew in every
+    # process. Lists are shared between runs and machines, so the order has to be the same.
+    "PYTHONHASHSEED": "0",
+}
 
 
 class Nursery:
@@ -138,7 +144,7 @@ class Nursery:
                     self.kind,
                 ],
                 pass_fds=[theirs.fileno()],
-                env={**os.environ, **_THREAD_LIMITS, "PYTHONPATH": path},
+                env={**os.environ, **_SURROUNDINGS, "PYTHONPATH": path},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
             )
@@ -170,13 +176,16 @@ class Nursery:
 class GameProcess:
     """One game in one interpreter process."""
 
-    def __init__(self, kind: str, path: str, *, open_timeout_s: float = 60.0) -> None:
+    def __init__(
+        self, kind: str, path: str, *, open_timeout_s: float = 60.0, niceness: int = 0
+    ) -> None:
         """Starts nothing yet.
 
         Args:
             kind: file name of the game's kind.
             path: what its class opens.
             open_timeout_s: time limit of opening it.
+            niceness: by how much the process yields to others where cores are short.
         """
         self.kind = kind
         self.path = path
@@ -184,6 +193,7 @@ class GameProcess:
         self.spawn_s = 0.0
         self.pid: int | None = None
         self._open_timeout_s = open_timeout_s
+        self._niceness = niceness
         self._connection: Connection | None = None
         self._interrupted = False
 
@@ -202,6 +212,9 @@ class GameProcess:
             start = time.perf_counter()
             self.pid, self._connection = Nursery.of(self.kind).spawn()
             self.spawns += 1
+            if self._niceness:
+                own = os.getpriority(os.PRIO_PROCESS, self.pid)
+                os.setpriority(os.PRIO_PROCESS, self.pid, own + self._niceness)
             self._exchange("open", (self.path,), self._open_timeout_s)
             self.spawn_s += time.perf_counter() - start
         return self._exchange(method, arguments, timeout_s)

@@ -7,6 +7,8 @@ game and the state's hash. The first writer wins, so that every reader sees the 
 A file that is damaged is set aside as `<name>.damaged-<n>` and rebuilt. A file that cannot be
 written (disk full, read-only, locked for too long) costs persistence only: it is counted, said
 once, and the memory part goes on.
+
+A state that several environments meet at the same time is listed once: `get_or_list`.
 """
 
 from __future__ import annotations
@@ -18,9 +20,13 @@ import os
 import sqlite3
 import threading
 from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Literal
 
 from priorzero.games.records import StateDetails
+from priorzero.types import PriorZeroError
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +36,7 @@ _SCHEMA = (
     "CREATE TABLE IF NOT EXISTS details (story TEXT NOT NULL, state TEXT NOT NULL,"
     " payload TEXT NOT NULL, PRIMARY KEY (story, state)) WITHOUT ROWID"
 )
+_INSERT = "INSERT INTO details VALUES (?, ?, ?) ON CONFLICT DO NOTHING"
 
 
 def cache_root() -> Path:
@@ -56,6 +63,7 @@ class ValidActionCache:
         self.path = None if path is None else Path(path)
         self._memory: OrderedDict[tuple[str, str], StateDetails] = OrderedDict()
         self._memory_entries = memory_entries
+        self._under_way: dict[tuple[str, str], Future] = {}
         self._lock = threading.Lock()
         self._db: sqlite3.Connection | None = None
         self._warned = False
@@ -68,20 +76,56 @@ class ValidActionCache:
 
     def get(self, story: str, state: str) -> StateDetails | None:
         """The details of a state, or None; counted as hit or miss."""
+        with self._lock:
+            return self._look_up((story, state))
+
+    def get_or_list(
+        self, story: str, state: str, list_state: Callable[[], StateDetails]
+    ) -> tuple[StateDetails, Literal["known", "shared", "listed"]]:
+        """The details of a state, listed where they are not known.
+
+        Args:
+            list_state: finds them, in bounded time. Not called while another thread is at it for
+                this state; if that one fails, this one tries.
+
+        Returns:
+            the details, and whether they were known, came from the thread that was listing them
+            already, or were listed here.
+
+        Raises:
+            Exception: whatever `list_state` raises.
+        """
+        key = (story, state)
+        while True:
+            with self._lock:
+                found = self._look_up(key)
+                if found is not None:
+                    return found, "known"
+                under_way = self._under_way.get(key)
+                if under_way is None:
+                    mine = self._under_way[key] = Future()
+                    break
+            if under_way.exception() is None:
+                return under_way.result(), "shared"
+
+        try:
+            details = self.put(story, state, list_state())
+            mine.set_result(details)
+            return details, "listed"
+        except BaseException as error:
+            mine.set_exception(error)
+            raise
+        finally:
+            with self._lock:
+                del self._under_way[key]
+
+    def is_known(self, story: str, state: str) -> bool:
+        """Whether there is nothing to list: the details are known, or a thread is at it."""
         key = (story, state)
         with self._lock:
-            found = self._memory.get(key)
-            if found is not None:
-                self._memory.move_to_end(key)
-                self._counts["memory_hits"] += 1
-                return found
-            found = self._decode(self._run("get", key))
-            if found is None:
-                self._counts["misses"] += 1
-                return None
-            self._counts["disk_hits"] += 1
-            self._remember(key, found)
-            return found
+            if key in self._memory or key in self._under_way:
+                return True
+            return self._run("get", key) is not None
 
     def put(self, story: str, state: str, details: StateDetails) -> StateDetails:
         """Store the details of a state.
@@ -91,14 +135,59 @@ class ValidActionCache:
         """
         key = (story, state)
         with self._lock:
-            payload = json.dumps(
-                [details.valid_actions, details.look, details.inventory], ensure_ascii=False
-            )
-            self._run("put", (*key, payload))
+            self._run("put", (*key, _encode(details)))
             details = self._decode(self._run("get", key)) or details
             self._counts["stored"] += 1
             self._remember(key, details)
             return details
+
+    def stored(self, story: str) -> dict[str, StateDetails]:
+        """All that the file knows of a story, by state hash.
+
+        Raises:
+            PriorZeroError: the file cannot be read.
+        """
+        with self._lock:
+            found = {}
+            for state, payload in self._query(
+                "SELECT state, payload FROM details WHERE story=?", (story,)
+            ):
+                details = self._decode((payload,))
+                if details is not None:
+                    found[state] = details
+            return found
+
+    def merge(self, story: str, states: Mapping[str, StateDetails]) -> int:
+        """Add states to the file; all of them, or none. What it knows already stays.
+
+        Returns:
+            how many were new.
+
+        Raises:
+            PriorZeroError: the file cannot be written.
+        """
+        rows = [(story, state, _encode(details)) for state, details in states.items()]
+        count = "SELECT count(*) FROM details WHERE story=?"
+        with self._lock:
+            before = self._query(count, (story,))[0][0]
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                self._db.executemany(_INSERT, rows)
+                self._db.execute("COMMIT")
+            except sqlite3.Error as error:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise _unusable(self.path, error) from error
+            return self._query(count, (story,))[0][0] - before
+
+    def count(self) -> dict[str, int]:
+        """States in the file, by story.
+
+        Raises:
+            PriorZeroError: the file cannot be read.
+        """
+        with self._lock:
+            return dict(self._query("SELECT story, count(*) FROM details GROUP BY story", ()))
 
     def stats(self) -> dict[str, int]:
         """Counters since construction; `entries` is the memory part's size."""
@@ -115,6 +204,21 @@ class ValidActionCache:
             if self._db is not None:
                 self._db.close()
                 self._db = None
+
+    def _look_up(self, key: tuple[str, str]) -> StateDetails | None:
+        found = self._memory.get(key)
+        if found is not None:
+            self._memory.move_to_end(key)
+            self._counts["memory_hits"] += 1
+            return found
+
+        found = self._decode(self._run("get", key))
+        if found is None:
+            self._counts["misses"] += 1
+            return None
+        self._counts["disk_hits"] += 1
+        self._remember(key, found)
+        return found
 
     def _remember(self, key: tuple[str, str], details: StateDetails) -> None:
         self._memory[key] = details
@@ -135,6 +239,16 @@ class ValidActionCache:
             )
             return None
 
+    def _query(self, sql: str, arguments: tuple) -> list[tuple]:
+        """Rows of the file, or a PriorZeroError: for those who want the file and not its states."""
+        assert self.path is not None, "a cache in memory has no file"
+        try:
+            if self._db is None:
+                self._db = _open_database(self.path)
+            return self._db.execute(sql, arguments).fetchall()
+        except (sqlite3.Error, OSError) as error:
+            raise _unusable(self.path, error) from error
+
     def _run(self, what: str, arguments: tuple | None) -> tuple | None:
         """One database operation: repairs a damaged file once, survives one it cannot write."""
         if self.path is None:
@@ -149,9 +263,7 @@ class ValidActionCache:
                         "SELECT payload FROM details WHERE story=? AND state=?", arguments
                     ).fetchone()
                 if what == "put":
-                    self._db.execute(
-                        "INSERT INTO details VALUES (?, ?, ?) ON CONFLICT DO NOTHING", arguments
-                    )
+                    self._db.execute(_INSERT, arguments)
                 return None
 
             except (sqlite3.Error, OSError) as error:
@@ -197,6 +309,18 @@ class ValidActionCache:
             error,
             aside,
         )
+
+
+def _encode(details: StateDetails) -> str:
+    """What `_decode` reads."""
+    return json.dumps([details.valid_actions, details.look, details.inventory], ensure_ascii=False)
+
+
+def _unusable(path: Path, error: Exception) -> PriorZeroError:
+    return PriorZeroError(
+        f"the file of known states {path} cannot be used: {error!r}; check its folder, or name"
+        " another file"
+    )
 
 
 def _open_database(path: Path) -> sqlite3.Connection:

@@ -28,6 +28,14 @@ class EnvSettings(Settings):
     truncated."""
     describe_timeout_s: float = 120.0
     """The same for listing the valid actions of a state never seen before."""
+    action_cache: str | None = "auto"
+    """SQLite file of the valid actions of all states met, which runs share; auto: in the cache
+    folder ($PRIORZERO_CACHE); None: in memory only. `python -m priorzero.games.cache` carries it
+    from machine to machine."""
+    listing_workers: int | None = None
+    """Processes that list the valid actions of states one step ahead while environments wait for
+    their turn; None: half the cores, at most 16, and 0 on a machine of fewer than 8. What is
+    played does not depend on it."""
     collector_env_num: int = 8
     """Environments stepped together by the collector."""
     evaluator_env_num: int = 3
@@ -46,6 +54,11 @@ class EnvSettings(Settings):
             "collector_env_num",
             "evaluator_env_num",
             "n_evaluator_episode",
+        )
+        yield Rule(
+            "listing_workers",
+            self.listing_workers is None or self.listing_workers >= 0,
+            "it must not be negative, or None",
         )
         yield Rule(
             "max_steps",

@@ -174,7 +174,7 @@ def test_random_play_is_reproducible_whatever_the_cache_holds(zork1, make_env, t
     """
     paths = [tmp_path / "a.sqlite", tmp_path / "b.sqlite", tmp_path / "a.sqlite"]
     traces = [
-        play(make_env(env_id=zork1, seed=5, cache_path=str(path)), random.Random(1), 30)
+        play(make_env(env_id=zork1, seed=5, action_cache=str(path)), random.Random(1), 30)
         for path in paths
     ]
     assert traces[0] == traces[1] == traces[2]
@@ -210,7 +210,7 @@ def test_step_outside_an_episode(make_env):
 def test_a_fault_truncates_the_episode_and_the_next_one_works(
     make_env, failing_story, command, count
 ):
-    env = make_env(env_id=failing_story(), step_timeout_s=0.7, cache_path=None)
+    env = make_env(env_id=failing_story(), step_timeout_s=0.7, action_cache=None)
     first = env.reset()
     obs = env.step("east").obs
     timestep = env.step(command)
@@ -226,7 +226,7 @@ def test_a_fault_truncates_the_episode_and_the_next_one_works(
 
 def test_repeated_faults_in_the_middle_are_survived(make_env, failing_story):
     """A command that always crashes is no reason to end a run."""
-    env = make_env(env_id=failing_story(), cache_path=None)
+    env = make_env(env_id=failing_story(), action_cache=None)
     for _ in range(3):
         env.reset()
         assert env.step("crash").info["done_kind"] == "hang"
@@ -235,7 +235,7 @@ def test_repeated_faults_in_the_middle_are_survived(make_env, failing_story):
 
 def test_a_hang_while_finding_valid_actions_truncates_the_episode(make_env, failing_story):
     env = make_env(
-        env_id=failing_story("describe_later:hang"), cache_path=None, describe_timeout_s=0.7
+        env_id=failing_story("describe_later:hang"), action_cache=None, describe_timeout_s=0.7
     )
     env.reset()
     timestep = env.step("east")
@@ -257,7 +257,7 @@ def test_an_interpreter_that_fails_at_the_start_is_one_clear_error(
 ):
     """Twice the same way, so the story is the fault: no more attempts, no advice on time limits."""
     story = failing_story(words)
-    env = make_env(env_id=story, cache_path=None, reset_attempts=50)
+    env = make_env(env_id=story, action_cache=None, reset_attempts=50)
     with pytest.raises(PriorZeroError, match=re.escape(reason)) as caught:
         env.reset()
     message = str(caught.value)
@@ -268,7 +268,7 @@ def test_an_interpreter_that_fails_at_the_start_is_one_clear_error(
 def test_a_group_tells_a_common_error_once(failing_story):
     story = failing_story("open:crash")
     group = GameEnvGroup(
-        [partial(TextGameEnv, {"env_id": story, "cache_path": None}) for _ in range(3)], seed=0
+        [partial(TextGameEnv, {"env_id": story, "action_cache": None}) for _ in range(3)], seed=0
     )
     try:
         with pytest.raises(PriorZeroError, match="in 3 of 3 environments: env 0, 1, 2:") as caught:
@@ -280,7 +280,7 @@ def test_a_group_tells_a_common_error_once(failing_story):
 
 def test_a_reset_that_hangs_gives_up_after_its_attempts(make_env, failing_story):
     env = make_env(
-        env_id=failing_story("reset:hang"), cache_path=None, step_timeout_s=0.3, reset_attempts=3
+        env_id=failing_story("reset:hang"), action_cache=None, step_timeout_s=0.3, reset_attempts=3
     )
     with pytest.raises(PriorZeroError, match="3 attempts.*step_timeout_s"):
         env.reset()
@@ -349,7 +349,7 @@ def test_di_engine_base_manager_runs_it():
 
 
 def test_group_overlaps_calls_and_keeps_apart_what_fails(failing_story):
-    settings = {"env_id": failing_story(), "cache_path": None, "step_timeout_s": 1.0}
+    settings = {"env_id": failing_story(), "action_cache": None, "step_timeout_s": 1.0}
     group = GameEnvGroup([partial(TextGameEnv, settings) for _ in range(4)], seed=3)
     try:
         assert set(group.reset()) == {0, 1, 2, 3}
@@ -375,7 +375,7 @@ async def _in_thread(function, *arguments):
 
 
 def test_closing_a_group_cuts_a_hanging_call_short(failing_story):
-    settings = {"env_id": failing_story(), "cache_path": None, "step_timeout_s": 60.0}
+    settings = {"env_id": failing_story(), "action_cache": None, "step_timeout_s": 60.0}
     group = GameEnvGroup([partial(TextGameEnv, settings)], seed=0)
     group.reset()
     with ThreadPoolExecutor() as pool:

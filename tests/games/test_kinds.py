@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 
@@ -35,6 +36,12 @@ class Player:
 
     def outcomes(self, seed: int, played: list[str], actions: tuple[str, ...]) -> list[GameState]:
         return self._process.call("outcomes", seed, played, actions, timeout_s=LIMIT)
+
+    def snapshot(self) -> Any:
+        return self._process.call("snapshot", timeout_s=LIMIT)
+
+    def restore(self, snapshot: Any) -> None:
+        self._process.call("restore", snapshot, timeout_s=LIMIT)
 
     def close(self) -> None:
         self._process.close()
@@ -95,6 +102,26 @@ def test_equal_seeds_and_actions_give_equal_traces(player):
             assert state == twin.step(action)
             if state.terminated:
                 break
+
+
+def test_a_snapshot_goes_on_alike_in_another_process(player):
+    """Random numbers included; the other one has never been reset, or is in another state."""
+    first, second = player(), player()
+    first.reset(SEED)
+    choice = random.Random(1)
+    for _ in range(2):
+        for _ in range(3):
+            first.step(choice.choice(("north", "west", "east", "take all")))
+        snapshot = first.snapshot()
+        if snapshot is None:
+            pytest.skip("a kind without snapshots")
+
+        second.restore(snapshot)
+        for _ in range(2):
+            details = first.describe()
+            assert second.describe() == details
+            action = choice.choice(details.valid_actions or ("look",))
+            assert first.step(action) == second.step(action)
 
 
 def test_details_are_sorted_without_duplicates_and_belong_to_the_hash(player):

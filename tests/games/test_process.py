@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from priorzero.games.catalogue import resolve_game
-from priorzero.games.process import GameProcess
+from priorzero.games.process import GameProcess, Nursery
 from priorzero.games.records import WorkerDied, WorkerError, WorkerTimeout
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -118,7 +118,7 @@ _PARENT = """
 import sys, time
 # No __main__ guard: a worker that imported this again would print it again, or worse.
 print("main ran", flush=True)
-from priorzero.games.process import GameProcess
+from priorzero.games.process import GameProcess, Nursery
 game = GameProcess("jericho", sys.argv[1])
 game.call("reset", 5000, timeout_s=60)
 print(game.pid, flush=True)
@@ -174,6 +174,42 @@ def test_valid_actions_depend_on_the_world_state_alone(zork1):
     finally:
         game.close()
     assert len(lists) < 12 and all(len(found) == 1 for found in lists.values())
+
+
+def test_lists_do_not_depend_on_pythons_hash_seed(zork1, monkeypatch):
+    """Jericho walks through sets of strings: with an egg to throw, its list would differ."""
+    to_the_egg = "n/n/up/take egg".split("/")
+    found = []
+    for seed in ("1", "2", "3"):
+        monkeypatch.setenv("PYTHONHASHSEED", seed)
+        Nursery.of("jericho").close()
+        game = GameProcess("jericho", zork1)
+        try:
+            game.call("reset", 5000, timeout_s=LIMIT)
+            for command in to_the_egg:
+                game.call("step", command, timeout_s=LIMIT)
+            found.append(game.call("describe", timeout_s=LIMIT))
+        finally:
+            game.close()
+    assert found[0] == found[1] == found[2]
+
+
+def test_state_hashes_are_jerichos_own(zork1):
+    """After every command, also where a new episode begins in the middle of the game."""
+    import jericho
+
+    stock = jericho.FrotzEnv(zork1, seed=5000)
+    game = GameProcess("jericho", zork1)
+    try:
+        for _ in range(2):
+            stock.reset()
+            state = game.call("reset", 5000, timeout_s=LIMIT)
+            for command in (*TO_THE_TROLL, "attack troll with sword", "wait"):
+                assert state.state_hash == stock.get_world_state_hash()
+                state = game.call("step", command, timeout_s=LIMIT)
+                stock.step(command)
+    finally:
+        game.close()
 
 
 def test_walkthrough_of_zork1_wins_under_its_seed(zork1):

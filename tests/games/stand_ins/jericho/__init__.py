@@ -62,8 +62,11 @@ class FrotzEnv:
     def _emulator_halted(self):
         return False
 
-    def get_world_state_hash(self):
-        return f"room {self._room}"
+    def get_world_objects(self, clean):
+        return (ctypes.c_int32 * 2)(self._room, 7)
+
+    def _get_special_ram(self):
+        return []
 
     def get_state(self):
         # The same shape as Jericho's: nine entries, the eighth of them the random numbers' state.
