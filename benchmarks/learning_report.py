@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any
 
+from priorzero.sweeping.record import FINAL
 from priorzero.types import PriorZeroError
 
 logger = logging.getLogger("priorzero.benchmarks.learning")
@@ -85,7 +86,7 @@ def _from_summary(path: Path, run: dict[str, Any]) -> list[Row]:
                 rows.append(
                     Row(
                         run["game"],
-                        NAMES[run["method"], mode],
+                        NAMES[run["variant"], mode],
                         run["seed"],
                         evaluation["env_steps"],
                         evaluation["iteration"],
@@ -113,7 +114,7 @@ def _from_metrics(path: Path, run: dict[str, Any]) -> list[Row]:
             rows.append(
                 Row(
                     run["game"],
-                    NAMES[run["method"], mode],
+                    NAMES[run["variant"], mode],
                     run["seed"],
                     values["step"],
                     None,
@@ -220,13 +221,13 @@ def _markdown(table: list[dict[str, Any]]) -> str:
 
 
 def _readme(out: Path, table: list[dict[str, Any]]) -> str:
-    path = out / "command.json"
+    path = out / "sweep.json"
     if not path.is_file():
         return "# Learning check\n\nThe command was not recorded.\n\n" + _markdown(table)
     facts = json.loads(path.read_text(encoding="utf-8"))
     machine = facts["machine"]
     gpu = machine["gpu"] or "no GPU"
-    unfinished = ", ".join(facts["not_completed"]) or "none"
+    unfinished = ", ".join(n for n, state in facts["runs"].items() if state not in FINAL) or "none"
     return "\n".join(
         [
             "# Learning check",
@@ -238,10 +239,11 @@ def _readme(out: Path, table: list[dict[str, Any]]) -> str:
             f"Commit {facts['commit']}, {facts['date']}, {facts['minutes']} minutes on "
             f"{machine['cores']} cores of {machine['cpu']}, {gpu}; Python {machine['python']}, "
             f"torch {machine['torch']}. "
-            f"Runs that failed or were not started: {unfinished}.",
+            f"Runs that failed, were interrupted or were not started: {unfinished}.",
             "",
             "`runs.csv` has every evaluation (n: seeds of that method), `runs/` each run's "
-            "settings and summary. The same command with `--plot-only` makes tables and plot anew.",
+            "settings, summary and metrics. The same command with `--plot-only` makes tables and "
+            "plot anew.",
             "",
             _markdown(table),
             "",

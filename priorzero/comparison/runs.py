@@ -1,4 +1,5 @@
-"""A run's folder as one curve, and groups of runs that differ only in the seed.
+"""A run's folder as one curve, and groups of runs that differ only in the seed. A sweep's runs
+(`priorzero.sweep`) are grouped by variant, whose name they bear.
 
 A curve comes from `log/metrics.jsonl` (or `metrics.jsonl`, where only that was kept). Where neither
 is there it comes from `summary.json`, which knows evaluation returns and lengths but no times.
@@ -52,7 +53,9 @@ class Point:
 
 @dataclass(frozen=True)
 class Run:
-    """One run. `settings`: those of its config.json by dotted name; `points`: in their order."""
+    """One run. `settings`: those of its config.json by dotted name; `points`: in their order;
+    `variant`: its name in a sweep, empty for other runs.
+    """
 
     folder: Path
     game: str
@@ -60,6 +63,7 @@ class Run:
     settings: Mapping[str, Any]
     metric: str
     points: tuple[Point, ...]
+    variant: str = ""
 
 
 @dataclass(frozen=True)
@@ -125,8 +129,10 @@ def _read_run(folder: Path, metric: str | None) -> Run:
             break
     else:
         points = _from_summary(summary, metric)
+    kept = _json(folder / "run.json") if (folder / "run.json").is_file() else {}
+    variant = str(kept.get("variant", ""))
     # The settings may say "auto"; the summary knows what it was.
-    return Run(folder, summary.get("game", game), seed, flat, metric, tuple(points))
+    return Run(folder, summary.get("game", game), seed, flat, metric, tuple(points), variant)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -216,14 +222,17 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Group]]:
     """Per game its groups, games and groups in the order of their first runs."""
     games: dict[str, dict[str, list[Run]]] = {}
     for run in runs:
-        key = json.dumps(_compared(run), sort_keys=True)
+        key = json.dumps([run.variant, _compared(run)], sort_keys=True)
         games.setdefault(run.game, {}).setdefault(key, []).append(run)
 
     return {
         game: [
-            Group(f"G{number}", label, tuple(members))
-            for number, (label, members) in enumerate(
-                zip(_labels([m[0] for m in groups.values()]), groups.values(), strict=True), 1
+            Group(name, label, tuple(members))
+            for name, label, members in zip(
+                _names([m[0] for m in groups.values()]),
+                _labels([m[0] for m in groups.values()]),
+                groups.values(),
+                strict=True,
             )
         ]
         for game, groups in games.items()
@@ -232,6 +241,14 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Group]]:
 
 def _compared(run: Run) -> dict[str, Any]:
     return {name: value for name, value in run.settings.items() if name not in _SAME_GROUP}
+
+
+def _names(firsts: Sequence[Run]) -> list[str]:
+    """A name for every group, from one run each: its variant's, where these tell groups apart."""
+    variants = [run.variant for run in firsts]
+    if all(variants) and len(set(variants)) == len(variants):
+        return variants
+    return [f"G{number}" for number in range(1, len(firsts) + 1)]
 
 
 def _labels(firsts: Sequence[Run]) -> list[str]:

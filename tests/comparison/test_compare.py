@@ -90,6 +90,20 @@ def test_groups_and_their_labels(folders):
     assert {g.metric for g in groups} == {METRIC}
 
 
+def test_runs_of_a_sweep_are_grouped_by_variant(folders):
+    """Also where variants have equal settings; runs that are of no sweep get numbers as names."""
+    for folder, variant in zip(folders, ("one", "one", "two", "two", "slow", "slow"), strict=True):
+        (folder / "run.json").write_text(json.dumps({"variant": variant}), encoding="utf-8")
+    groups = group_runs(read_runs(folders))["tw-simple"]
+    assert [(g.name, [run.seed for run in g.runs]) for g in groups] == [
+        ("one", [0, 1]),
+        ("two", [2, 3]),
+        ("slow", [0, 1]),
+    ]
+    (folders[5] / "run.json").unlink()
+    assert [g.name for g in group_runs(read_runs(folders))["tw-simple"]] == ["G1", "G2", "G3", "G4"]
+
+
 def test_values_at_equal_steps_and_equal_time(folders):
     """At 200 steps the first group's middle two are 4 and 6, and the mean heights (0 + 4) / 4 +
     (4 + x) / 4 are 2.5, 3, 3.5, 7. After 2 minutes the slow group is at its second evaluation.
