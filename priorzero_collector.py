@@ -23,6 +23,7 @@ from easydict import EasyDict
 
 from priorzero.data.packing import pack, unpack
 from priorzero.data.segment import Segment, StepRecord
+from priorzero.decisions.recorder import Recorder
 from priorzero.games.group import GameEnvGroup
 from priorzero.llm.prior import LLMPrior
 from priorzero.play.results import CollectResult
@@ -41,8 +42,9 @@ with quiet_base():
 
 @dataclass
 class _Played:
-    """What one `collect` call has played so far."""
+    """What one `collect` call has played so far, after `before` environment steps."""
 
+    before: int
     segments: list[Segment] = field(default_factory=list)
     episodes: list[dict] = field(default_factory=list)  # `info` of each that ended
     effects: list[dict[str, float]] = field(default_factory=list)  # `prior_effect` of each decision
@@ -61,6 +63,7 @@ class PriorZeroCollector:
         prior: the LLM, or None for pure UniZero.
         history_length: past steps the LLM may see.
         watch: where the seconds of each stage are added up.
+        recorder: of decisions; None records none.
     """
 
     config = dict(type="priorzero")
@@ -80,11 +83,13 @@ class PriorZeroCollector:
         *,
         history_length: int,
         watch: Stopwatch | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         self._settings, self._policy, self._envs = settings, policy, envs
         self._encoder, self._prior = encoder, prior
         self._history_length = history_length
         self.watch = watch or Stopwatch()
+        self._recorder = recorder
         self.counters: Counter[str] = Counter()
         self._slots: dict[int, Slot] = {}  # by environment
         self._episodes = 0
@@ -108,7 +113,7 @@ class PriorZeroCollector:
         if idle:
             await self._start(idle)
 
-        played = _Played(self._cut)
+        played = _Played(env_steps, self._cut)
         self._cut = []
         while len(played.segments) < num_segments:
             slots = [self._slots[env_id] for env_id in sorted(self._slots)]
@@ -127,6 +132,8 @@ class PriorZeroCollector:
 
     def state_dict(self) -> dict[str, Any]:
         """The running episodes between two calls of `collect`, as plain values and arrays."""
+        if self._recorder is not None:
+            self._recorder.flush()  # records reach as far as the checkpoint does
         slots = [self._slots[env_id] for env_id in sorted(self._slots)]
         return {
             "episodes": self._episodes,
@@ -166,14 +173,18 @@ class PriorZeroCollector:
         return cut
 
     def _new_slot(self, env_id: int, episode_id: int, observation: dict[str, Any]) -> Slot:
-        return Slot(
+        env = self._envs.envs[env_id]
+        slot = Slot(
             env_id,
             episode_id,
             observation,
-            goal=self._envs.envs[env_id].game.goal,
+            goal=env.game.goal,
             history_length=self._history_length,
             context_steps=self._settings.context_steps,
         )
+        if self._recorder is not None:
+            slot.tape = self._recorder.collection(episode_id, env.episode_seed)
+        return slot
 
     async def _start(self, env_ids: Iterable[int]) -> None:
         """New episodes in these environments."""
@@ -249,6 +260,10 @@ class PriorZeroCollector:
         ended = []
         for slot, decision, plan, vector in zip(slots, due, plans, vectors, strict=True):
             outcome = timesteps[slot.env_id]
+            if slot.tape is not None:
+                moment = decision.moment(decision.valid_actions[plan.action_index], outcome, plan)
+                now = played.before + played.steps
+                slot.tape.write(slot.timestep, moment, decision.valid_ids, env_steps=now)
             played.steps += 1
             if outcome.info["done_kind"] == "hang":
                 # The next state is unknown: what was played before stands, this step does not enter

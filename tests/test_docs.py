@@ -126,7 +126,7 @@ def test_settings_exist(document):
     from priorzero.settings.experiment import ExperimentSettings
 
     defaults = ExperimentSettings().as_dict()
-    named = set(re.findall(r"`((?:env|policy|text|llm|eval)(?:\.[a-z_]+)+)`", text_of(document)))
+    named = set(re.findall(r"`((?:env|policy|text|llm|eval|decisions)(?:\.[a-z_]+)+)`", text_of(document)))
     for name in named - {"llm.pt"}:
         place = defaults
         for part in name.split("."):

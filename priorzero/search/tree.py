@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from priorzero.search.roots import TreeNodes
+
 
 class NodeStatistics(NamedTuple):
     """What a rule may know of one node per root.
@@ -159,6 +161,33 @@ class Tree:
             value=self._node_returns[at] / total,
             low=self._low,
             high=self._high,
+        )
+
+    def nodes(self, row: int) -> TreeNodes:
+        """The whole tree of one root, for whoever shows it."""
+        size = self._size
+        parents, actions = np.nonzero(self._child[row, :size] >= 0)
+        made = self._child[row, parents, actions]  # the nodes these edges lead to
+        visits, returns = (a[row, parents, actions] for a in (self._visits, self._returns))
+
+        # What a node holds beside the returns of its edges is the network's own value.
+        own = self._node_returns[row, :size].copy()
+        np.subtract.at(own, parents, returns)
+
+        def over_nodes(root: float, edges: np.ndarray) -> np.ndarray:
+            column = np.full(size, root, dtype=edges.dtype)
+            column[made] = edges
+            return column
+
+        total = self._node_visits[row, 0]
+        return TreeNodes(
+            parent=over_nodes(-1, parents),
+            action=over_nodes(-1, actions),
+            visits=over_nodes(total - 1.0, visits),
+            q=over_nodes(self._node_returns[row, 0] / total, returns / visits),
+            prior=over_nodes(1.0, self._prior[row, parents, actions]),
+            reward=self._rewards[row, :size].copy(),
+            value=own,
         )
 
     def root_statistics(self) -> NodeStatistics:

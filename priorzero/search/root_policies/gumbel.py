@@ -32,7 +32,7 @@ from functools import cache
 import numpy as np
 
 from priorzero.search.root_prior import RootPrior
-from priorzero.search.roots import Root, SearchResult, spread
+from priorzero.search.roots import Root, SearchResult, TreeNodes, spread
 from priorzero.search.tree import NodeStatistics, Tree
 from priorzero.settings.policy import GumbelSettings, PolicySettings
 
@@ -94,6 +94,9 @@ class GumbelSearch:
     def expand(self, rewards: np.ndarray, values: np.ndarray, logits: np.ndarray) -> None:
         p = np.exp(logits - logits.max(axis=1, keepdims=True))
         self._tree.expand(rewards, values, p / p.sum(axis=1, keepdims=True))
+
+    def nodes(self, row: int) -> TreeNodes:
+        return self._tree.nodes(row)
 
     def results(self) -> list[SearchResult]:
         root = self._tree.root_statistics()

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from priorzero.search.root_prior import RootPrior
-from priorzero.search.roots import Root, SearchResult, spread
+from priorzero.search.roots import Root, SearchResult, TreeNodes, spread
 from priorzero.search.rules import exploration_factor, normalised_q, puct
 from priorzero.search.targets import regularised, visit_shares
 from priorzero.search.tree import Tree
@@ -61,6 +61,9 @@ class PuctSearch:
     def expand(self, rewards: np.ndarray, values: np.ndarray, logits: np.ndarray) -> None:
         p = np.exp(logits - logits.max(axis=1, keepdims=True))
         self._tree.expand(rewards, values, p / p.sum(axis=1, keepdims=True))
+
+    def nodes(self, row: int) -> TreeNodes:
+        return self._tree.nodes(row)
 
     def results(self) -> list[SearchResult]:
         root = self._tree.root_statistics()
