@@ -117,6 +117,7 @@ def test_options_exist(document):
     known |= options_in(help_of("priorzero.prior_report"))
     known |= options_in(help_of("priorzero.export"))
     known |= options_in(help_of("priorzero.compare"))
+    known |= options_in(help_of("priorzero.view"))
     known |= LAUNCHER_OPTIONS | {"--logdir"}
     assert options_in(text_of(document)) <= known
 
