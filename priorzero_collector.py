@@ -23,6 +23,7 @@ from easydict import EasyDict
 
 from priorzero.data.packing import pack, unpack
 from priorzero.data.segment import Segment, StepRecord
+from priorzero.decisions.recorder import Recorder
 from priorzero.games.group import GameEnvGroup
 from priorzero.llm.prior import LLMPrior
 from priorzero.play.players import Move, Player, llm_move, llm_policy, search_move
@@ -44,8 +45,9 @@ with quiet_base():
 
 @dataclass
 class _Played:
-    """What one `collect` call has played so far."""
+    """What one `collect` call has played so far, after `before` environment steps."""
 
+    before: int
     segments: list[Segment] = field(default_factory=list)
     episodes: list[dict] = field(default_factory=list)  # `info` of each that ended
     effects: list[dict[str, float]] = field(default_factory=list)  # `prior_effect` of each decision
@@ -66,6 +68,7 @@ class PriorZeroCollector:
         history_length: past steps the LLM may see.
         seed: of what is drawn from the LLM where it plays alone.
         watch: where the seconds of each stage are added up.
+        recorder: of decisions; None records none.
     """
 
     config = dict(type="priorzero")
@@ -86,12 +89,14 @@ class PriorZeroCollector:
         history_length: int,
         seed: int,
         watch: Stopwatch | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         self._settings, self._policy, self._envs = settings, policy, envs
         self._encoder, self._prior = encoder, prior
         self._history_length = history_length
         self._rng = np.random.default_rng(seed)
         self.watch = watch or Stopwatch()
+        self._recorder = recorder
         self.counters: Counter[str] = Counter()
         self._slots: dict[int, Slot] = {}  # by environment
         self._episodes = 0
@@ -120,7 +125,7 @@ class PriorZeroCollector:
             PriorZeroError: an environment cannot be started, a required LLM failed, or one that
                 plays alone.
         """
-        played = _Played(self._cut)
+        played = _Played(env_steps, self._cut)
         idle = [env_id for env_id in range(len(self._envs)) if env_id not in self._slots]
         await self._begin(idle, played, new_episodes)
         self._cut = []
@@ -148,6 +153,8 @@ class PriorZeroCollector:
 
     def state_dict(self) -> dict[str, Any]:
         """The running episodes between two calls of `collect`, as plain values and arrays."""
+        if self._recorder is not None:
+            self._recorder.flush()  # records reach as far as the checkpoint does
         slots = [self._slots[env_id] for env_id in sorted(self._slots)]
         return {
             "episodes": self._episodes,
@@ -190,14 +197,18 @@ class PriorZeroCollector:
         return cut
 
     def _new_slot(self, env_id: int, episode_id: int, observation: dict[str, Any]) -> Slot:
-        return Slot(
+        env = self._envs.envs[env_id]
+        slot = Slot(
             env_id,
             episode_id,
             observation,
-            goal=self._envs.envs[env_id].game.goal,
+            goal=env.game.goal,
             history_length=self._history_length,
             context_steps=self._settings.context_steps,
         )
+        if self._recorder is not None:
+            slot.tape = self._recorder.collection(episode_id, env.episode_seed)
+        return slot
 
     async def _begin(
         self, env_ids: Sequence[int], played: _Played, new_episodes: int | None
@@ -305,6 +316,10 @@ class PriorZeroCollector:
         ended = []
         for slot, decision, move, vector in zip(slots, due, moves, vectors, strict=True):
             outcome = timesteps[slot.env_id]
+            if slot.tape is not None:
+                moment = decision.moment(chosen[slot.env_id], outcome, move.plan)
+                now = played.before + played.steps
+                slot.tape.write(slot.timestep, moment, decision.valid_ids, env_steps=now)
             played.steps += 1
             if outcome.info["done_kind"] == "hang":
                 # The next state is unknown: what was played before stands, this step does not enter

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from priorzero.decisions.recorder import Recorder
 from priorzero.games.group import GameEnvGroup
 from priorzero.llm.prior import LLMPrior
 from priorzero.play.players import llm_policy
@@ -33,11 +34,17 @@ from priorzero_policy import PriorZeroPolicy
 
 @dataclass(frozen=True)
 class _Choice:
-    """What is played in a slot. action_id: None without a search. remark: for the transcript."""
+    """What is played in a slot.
+
+    action_id: None without a search. remark: for the transcript. decision, plan: what led to it;
+    without a search the plan is None, and the decision has no ids.
+    """
 
     action: str
+    decision: Decision
     action_id: int | None = None
     remark: str = ""
+    plan: SearchOutput | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,7 @@ class PriorZeroEvaluator:
         temperature: 0 plays the most visited action (LLM alone: the likeliest), a higher one draws
             from visit counts ** (1 / temperature) (LLM alone: from softmax(log p / temperature)).
         transcripts: folder the episodes are written to, or None.
+        recorder: of decisions; None records none.
     """
 
     def __init__(
@@ -73,12 +81,14 @@ class PriorZeroEvaluator:
         temperature: float,
         transcripts: Path | None,
         watch: Stopwatch | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         self._settings, self._policy, self._envs = settings, policy, envs
         self._encoder, self._prior = encoder, prior
         self._history_length = history_length
         self._seed, self._temperature = seed, temperature
         self._transcripts = transcripts
+        self._recorder = recorder
         self.watch = watch or Stopwatch()
 
     def playing(self, policy: PriorZeroPolicy) -> PriorZeroEvaluator:
@@ -97,7 +107,7 @@ class PriorZeroEvaluator:
 
         Args:
             env_steps: of the training so far, for the mixture's schedule.
-            label: part of the transcripts' names.
+            label: part of the names of transcripts and records.
 
         Raises:
             PriorZeroError: the LLM failed while it was to play alone, or while it is required.
@@ -109,13 +119,15 @@ class PriorZeroEvaluator:
         rng = np.random.default_rng((self._seed, env_steps))
 
         with self._policy.guests():
-            done = await self._play(mode, episodes, env_steps, rng)
+            done = await self._play(mode, episodes, env_steps, rng, label)
 
+        if self._recorder is not None:
+            self._recorder.flush()
         self._write_transcripts(f"{label}_{mode}", done)
         return _result(mode, [episode.info for episode in done])
 
     async def _play(
-        self, mode: str, episodes: int, env_steps: int, rng: np.random.Generator
+        self, mode: str, episodes: int, env_steps: int, rng: np.random.Generator, label: str
     ) -> list[_Episode]:
         """Whole episodes, in the order in which they end."""
         slots: dict[int, Slot] = {}  # by environment
@@ -124,7 +136,13 @@ class PriorZeroEvaluator:
         while len(done) < episodes:
             idle = [e for e in range(len(self._envs)) if e not in slots][: episodes - started]
             if idle:
-                slots |= await self._start(idle)
+                new = await self._start(idle)
+                if self._recorder is not None:
+                    for number, slot in enumerate(new.values(), started):
+                        slot.tape = self._recorder.evaluation(
+                            label, mode, number, slot.episode_id, env_steps
+                        )
+                slots |= new
                 started += len(idle)
 
             running = [slots[env_id] for env_id in sorted(slots)]
@@ -137,6 +155,10 @@ class PriorZeroEvaluator:
 
             for slot, choice in zip(running, choices, strict=True):
                 outcome = timesteps[slot.env_id]
+                if slot.tape is not None:
+                    decision = choice.decision
+                    moment = decision.moment(choice.action, outcome, choice.plan)
+                    slot.tape.write(slot.timestep, moment, decision.valid_ids)
                 reward = float(outcome.reward)
                 slot.transcript += _script(slot, choice, reward)
                 slot.advance(choice.action, reward, outcome.obs, choice.action_id)
@@ -169,7 +191,8 @@ class PriorZeroEvaluator:
     ) -> list[_Choice]:
         """What to play in each slot."""
         if mode == "random":
-            return [_Choice(str(rng.choice(slot.state.valid_actions))) for slot in slots]
+            due = [Decision(slot.state, slot.state.valid_actions) for slot in slots]
+            return [_Choice(str(rng.choice(d.valid_actions)), d) for d in due]
         if mode == "llm":
             return await self._ask_llm_alone(slots, rng)
 
@@ -180,8 +203,8 @@ class PriorZeroEvaluator:
                     self._prior.requests, [d.state for d in due], [d.valid_actions for d in due]
                 )
                 scores = await self._prior.ask(requests)
-            for decision, answer in zip(due, scores, strict=True):
-                decision.scores = answer
+            for decision, request, answer in zip(due, requests, scores, strict=True):
+                decision.request, decision.scores = request, answer
 
         reduction = self._settings.root_prior.reduction
         roots = [d.root(slot, reduction) for slot, d in zip(slots, due, strict=True)]
@@ -219,12 +242,13 @@ class PriorZeroEvaluator:
             )
 
         choices = []
-        for state, answer in zip(states, scores, strict=True):
+        for state, request, answer in zip(states, requests, scores, strict=True):
             logprobs = np.asarray(answer.totals(self._settings.root_prior.reduction))
             action = state.valid_actions[self._pick(logprobs, rng)]
             top = np.argsort(-logprobs)[:4]
             remark = ", ".join(f"{state.valid_actions[i]}: {logprobs[i]:.2f}" for i in top)
-            choices.append(_Choice(action, remark=remark))
+            decision = Decision(state, state.valid_actions, request=request, scores=answer)
+            choices.append(_Choice(action, decision, remark=remark))
         return choices
 
     def _pick(self, logprobs: np.ndarray, rng: np.random.Generator) -> int:
@@ -252,8 +276,10 @@ def _planned(decision: Decision, plan: SearchOutput) -> _Choice:
     )
     return _Choice(
         decision.valid_actions[plan.action_index],
+        decision,
         int(decision.valid_ids[plan.action_index]),
         f"value {plan.root_value:.2f}; {favourites}",
+        plan,
     )
 
 

@@ -101,6 +101,7 @@ async def build(config: HybridTrainingConfig, eval_only: bool = False) -> Parts:
     from game_buffer_priorzero import PriorZeroGameBuffer
     from priorzero.compute import resolve_device
     from priorzero.data.archive import SegmentArchive
+    from priorzero.decisions.recorder import Recorder
     from priorzero.games.group import GameEnvGroup
     from priorzero.lightzero import compile_priorzero
     from priorzero.llm.build import build_llm
@@ -159,6 +160,17 @@ async def build(config: HybridTrainingConfig, eval_only: bool = False) -> Parts:
         )
         opened.push_async_callback(_close, eval_envs)
 
+        recorder = Recorder(
+            folder / "decisions",
+            settings.decisions,
+            game=game.env_id,
+            reduction=settings.policy.root_prior.reduction,
+            action_of=lambda action_id: policy.vocabulary.action_of(action_id),
+            decode=llm.engine.tokeniser.decode if llm is not None else None,
+            again=eval_only,
+        )
+        opened.push_async_callback(_close, recorder)
+
         prior = llm.prior if llm is not None else None
         history_length = settings.llm.prompt.history_length
         collector = PriorZeroCollector(
@@ -170,6 +182,7 @@ async def build(config: HybridTrainingConfig, eval_only: bool = False) -> Parts:
             history_length=history_length,
             seed=settings.seed,
             watch=watch,
+            recorder=recorder,
         )
         evaluator = PriorZeroEvaluator(
             settings.policy,
@@ -182,6 +195,7 @@ async def build(config: HybridTrainingConfig, eval_only: bool = False) -> Parts:
             temperature=settings.eval.temperature,
             transcripts=folder / "transcripts" if settings.eval.transcripts else None,
             watch=watch,
+            recorder=recorder,
         )
 
         logger.info(
@@ -209,6 +223,7 @@ async def build(config: HybridTrainingConfig, eval_only: bool = False) -> Parts:
             collect_envs=collect_envs,
             collector=collector,
             evaluator=evaluator,
+            recorder=recorder,
             metrics=metrics,
             watch=watch,
             checkpoints=CheckpointStore(folder / "ckpt"),

@@ -339,4 +339,5 @@ def _output(plan: Plan, index: int, behaviour: np.ndarray) -> SearchOutput:
         root_value=plan.result.value,
         predicted_value=plan.predicted_value,
         prior=plan.prior,
+        tree=plan.tree,
     )

@@ -118,6 +118,7 @@ def test_options_exist(document):
     known |= options_in(help_of("priorzero.export"))
     known |= options_in(help_of("priorzero.compare"))
     known |= options_in(help_of("priorzero.sweep"))
+    known |= options_in(help_of("priorzero.view"))
     known |= LAUNCHER_OPTIONS | {"--logdir"}
     assert options_in(text_of(document)) <= known
 
@@ -127,7 +128,9 @@ def test_settings_exist(document):
     from priorzero.settings.experiment import ExperimentSettings
 
     defaults = ExperimentSettings().as_dict()
-    named = set(re.findall(r"`((?:env|policy|text|llm|eval)(?:\.[a-z_]+)+)`", text_of(document)))
+    named = set(
+        re.findall(r"`((?:env|policy|text|llm|eval|decisions)(?:\.[a-z_]+)+)`", text_of(document))
+    )
     for name in named - {"llm.pt"}:
         place = defaults
         for part in name.split("."):

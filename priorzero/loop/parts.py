@@ -20,6 +20,7 @@ import numpy as np
 from priorzero.data.archive import SegmentArchive
 from priorzero.data.batch import WorldModelBatch
 from priorzero.data.segment import Segment
+from priorzero.decisions.recorder import Recorder
 from priorzero.games.catalogue import GameSpec
 from priorzero.games.group import GameEnvGroup
 from priorzero.llm.build import LLMParts
@@ -152,6 +153,7 @@ class Parts:
     collect_envs: GameEnvGroup
     collector: Collector
     evaluator: Evaluator
+    recorder: Recorder
 
     metrics: MetricsWriter
     watch: Stopwatch

@@ -98,6 +98,7 @@ def log_performance(
         "episodes_lost": float(parts.progress.episodes_lost),
         "save_failures": float(parts.progress.save_failures),
     }
+    perf |= parts.recorder.stats()
     perf |= {f"games_{k}": float(v) for k, v in games.items()}
     perf |= {f"vocabulary_{k}": float(v) for k, v in parts.policy.vocabulary.stats().items()}
     if parts.llm is not None:

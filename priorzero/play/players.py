@@ -32,6 +32,7 @@ class Move:
         root_value: of the search; nan without one.
         predicted_value: of the network before the search; nan without one.
         prior_weight: the LLM's share in what was played from.
+        plan: all that the search said, for whoever records it; None without one.
     """
 
     action_index: int
@@ -41,6 +42,7 @@ class Move:
     root_value: float
     predicted_value: float
     prior_weight: float
+    plan: SearchOutput | None = None
 
 
 def search_move(plan: SearchOutput) -> Move:
@@ -53,6 +55,7 @@ def search_move(plan: SearchOutput) -> Move:
         root_value=plan.root_value,
         predicted_value=plan.predicted_value,
         prior_weight=plan.prior.weight,
+        plan=plan,
     )
 
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from priorzero.data.segment import Segment
+from priorzero.decisions.record import Moment
 from priorzero.search.context import EpisodeContext
-from priorzero.search.roots import Root
+from priorzero.search.roots import Root, SearchOutput
 from priorzero.types import ActionScores, HistoryItem, TextState, TokenisedRequest
+
+if TYPE_CHECKING:
+    from priorzero.decisions.recorder import Tape
 
 
 class Slot:
@@ -27,6 +31,7 @@ class Slot:
         timestep: actions played so far.
         segment: where the collector writes; None where nothing is learnt from the episode.
         transcript: lines of the episode as the evaluator writes it down.
+        tape: where the decisions of the episode are recorded; None where they are not.
 
     Args:
         goal: line of the game's goal for the prompts.
@@ -51,6 +56,7 @@ class Slot:
         self.timestep = 0
         self.segment: Segment | None = None
         self.transcript: list[str] = []
+        self.tape: Tape | None = None
         self._goal = goal
         self._history: deque[HistoryItem] = deque(maxlen=history_length)
 
@@ -122,14 +128,14 @@ class Decision:
         state: the whole state, with every valid action.
         valid_actions: what may be chosen from, `A` of them; those of the state, less any for which
             a full vocabulary has no id.
-        valid_ids: `[A]` their ids.
+        valid_ids: `[A]` their ids; None where no search needs them.
         request: what the LLM is asked; None where it is not asked.
         scores: its answer; None where there is none.
     """
 
     state: TextState
     valid_actions: tuple[str, ...]
-    valid_ids: np.ndarray
+    valid_ids: np.ndarray | None = None
     request: TokenisedRequest | None = None
     scores: ActionScores | None = None
 
@@ -152,7 +158,14 @@ class Decision:
         """
         context = slot.context
         llm = self.llm_logprobs(reduction)
-        return Root(context.observations, context.actions, self.valid_ids, llm)
+        keep_tree = slot.tape is not None and slot.tape.wants_tree
+        return Root(context.observations, context.actions, self.valid_ids, llm, keep_tree)
+
+    def moment(self, command: str, outcome, plan: SearchOutput | None = None) -> Moment:
+        """The decision as it is recorded, once `command` was played."""
+        return Moment(
+            self.state, self.valid_actions, command, outcome, self.request, self.scores, plan
+        )
 
 
 def decide(

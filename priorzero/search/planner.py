@@ -24,7 +24,7 @@ from priorzero.compute import torch_threads
 from priorzero.plugins import load
 from priorzero.search.fused.rule import FusedRule, FusibleSearch
 from priorzero.search.root_prior import RootPrior, mix_root_prior
-from priorzero.search.roots import Root, SearchResult, batch_contexts
+from priorzero.search.roots import Root, SearchResult, TreeNodes, batch_contexts
 from priorzero.settings.policy import PolicySettings, RootPriorSettings
 from priorzero.types import PriorZeroError
 from priorzero.world_model.inference import ContextMemory, SearchMemory, read_contexts
@@ -48,14 +48,22 @@ class SearchTree(Protocol):
     def results(self) -> list[SearchResult]:
         """One per root."""
 
+    def nodes(self, row: int) -> TreeNodes | None:
+        """The tree of one root; None from a tree that does not show it. Asked after `results`, and
+        only where somebody wants to see it.
+        """
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A root after planning: the search's result, the network's own value, the mixture."""
+    """A root after planning: the search's result, the network's own value, the mixture, and the
+    tree where the root asked for it.
+    """
 
     result: SearchResult
     predicted_value: float
     prior: RootPrior
+    tree: TreeNodes | None = None
 
 
 class Simulations(Protocol):
@@ -125,9 +133,10 @@ class Planner:
             # 3. The tree grows by one node per root and simulation.
             search = self._policy.begin(roots, priors, values, inner_actions, self._settings, noise)
             results = self._grow(contexts, search, inner_actions)
+        trees = [search.nodes(row) if root.keep_tree else None for row, root in enumerate(roots)]
         return [
-            Plan(result, float(value), prior)
-            for result, value, prior in zip(results, values, priors, strict=True)
+            Plan(result, float(value), prior, nodes)
+            for result, value, prior, nodes in zip(results, values, priors, trees, strict=True)
         ]
 
     def _grow(

@@ -30,12 +30,14 @@ class Root:
         valid_ids: `[A]` ids the search may choose from.
         llm_logprobs: `[A]` log-probabilities of these actions from the LLM, already reduced over
             tokens; None where no LLM answered.
+        keep_tree: hand the finished tree out with the result.
     """
 
     observations: np.ndarray
     actions: np.ndarray
     valid_ids: np.ndarray
     llm_logprobs: np.ndarray | None = None
+    keep_tree: bool = False
 
     def __post_init__(self) -> None:
         assert self.observations.ndim == 2 and len(self.observations) >= 1
@@ -63,6 +65,33 @@ class SearchResult:
 
 
 @dataclass(frozen=True, eq=False)
+class TreeNodes:
+    """The finished tree of one root, as arrays `[N]` over its nodes: node 0 is the root, and every
+    node comes after its parent. "The step" is the one from the parent into the node.
+
+    Attributes:
+        parent: number of the parent; -1 for the root.
+        action: id of the step's action; -1 for the root.
+        visits: how often the step was taken; of the root, the simulations.
+        q: mean of the step's reward + discount * return below; of the root, its mean return.
+        prior: probability of the step when the search began, root noise included; 1 for the root.
+        reward: the network's prediction for the step; 0 for the root.
+        value: the network's own value of the node, before anything was tried below it.
+    """
+
+    parent: np.ndarray
+    action: np.ndarray
+    visits: np.ndarray
+    q: np.ndarray
+    prior: np.ndarray
+    reward: np.ndarray
+    value: np.ndarray
+
+    def __post_init__(self) -> None:
+        assert self.parent[0] == -1 and (self.parent[1:] < np.arange(1, len(self.parent))).all()
+
+
+@dataclass(frozen=True, eq=False)
 class SearchOutput:
     """What planning at one root gave. Arrays `[A]` follow the root's `valid_ids`.
 
@@ -74,6 +103,7 @@ class SearchOutput:
         root_value: of the search.
         predicted_value: of the network alone.
         prior: the mixture that entered at the root, without noise.
+        tree: where the root asked for it and the root policy shows it.
     """
 
     action_index: int
@@ -83,6 +113,7 @@ class SearchOutput:
     root_value: float
     predicted_value: float
     prior: RootPrior
+    tree: TreeNodes | None = None
 
 
 def spread(per_root: Sequence[np.ndarray], roots: Sequence[Root], width: int) -> np.ndarray:

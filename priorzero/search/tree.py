@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from priorzero.search.roots import TreeNodes
+
 
 class NodeStatistics(NamedTuple):
     """What a rule may know of one node per root.
@@ -185,6 +187,34 @@ class Tree:
             value=t.node_returns[at] / total,
             low=t.low,
             high=t.high,
+        )
+
+    def nodes(self, row: int) -> TreeNodes:
+        """The whole tree of one root, for whoever shows it."""
+        t = self.arrays
+        parents, actions = np.nonzero(t.child[row])
+        made = t.child[row, parents, actions]  # the nodes these edges lead to
+        size = len(made) + 1
+        visits, returns = (a[row, parents, actions] for a in (t.visits, t.returns))
+
+        # What a node holds beside the returns of its edges is the network's own value.
+        own = t.node_returns[row, :size].copy()
+        np.subtract.at(own, parents, returns)
+
+        def over_nodes(root: float, edges: np.ndarray) -> np.ndarray:
+            column = np.full(size, root, dtype=edges.dtype)
+            column[made] = edges
+            return column
+
+        total = t.node_visits[row, 0]
+        return TreeNodes(
+            parent=over_nodes(-1, parents),
+            action=over_nodes(-1, actions),
+            visits=over_nodes(total - 1.0, visits),
+            q=over_nodes(t.node_returns[row, 0] / total, returns / visits),
+            prior=over_nodes(1.0, t.prior[row, parents, actions]),
+            reward=t.rewards[row, :size].copy(),
+            value=own,
         )
 
     def root_statistics(self) -> NodeStatistics:

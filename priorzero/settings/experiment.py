@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from priorzero.settings.decisions import DecisionSettings
 from priorzero.settings.env import EnvSettings
 from priorzero.settings.evaluation import LLM_MODES, EvalSettings
 from priorzero.settings.llm import LLMSettings
@@ -31,6 +32,8 @@ class ExperimentSettings(Settings):
     """The LLM."""
     eval: EvalSettings = field(default_factory=EvalSettings)
     """The evaluation."""
+    decisions: DecisionSettings = field(default_factory=DecisionSettings)
+    """The recording of decisions."""
 
     def rules(self) -> Iterator[Rule]:
         """See `Settings.rules`."""

@@ -158,6 +158,7 @@ class Made:
                 collect=self._collect, state_dict=lambda: {"slots": [1, 2]}, resume=self._resume
             ),
             evaluator=SimpleNamespace(evaluate=self._evaluate, playing=self._playing),
+            recorder=SimpleNamespace(stats=dict),
             metrics=MetricsWriter(folder / "log"),
             watch=Stopwatch(),
             checkpoints=CheckpointStore(folder / "ckpt"),

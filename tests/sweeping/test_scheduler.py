@@ -18,8 +18,8 @@ from priorzero.sweeping.plan import planned_runs, sweep_from
 from priorzero.sweeping.scheduler import Sweep
 from priorzero.types import PriorZeroError
 
-# `--do`: end, fail, fail_once (until a file is there), be slow (SIGTERM saves), wait (slow at first,
-# quick when resumed), be deaf to SIGTERM.
+# `--do`: end, fail, fail_once (until a file is there), be slow (SIGTERM saves), wait (slow at
+# first, quick when resumed), be deaf to SIGTERM.
 SCRIPT = """
 import argparse, json, pathlib, signal, sys, time
 parser = argparse.ArgumentParser()

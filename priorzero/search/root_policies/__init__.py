@@ -15,5 +15,6 @@ offers one function:
 with `priors[b]` the mixture of `roots[b]` (without noise), `values` `[B]` the network's values of
 the roots, `inner_actions` K: nodes below a root branch over the ids 0..K-1, and `noise` the source
 of exploration noise, None outside collection. What it returns is asked `select` and `expand` by
-turns, once per simulation, and `results` at the end (`priorzero/search/planner.py`).
+turns, once per simulation, and `results` at the end (`priorzero/search/planner.py`); `nodes` is
+asked then of the roots whose tree somebody wants to see.
 """

@@ -33,7 +33,7 @@ import numpy as np
 
 from priorzero.search.fused.rule import FusedRule, halving_rule
 from priorzero.search.root_prior import RootPrior
-from priorzero.search.roots import Root, SearchResult, spread
+from priorzero.search.roots import Root, SearchResult, TreeNodes, spread
 from priorzero.search.rules import softmax
 from priorzero.search.tree import NodeStatistics, Tree
 from priorzero.settings.policy import GumbelSettings, PolicySettings
@@ -100,6 +100,9 @@ class GumbelSearch:
 
     def expand(self, rewards: np.ndarray, values: np.ndarray, logits: np.ndarray) -> None:
         self.tree.expand(rewards, values, softmax(logits))
+
+    def nodes(self, row: int) -> TreeNodes:
+        return self.tree.nodes(row)
 
     def results(self) -> list[SearchResult]:
         root = self.tree.root_statistics()

@@ -90,6 +90,9 @@ class LightZeroSearch:
             self._virtual,
         )
 
+    def nodes(self, row: int) -> None:
+        """The C++ tree does not show its nodes."""
+
     def results(self) -> list[SearchResult]:
         visits = [np.asarray(v, dtype=np.float64) for v in self._tree.get_distributions()]
         return [

@@ -11,7 +11,7 @@ import numpy as np
 
 from priorzero.search.fused.rule import FusedRule, puct_rule
 from priorzero.search.root_prior import RootPrior
-from priorzero.search.roots import Root, SearchResult, spread
+from priorzero.search.roots import Root, SearchResult, TreeNodes, spread
 from priorzero.search.rules import exploration_factor, normalised_q, puct, softmax
 from priorzero.search.targets import regularised, visit_shares
 from priorzero.search.tree import Tree
@@ -68,6 +68,9 @@ class PuctSearch:
 
     def expand(self, rewards: np.ndarray, values: np.ndarray, logits: np.ndarray) -> None:
         self.tree.expand(rewards, values, softmax(logits))
+
+    def nodes(self, row: int) -> TreeNodes:
+        return self.tree.nodes(row)
 
     def results(self) -> list[SearchResult]:
         root = self.tree.root_statistics()
