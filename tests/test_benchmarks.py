@@ -384,3 +384,45 @@ def test_learning_check_end_to_end(tmp_path, capsys):
     assert json.loads((out / "compare/compare.json").read_text())["games"][0]["minutes"] > 0
     kept = "".join(p.read_text() for p in out.glob("runs/*/*.json*"))
     assert "/tmp" not in kept and str(tmp_path) not in kept
+
+
+# ---- training and evaluation beside collection ---------------------------------------------------
+
+
+@pytest.mark.slow
+def test_background_benchmark(capsys):
+    from benchmarks import background
+    from tests.test_entry import SETTINGS
+
+    sizes = "--iterations 2 --repeats 1 --eval-freq 1 --llm none"
+    arguments = [*sizes.split(), "--variants=0 1 -1e", *SETTINGS, "--env-id", GAME]
+    assert background.main([*arguments, "--device", "cpu"]) == 0
+    results = last_line(capsys)["results"]["none"]
+    assert list(results) == ["0", "1", "-1e"] and results["0"]["speedup"] == 1.0
+    for variant, result in results.items():
+        (run,) = result["runs"]
+        assert run["updates"] > 0 and run["llm_phases"] == 0
+        assert run["env_steps_per_second"] == pytest.approx(
+            run["env_steps"] / run["seconds"], rel=1e-3
+        )
+        assert (run["degree"] > 0) == (variant != "0")
+        assert run["seconds_evaluate"] > 0
+    assert results["0"]["runs"][0]["seconds_overlap"] == 0
+
+
+def test_background_benchmark_speeds_by_hand():
+    from benchmarks.background import compared
+
+    runs = {"0": [2.0, 4.0, 9.0], "1": [8.0, 1.0, 6.0]}
+    rows = {v: [{"env_steps_per_second": x} for x in own] for v, own in runs.items()}
+    found = compared(rows)
+    assert (found["0"]["env_steps_per_second"], found["0"]["speedup"]) == (4.0, 1.0)
+    assert (found["1"]["env_steps_per_second"], found["1"]["speedup"]) == (6.0, 1.5)
+
+
+def test_background_benchmark_refuses_what_is_no_variant(capsys):
+    from benchmarks.background import parse_arguments
+
+    with pytest.raises(SystemExit):
+        parse_arguments(["--variants", "0 two"])
+    assert "variant 'two' is not like" in capsys.readouterr().err

@@ -758,3 +758,44 @@ def test_a_resumed_buffer_may_be_empty_or_smaller():
     assert two.get_num_of_transitions() == 0
     two.push_game_segments(Episode(9, [1.0, 2.0], "truncated").segments())
     assert len(two.sample(4)) == 4
+
+
+def test_a_push_waits_for_a_batch_that_is_being_made(monkeypatch):
+    """Collection and training in two threads: the segments a batch was drawn from may not leave
+    while it is made.
+    """
+    import threading
+
+    import game_buffer_priorzero
+
+    buffer = empty(settings(replay_buffer_size=4))
+    episodes = [Episode(n, [1.0] * 4, "terminated") for n in range(2)]
+    (first,), (second,) = (episode.segments() for episode in episodes)
+    buffer.push_game_segments([first])
+    inside, go = threading.Event(), threading.Event()
+    real = game_buffer_priorzero.fill_row
+
+    def slow(*arguments):
+        inside.set()
+        assert go.wait(30)
+        return real(*arguments)
+
+    monkeypatch.setattr(game_buffer_priorzero, "fill_row", slow)
+    batches: list = []
+    sampling = threading.Thread(target=lambda: batches.append(buffer.sample(3)))
+    sampling.start()
+    assert inside.wait(30)
+
+    def push():
+        buffer.push_game_segments([second])
+        buffer.remove_oldest_data_to_fit()
+
+    pushing = threading.Thread(target=push)
+    pushing.start()
+    pushing.join(0.2)
+    assert pushing.is_alive()
+    go.set()
+    sampling.join(30)
+    pushing.join(30)
+    assert (batches[0].observations[:, 0, 0] == 0).all()
+    assert (buffer.sample(3).observations[:, 0, 0] == 1).all()

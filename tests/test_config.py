@@ -322,6 +322,13 @@ def test_misspelt_attributes_of_the_schedule_are_refused():
             ),
             "must play before it can learn",
         ),
+        (dict(off_policy_degree=-2), ">= -1"),
+        (dict(off_policy_degree=1.0), "integer"),
+        (dict(async_eval=1), "True or False"),
+        (
+            dict(wm_training_mode="sequential", off_policy_degree=1),
+            "beside collection is parallel's alone, and this is sequential",
+        ),
         # Turns of an LLM that is not there, or that learns nothing.
         (dict(wm_training_mode="sequential", enable_llm=False), "none that learns"),
         (dict(wm_training_mode="alternating", presets=("frozen",)), "none that learns"),
@@ -377,6 +384,13 @@ def test_the_command_line_reaches_every_setting_of_the_schedules():
     assert other.sequential_repeat is True and plan().sequential_repeat is False
     assert plan().sequential_wm_updates == DEBUG.schedule["sequential_wm_updates"]
 
+    beside = plan("--off-policy-degree=-1", "--async-eval")
+    assert (beside.off_policy_degree, beside.async_eval) == (-1, True)
+    assert plan("--off-policy-degree", "2").as_dict()["schedule"]["off_policy_degree"] == 2
+    assert (plan().off_policy_degree, plan().async_eval) == (0, False)
+    turns = plan("--wm-training-mode=alternating", "--async-eval")
+    assert turns.async_eval is True
+
 
 def test_other_ways_to_customise():
     """Attributes set after the base's constructor, and on an instance; frequencies, which only
@@ -424,6 +438,9 @@ def test_a_subclass_may_bring_a_schedule_and_settings():
     # It may read the numbers of any mode.
     assert Own(llm_train_freq=7, alternating_first="llm").llm_train_freq == 7
 
+    with pytest.raises(PriorZeroError, match="parallel's alone, and this is Own"):
+        Own(off_policy_degree=1)
+
     class Unfinished(Own):
         cool_down: int
 
@@ -443,6 +460,9 @@ def test_the_banner_tells_the_schedule():
         return next(line for line in lines if line.startswith("Training mode:"))[17:]
 
     assert mode(HybridTrainingConfig()) == "parallel: world model every 1, LLM every 5"
+    ahead = mode(HybridTrainingConfig(off_policy_degree=2))
+    assert ahead.endswith("LLM every 5, beside collection (off-policy degree: 2 ahead)")
+    assert mode(HybridTrainingConfig(off_policy_degree=-1)).endswith("degree: by itself)")
     once = HybridTrainingConfig(wm_training_mode="sequential", sequential_wm_updates=9)
     assert mode(once) == "sequential: world model 9 updates, then LLM 200 phases, once"
     once.sequential_repeat = True

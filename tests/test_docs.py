@@ -310,6 +310,7 @@ def test_every_metric_of_a_run_is_explained(tiny_llm, tmp_path):
         "failures",
         "prior/sample",
         "perf/turn",
+        "perf/background",
         "plain_states",
         "oom_splits",
     )

@@ -168,12 +168,12 @@ class Background:
                 raise chain.failure
 
     async def abandon(self) -> None:
-        """The run ends with an error: drop what waits, and let threads finish before what they work
-        with is closed.
+        """The run ends with an error: drop what waits, cut an evaluation short, and let training
+        finish its phases before what they work with is closed.
         """
-        chains = (*self._training, self.evaluation)
-        done = await asyncio.gather(*(chain.abandon(_GRACE_S) for chain in chains))
-        for chain, finished in zip(chains, done, strict=True):
+        await self.evaluation.abandon(0.0)
+        done = await asyncio.gather(*(chain.abandon(_GRACE_S) for chain in self._training))
+        for chain, finished in zip(self._training, done, strict=True):
             if not finished:
                 logger.warning(
                     "%s: what was under way did not end within %g s and is left behind",

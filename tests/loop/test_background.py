@@ -162,8 +162,8 @@ async def test_a_run_in_the_background_does_what_one_in_turn_does(made, tmp_path
     for pointer in ("latest", "best"):
         assert (tmp_path / "ckpt" / pointer).read_text().startswith("iter_00000004")
     events = runs[1].take()
-    assert events[0] == "evaluate world_model iter000000 at 0" and events.count("llm") == 2
-    assert "act apart from 0" in events and "weights 8" in events
+    assert events[:2] == ["act apart from 0", "evaluate world_model iter000000 at 0"]
+    assert events.count("llm") == 2 and "weights 8" in events
     middle = events.index("evaluate world_model iter000002 at 10")
     assert sorted(events[:middle]).count("update") == 4, "an evaluation saw unfinished training"
 
@@ -498,7 +498,7 @@ async def test_a_stop_waits_for_the_evaluation(made):
     run, gates = evaluating(made, iterations=9, eval_freq=4)
     stop = SimpleNamespace(requested=False)
     whole = asyncio.create_task(train(run.parts, stop))
-    await until(lambda: collections(run) == 1)
+    await until(lambda: collections(run) >= 1)
     stop.requested = True
     await some_turns()
     assert not whole.done()
@@ -513,7 +513,7 @@ async def test_an_interrupted_evaluation_is_played_again(made, tmp_path):
     whole = asyncio.create_task(train(run.parts, GO))
     await until(lambda: gates)
     gates[0].set()
-    await until(lambda: collections(run) == 3)
+    await until(lambda: collections(run) >= 3)
     whole.cancel()
     with pytest.raises(asyncio.CancelledError):
         await whole

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import math
+import threading
 
 import pytest
 import torch
@@ -356,3 +358,38 @@ async def test_a_resumed_run_draws_the_thoughts_that_would_have_come(byte_model,
     assert two.thought_calls == 3
     for made in (one, two):
         await made.close()
+
+
+# ---- beside the trainer --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("own_weights", [True, False])
+async def test_only_a_copy_answers_while_the_trainer_works(byte_model, tokeniser, own_weights):
+    """The trainer holds its lock for a whole phase. A copy waits for it with new weights alone."""
+    lock = threading.RLock()
+    engine = TransformersEngine(byte_model, tokeniser, lock=lock, own_weights=own_weights)
+    wrapped = ResilientEngine(
+        CachedEngine(engine, capacity=9), None, None, max_restarts=0, attempts=1
+    )
+    assert wrapped.answers_apart is own_weights
+    training, done = threading.Event(), threading.Event()
+
+    def train():
+        with lock:
+            training.set()
+            assert done.wait(30)
+
+    trainer = threading.Thread(target=train)
+    trainer.start()
+    assert training.wait(30)
+    asked = asyncio.create_task(engine.score(ROOMS))
+    if own_weights:
+        await asked
+        weights = Weights(copy.deepcopy(byte_model))
+        asked = asyncio.create_task(engine.push_weights(weights, 1))
+    await asyncio.sleep(0.2)
+    assert not asked.done()
+    done.set()
+    await asked
+    trainer.join()
+    await engine.close()

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+
 import pytest
 import torch
 
 from priorzero.llm.engines.base import LLMEngineError
+from priorzero.llm.engines.gate import Gate
+from priorzero.llm.prior import LLMPrior
 from priorzero.llm.update.phase import LLMPhase
 from priorzero.llm.weights.canary import StaleWeightsError
 from priorzero.types import ActionScores, PriorZeroError
@@ -154,3 +159,85 @@ async def test_weights_are_published_before_anything_was_drawn():
     log: list = []
     assert "push_canary_diff" not in await phase_of(log).publish()
     assert log == [("push", "weights", 0)]
+
+
+# ---- beside play and evaluation ------------------------------------------------------------------
+
+
+async def some_turns() -> None:
+    """Of the event loop and its threads: enough for what nothing holds back."""
+    for _ in range(20):
+        await asyncio.sleep(0.005)
+
+
+@pytest.mark.parametrize(
+    ("apart", "meanwhile"),
+    [(True, ["sleep", ("update", {"sft": 2}), "wake"]), (False, [])],
+)
+async def test_an_evaluation_keeps_the_engines_weights(apart, meanwhile):
+    """An engine with weights of its own lets the LLM train meanwhile; no other does."""
+    log: list = []
+    phase = phase_of(log)
+    phase._engine.answers_apart = apart
+
+    def draw(count, recent):
+        return SAMPLES[:2] if recent == 2000 else []
+
+    async with phase.weights_kept():
+        running = asyncio.create_task(phase.run(draw))
+        await some_turns()
+        assert log == meanwhile
+    metrics = await running
+    assert log == [
+        *["sleep", ("update", {"sft": 2}), "wake"],
+        *[("push", "weights", 1), ("canary", [REQUESTS[0]])],
+    ]
+    assert metrics["push_version"] == 1.0
+
+
+@pytest.mark.parametrize("apart", [True, False])
+async def test_play_asks_an_engine_only_while_it_answers_with_one_set_of_weights(apart):
+    """What is asked while the LLM trains is answered at once by an engine with weights of its own,
+    and after the hand-over by any other: one that is asleep would fail.
+    """
+    log: list = []
+    gate = Gate()
+    trainer, engine = FakeTrainer(log), FakeEngine(log)
+    engine.answers_apart = apart
+    phase = LLMPhase(settings(), trainer, engine, gate)
+    prior = LLMPrior(engine, lambda state: ("", "", False), gate=gate)
+    inside, go = threading.Event(), threading.Event()
+    update = trainer.update
+
+    def slow(samples):
+        inside.set()
+        assert go.wait(30)
+        return update(samples)
+
+    trainer.update = slow
+    running = asyncio.create_task(phase.run(lambda count, recent: SAMPLES[:1]))
+    assert await asyncio.to_thread(inside.wait, 30)
+    asked = asyncio.create_task(prior.ask([REQUESTS[0]]))
+    await some_turns()
+    assert asked.done() == apart
+    go.set()
+    await running
+    (answer,) = await asked
+    assert answer.weights_version == (0 if apart else 1)
+    order = [entry for entry in log if isinstance(entry, tuple)]
+    kinds = [entry[0] for entry in order]
+    assert kinds == (
+        ["canary", "update", "push", "canary"] if apart else ["update", "push", "canary", "canary"]
+    )
+
+
+async def test_requests_under_way_are_answered_before_the_weights_change():
+    log: list = []
+    gate = Gate()
+    phase = LLMPhase(settings(), FakeTrainer(log), FakeEngine(log), gate)
+    async with gate.request():
+        running = asyncio.create_task(phase.run(lambda count, recent: SAMPLES[:1]))
+        await some_turns()
+        assert log[-1] == "wake" and not running.done()
+    await running
+    assert ("push", "weights", 1) in log
