@@ -11,7 +11,7 @@ import pytest
 from priorzero.games.group import GameEnvGroup
 from priorzero.llm.update.samples import build_sample
 from priorzero.settings.policy import RootPriorSettings
-from priorzero.types import HistoryItem
+from priorzero.types import HistoryItem, PriorZeroError
 from priorzero_collector import PriorZeroCollector
 from tests.playing import FakePrior, ScriptedEnv, logprobs, make_watched, told_actions
 
@@ -259,6 +259,88 @@ async def test_a_search_without_the_llm_does_not_ask_it(parts):
     assert made.prior.calls == [1] * 4
     assert all(step.scores is not None for step in second.segments[0].steps)
     assert [step.timestep for step in second.segments[0].steps] == [4, 5, 6, 7]
+
+
+# ---- the LLM alone -------------------------------------------------------------------------------
+
+
+def alone(parts, num_segments: int, temperature: float = 1.0, new_episodes: int | None = None):
+    return parts.collector.collect(num_segments, 0, temperature, "llm", new_episodes)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+async def test_the_llm_alone_draws_from_its_own_distribution(parts, temperature):
+    made = parts()
+    result = await alone(made, 60, temperature)
+    assert made.policy.calls == []  # nothing was searched
+
+    expected, played, entropies = [], [], []
+    for step in (step for segment in result.segments for step in segment.steps):
+        totals = np.array([sum(logprobs(step.state.observation, a)) for a in step.valid_actions])
+        policy = np.exp(totals / temperature) / np.exp(totals / temperature).sum()
+        assert step.behaviour == pytest.approx(policy) == step.target_policy
+        assert not step.searched and step.prior_weight == 1.0
+        assert np.isnan([step.root_value, step.predicted_value]).all()
+        assert step.scores.weights_version == FakePrior.VERSION
+        expected.append(policy.max())
+        played.append(step.action_index == policy.argmax())
+        plain = np.exp(totals) / np.exp(totals).sum()
+        entropies.append(-(plain * np.log(plain)).sum())
+    # As often as it says, within three standard deviations.
+    spread = np.sqrt(np.sum([p * (1 - p) for p in expected]))
+    assert abs(np.sum(played) - np.sum(expected)) < 3 * spread and 0 < spread
+
+    assert set(result.prior) == {"llm_entropy"}
+    assert result.prior["llm_entropy"] == pytest.approx(np.mean(entropies), rel=0.05)
+    assert not {"root_value", "visit_entropy"} & set(result.collect)
+    assert np.isfinite(list(result.collect.values())).all()
+
+
+async def test_a_round_begins_so_many_episodes_and_ends_with_the_last(parts):
+    """Three environments, five episodes of 5, 6 and 7 steps: calls of four segments, then of what
+    is left.
+    """
+    made = parts(lengths())
+    results, left = [], 5
+    while not results or results[-1].running:
+        results.append(await alone(made, 4, new_episodes=left))
+        left -= results[-1].begun
+    assert left == 0 and sum(r.begun for r in results) == 5 and len(results) > 1
+    ended = [s for r in results for s in r.segments if s.done_kind == "terminated"]
+    assert sorted(s.episode_id for s in ended) == [0, 1, 2, 3, 4]
+    # The two shortest were played twice.
+    assert sum(r.steps for r in results) == 5 + 6 + 7 + 5 + 6
+    assert [len(env.played) for env in made.envs] == [2, 2, 1]
+
+    # The next round's.
+    assert (await alone(made, 4, new_episodes=2)).begun == 2
+
+
+async def test_a_round_in_which_every_episode_hangs(parts):
+    made = parts([ScriptedEnv(0, length=1, end="hang")])
+    result = await alone(made, 4, new_episodes=2)
+    assert (result.segments, result.steps, result.running) == ([], 2, 0)
+    assert result.collect["episodes_hang"] == 2 and np.isfinite(list(result.collect.values())).all()
+
+
+async def test_nobody_plays_for_an_llm_that_does_not_answer(parts):
+    with pytest.raises(PriorZeroError, match=r"played alone.*--resume"):
+        await alone(parts(prior=FakePrior(answers=False)), 1)
+
+
+async def test_the_llms_draws_go_on_after_a_resume(parts, tmp_path):
+    one, two = parts(lengths()), parts(lengths())
+    await alone(one, 4, new_episodes=5)
+    state = through_a_file(one.collector.state_dict(), tmp_path)
+    rest = await alone(one, 9, new_episodes=4)
+    two.policy.learn_mode.load_state_dict(one.policy.learn_mode.state_dict())
+    assert await two.collector.resume(state) == 0
+    again = await alone(two, 9, new_episodes=4)
+    assert actions_of(again) == actions_of(rest) and len(actions_of(rest)) > 15
+
+
+def actions_of(result) -> list[tuple]:
+    return [(s.episode_id, step.timestep, step.action) for s in result.segments for step in s.steps]
 
 
 async def test_textworld(compiled_cfg, encoder, one_thread, tmp_path, monkeypatch):

@@ -156,6 +156,8 @@ def test_every_setting_is_known_by_name_and_type(path):
         ("llm.rft.objective", "word", "objectives holds action, sequence, token"),
         ("llm.rft.cot_weight", 0.5, "no chain of thought to train without prompt.use_cot"),
         ("llm.rft.advantage", "best", "raw, batch, running, robust, group, group_mean or leave"),
+        ("llm.rft.group_return", "discounted", "episode or to_go"),
+        ("llm.rft.group_return", "to_go", "only advantage group, group_mean, leave_one_out"),
         ("llm.rft.clip_epsilon_high", 0.0, "positive or None"),
         ("llm.rft.dual_clip", 1.0, "0 or above 1"),
         ("llm.rft.epochs", 0, "positive"),
@@ -290,6 +292,10 @@ def test_misspelt_attributes_of_the_schedule_are_refused():
         HybridTrainingConfig().priorzero_cfg.policy.simulations = 3
 
 
+ADVANTAGE = dict(llm=dict(rft=dict(advantage="batch")))
+BOTH = dict(llm=dict(sft=dict(enable=True)))
+
+
 @pytest.mark.parametrize(
     ("schedule", "rule"),
     [
@@ -329,6 +335,17 @@ def test_misspelt_attributes_of_the_schedule_are_refused():
             dict(wm_training_mode="sequential", off_policy_degree=1),
             "beside collection is parallel's alone, and this is sequential",
         ),
+        # Who plays must fit what the LLM learns from.
+        (dict(wm_training_mode="llm_only"), "'llm_only'.*take the preset llm_only"),
+        (dict(presets=("llm_only",), enable_llm=False), "'llm_only'.*llm.enable"),
+        (dict(presets=("llm_only",), overrides=ADVANTAGE), "'llm_only'.*group, group_mean"),
+        (
+            dict(presets=("llm_only",), wm_training_mode="parallel"),
+            "llm.rft.advantage is 'group', but a search plays in wm_training_mode parallel",
+        ),
+        (dict(presets=("llm_only",), enable_rft=True, overrides=BOTH), "SFT learns from a search"),
+        (dict(llm_only_episodes=1), ">= 2"),
+        (dict(llm_only_episodes=4), "only wm_training_mode llm_only reads it"),
         # Turns of an LLM that is not there, or that learns nothing.
         (dict(wm_training_mode="sequential", enable_llm=False), "none that learns"),
         (dict(wm_training_mode="alternating", presets=("frozen",)), "none that learns"),
@@ -390,6 +407,34 @@ def test_the_command_line_reaches_every_setting_of_the_schedules():
     assert (plan().off_policy_degree, plan().async_eval) == (0, False)
     turns = plan("--wm-training-mode=alternating", "--async-eval")
     assert turns.async_eval is True
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_the_llm_alone_has_settings_that_fit(debug):
+    plan = HybridTrainingConfig(presets=("llm_only",), debug_mode=debug)
+    assert plan.wm_training_mode == "llm_only" and plan.llm_only_episodes == 8
+    llm = plan.priorzero_cfg.llm
+    assert (llm.sft.enable, llm.rft.enable, llm.rft.relative) == (False, True, True)
+    assert plan.priorzero_cfg.eval.modes == ["llm", "random"]
+    # A run of its own: it takes no other's folder.
+    assert "_llmonly" in plan.priorzero_cfg.exp_name
+    plan.priorzero_cfg.llm.rft.group_return = "to_go"
+    plan.priorzero_cfg.llm.rft.advantage = "leave_one_out"
+    plan.validate()
+    for advantage, fits in (("batch", True), ("group", False)):
+        other = HybridTrainingConfig(enable_rft=True, debug_mode=debug)
+        other.priorzero_cfg.llm.sft.enable = False
+        other.priorzero_cfg.llm.rft.advantage = advantage
+        if fits:
+            other.validate()
+        else:
+            with pytest.raises(PriorZeroError, match="a search plays"):
+                other.validate()
+
+
+def test_a_schedule_of_ones_own_may_let_the_llm_play_alone():
+    plan = Own(debug_mode=True, presets=("llm_only",))
+    assert plan.wm_training_mode == "Own" and plan.priorzero_cfg.llm.rft.advantage == "group"
 
 
 def test_other_ways_to_customise():

@@ -311,6 +311,8 @@ def test_every_metric_of_a_run_is_explained(tiny_llm, tmp_path):
         "prior/sample",
         "perf/turn",
         "perf/background",
+        "perf/round",
+        "rft_group",
         "plain_states",
         "oom_splits",
     )

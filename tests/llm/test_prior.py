@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
 from priorzero.llm.engines.transformers_engine import TransformersEngine
-from priorzero.llm.prior import LLMPrior, reduced
+from priorzero.llm.prior import LLMPrior, prior_table, reduced
 from priorzero.types import TextState
+from tests.test_buffer import Episode
 
 STATES = [TextState(f"Room {i}.", ("go", "look")) for i in range(3)]
 ACTIONS = [s.valid_actions for s in STATES]
@@ -45,6 +49,18 @@ def test_reasoning_is_asked_for_in_every_request(byte_model, tokeniser):
     engine = TransformersEngine(byte_model, tokeniser)
     prior = LLMPrior(engine, lambda s: ("", s.observation, False), reasoning=True)
     assert all(r.reasoning for r in prior.requests(STATES, ACTIONS))
+
+
+def test_a_decisions_table_says_what_it_was_drawn_from():
+    searched = Episode(0, [0.0], "running").steps[0]
+    count = len(searched.valid_actions)
+    assert "| visits |" in prior_table(searched, "sum")
+
+    drawn = np.arange(1, count + 1) / np.arange(1, count + 1).sum()
+    alone = replace(searched, visit_counts=np.zeros(count), behaviour=drawn)
+    table = prior_table(alone, "sum").splitlines()
+    assert table[0].endswith("| drawn from |")
+    assert [line.split(" | ")[-1] for line in table[2:]] == [f"{p:.3f} |" for p in drawn[::-1]]
 
 
 async def test_answers_come_in_order_of_the_requests(prior, reference):

@@ -78,6 +78,7 @@ class Made:
         events: what was asked of them, in order.
         returns: of the evaluations to come, of the judging mode; 0 when none are left.
         plays: steps of the calls of the collector to come: of finished segments, and all.
+        episodes: of the calls to come: begun, and still running.
         held: transitions in the buffer.
         learns: whether the LLM finds decisions to learn from.
         lost: running episodes that do not come back at a resume.
@@ -88,6 +89,7 @@ class Made:
         self.revisits: list = []
         self.returns: list[float] = []
         self.plays: list[tuple[int, int]] = []
+        self.episodes: list[tuple[int, int]] = []
         self.held, self.learns, self.lost = 0, True, 0
         self.config = Schedule()
         for name, value in schedule.items():
@@ -172,7 +174,9 @@ class Made:
         told = {"search": "", "search_alone": " without the LLM", "llm": f" alone, {new_episodes}"}
         self.events.append(f"collect from {env_steps}{told[player]}")
         transitions, steps = self.plays.pop(0) if self.plays else (3, 5)
-        return CollectResult([Played([None] * transitions)], steps, {"segments": 1.0}, {})
+        begun, running = self.episodes.pop(0) if self.episodes else (0, 0)
+        played = [Played([None] * transitions)]
+        return CollectResult(played, steps, {"segments": 1.0}, {}, begun, running)
 
     def _act_apart(self, version):
         self.events.append(f"act apart from {version}")
