@@ -86,8 +86,8 @@ class ActionScores:
     weights_version: int = 0
     thought_ids: tuple[int, ...] = ()
     thought_logprobs: tuple[float, ...] = ()
-    thought_ended: bool = False
     cached: bool = field(default=False, compare=False)
+    thought_ended: bool = False
 
     def __post_init__(self) -> None:
         assert len(self.thought_logprobs) <= len(self.thought_ids)

@@ -28,7 +28,11 @@ def rich_segments() -> list[Segment]:
         changed = dict(
             state=TextState(f"room {t}", actions, history[: t % 3], "win", t / 7),
             request=TokenisedRequest((1, 2), (3,) * t, ((4, 5), (6,)), reasoning=t % 2 == 0),
-            scores=None if t == 3 else ActionScores(logprobs, t, (8,) * t, (-0.3 * t,) * t, t == 2),
+            scores=None
+            if t == 3
+            else ActionScores(
+                logprobs, t, (8,) * t, (-0.3 * t,) * t, cached=t == 2, thought_ended=t == 1
+            ),
             prior_weight=t / 9,
         )
         rich.steps[t] = dataclasses.replace(step, **changed)
@@ -80,6 +84,13 @@ def test_through_torch_with_its_restricted_loader():
     arrays = {n: v.numpy() for n, v in torch.load(file, weights_only=True).items()}
     for one, two in zip(segments, unpack(arrays), strict=True):
         assert_equal(one, two)
+
+
+def test_files_from_before_it_was_known_who_ended_a_thought():
+    arrays = pack(rich_segments())
+    assert arrays.pop("scores_ended").any()
+    steps = [step for segment in unpack(arrays) for step in segment.steps]
+    assert not any(step.scores.thought_ended for step in steps if step.scores is not None)
 
 
 def test_none_at_all():

@@ -91,26 +91,47 @@ async def test_residual_dtype_of_the_engines_copy(residual, stored, smollm, requ
     await exact.close()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("objective", ["action", "token", "sequence"])
-def test_reinforcement_of_the_real_model(objective, smollm, requests):
-    """A good action gets likelier, a bad one less; a written thought goes with the good one."""
+def short_requests(smollm) -> list[TokenisedRequest]:
+    """Two states in a few words: training is to be seen here, and long prompts take minutes."""
+    rooms = ("A dark cellar. There are stairs.", "A small kitchen. The door is open.")
+    return Tokeniser(smollm[1], 256).requests(
+        [("You play a text adventure.\n", f"{room}\nAction:") for room in rooms],
+        [("go up", "look", "take lamp")] * 2,
+    )
+
+
+def thoughtful(smollm, asked: TokenisedRequest, **fields):
+    """A decision behind a thought that the real model may have written."""
     marker = tuple(smollm[1]("\nAction:", add_special_tokens=False)["input_ids"])
     written = tuple(smollm[1](" The door is north.", add_special_tokens=False)["input_ids"])
-    few = [first_actions(r, 3) for r in requests]
-    good = sample(
-        few[0].with_thought(written + marker),
+    return sample(
+        asked.with_thought(written + marker),
         thought_tokens=len(written + marker),
         thought_logprobs=(-1.0,) * len(written),
-        value_target=1.0,
+        **fields,
     )
-    bad = sample(few[1], action_index=1, value_target=-1.0)
-    trainer = trainer_of(
+
+
+def reinforced(smollm, **rft):
+    """A trainer on a copy of the real model: two passes, adapters on the last layers."""
+    torch.manual_seed(0)  # of the adapters
+    return trainer_of(
         copy.deepcopy(smollm[0]),
-        rft=rft_settings(objective=objective, cot_weight=1.0, epochs=2, advantage="raw"),
+        rft=rft_settings(epochs=2, advantage="raw", **rft),
         lora=LoraSettings(enable=True, rank=8, last_layers=4),
         learning_rate=3e-4,
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("surrogate", ["clipped", "reinforce"])
+@pytest.mark.parametrize("objective", ["action", "token", "sequence"])
+def test_reinforcement_of_the_real_model(objective, surrogate, smollm):
+    """A good action gets likelier, a bad one less; a written thought goes with the good one."""
+    few = short_requests(smollm)
+    good = thoughtful(smollm, few[0], value_target=1.0)
+    bad = sample(few[1], action_index=1, value_target=-1.0)
+    trainer = reinforced(smollm, objective=objective, surrogate=surrogate, cot_weight=1.0)
 
     def now() -> tuple[float, float, float]:
         with torch.no_grad():
@@ -122,6 +143,58 @@ def test_reinforcement_of_the_real_model(objective, smollm, requests):
     after = now()
     assert after[0] > before[0] and after[1] < before[1] and after[2] > before[2]
     assert metrics["rft_ratio"] != 1.0 and metrics["rft_epochs"] == 2.0
+
+
+@pytest.mark.slow
+def test_the_real_models_thought_without_weight_is_prompt(smollm):
+    """The weights become to the last bit those of training where the thought was given to it."""
+    asked = short_requests(smollm)[0]
+    drawn = thoughtful(smollm, asked, value_target=1.0)
+    given = sample(drawn.request, value_target=1.0)
+    ends = []
+    for one, cot in ((drawn, 0.0), (given, 0.0), (drawn, 1.0)):
+        trainer = reinforced(smollm, objective="token", cot_weight=cot)
+        trainer.update({"rft": [one]})
+        ends.append(trainer.state_dict()["model"])
+    same = [all(torch.equal(end[n], w) for n, w in ends[0].items()) for end in ends]
+    assert same == [True, True, False]
+
+
+@pytest.mark.slow
+def test_the_real_models_thoughts_learn_to_end(smollm):
+    """Of two thoughts, as good as expected, the one that the LLM ended gets likelier."""
+    few = short_requests(smollm)
+    ended = thoughtful(smollm, few[0], thought_ended=True)
+    cut = thoughtful(smollm, few[1])
+    trainer = reinforced(smollm, objective="token", cot_weight=1.0, format_reward=1.0)
+
+    def thoughts() -> list[float]:
+        with torch.no_grad():
+            return [says(trainer.weights().module, one)[1].sum().item() for one in (ended, cut)]
+
+    before = thoughts()
+    metrics = trainer.update({"rft": [ended, cut]})
+    gained = [b - a for a, b in zip(before, thoughts(), strict=True)]
+    assert metrics["rft_reasoning_ended"] == 0.5 and metrics["rft_advantage_raw"] == 0.0
+    assert gained[0] > gained[1]
+
+
+@pytest.mark.slow
+def test_checkpointing_of_the_real_model(smollm):
+    """The same step, adapters below and above."""
+    asked, ends = short_requests(smollm), []
+    for on in (False, True):
+        torch.manual_seed(0)  # of the adapters
+        trainer = trainer_of(
+            copy.deepcopy(smollm[0]),
+            lora=LoraSettings(enable=True, rank=4),
+            learning_rate=1e-4,
+            gradient_checkpointing=on,
+        )
+        metrics = trainer.update({"sft": [sample(r) for r in asked]})
+        ends.append((metrics["sft_grad_norm"], policy(trainer, asked[0])))
+    assert ends[0][0] == pytest.approx(ends[1][0], rel=1e-3)
+    assert ends[0][1].tolist() == pytest.approx(ends[1][1].tolist(), abs=1e-3)
 
 
 def _trained(smollm, requests):

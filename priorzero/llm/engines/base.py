@@ -97,7 +97,7 @@ class LLMEngine(ABC):
                 version,
                 thought.ids,
                 thought.logprobs,
-                thought.had_marker,
+                thought_ended=thought.had_marker,
             )
             for request, thought in zip(asked, thoughts, strict=True)
         ]

@@ -82,6 +82,21 @@ async def test_the_thought_is_part_of_the_answer(byte_model, tokeniser, referenc
         assert list(got) == pytest.approx(want, abs=1e-4)
 
 
+async def test_a_thought_that_the_llm_ends_itself(byte_model, tokeniser):
+    """One of its own letters is the marker; with less room it does not come to that."""
+    asked = tokeniser.requests([("", "A dark room.")], [("go", "look")], reasoning=True)[0]
+    free = TransformersEngine(byte_model, tokeniser)
+    (written,) = await free.generate([asked.prompt_ids], 12, 0.0)
+    letters = [tokeniser.decode([i]) for i in written.ids]
+    place = next(i for i, x in enumerate(letters) if i and x.isascii() and x not in letters[:i])
+    for limit, ended in ((12, True), (place, False)):
+        reasoner = Reasoner(limit, temperature=0.0, marker=letters[place], seed=0)
+        engine = TransformersEngine(byte_model, tokeniser, reasoner=reasoner)
+        (answer,) = await engine.score([asked])
+        assert answer.thought_ended is ended
+        assert answer.thought_logprobs == written.logprobs[:place]
+
+
 async def test_a_thought_leaves_room_for_the_actions(byte_model, tokeniser):
     reasoner = Reasoner(max_new_tokens=40, temperature=1.0, marker="Action:", seed=0)
     engine = TransformersEngine(byte_model, tokeniser, reasoner=reasoner)
