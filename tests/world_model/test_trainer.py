@@ -176,6 +176,7 @@ def test_bfloat16_has_float32s_losses_within_its_precision(made):
     assert {p.dtype for p in other.parameters()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_a_compiled_update_is_the_same_update(made, monkeypatch):
     """Traced as one graph each, forward and backward; the code generator, which takes minutes, is
     left out.
