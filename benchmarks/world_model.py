@@ -4,6 +4,8 @@ process, in turns.
     python -m benchmarks.world_model --env-id detective.z5 --batch-size 64 --unroll 10 --embed-dim
     512 --layers 2
 
+    --also float32,bfloat16+default,bfloat16+reduce-overhead    adds variants of ours
+
 Both learn from the same steps of random play of a real game, with the same batch size, unroll,
 width, layers, heads, action space and sentence encoder. An update of ours draws a batch from the
 buffer, computes bootstrap values with the target network, does forward, backward and optimiser step
@@ -29,6 +31,13 @@ update on a CPU; the default sizes are the debug run's.
 Our encoder sees each distinct text once; that cost is reported beside the speed (`encode_seconds`)
 and once spread over the updates that were timed (`ours_with_encoding`: with few timed updates it
 says little about a run of thousands).
+
+`ours` is timed as the training stage works: a block of updates, whose numbers are read at the end,
+so that a GPU computes while the next batch is drawn. `batch` says what drawing costs: milliseconds,
+and as a share of an update's time (on a GPU they overlap). A variant of ours is a number format,
+and after a plus a mode of `policy.compile_update`; `first_update_seconds` holds its compilation.
+`losses` are means over the same batches from the same weights, after `--settle` updates: what
+bfloat16 may change little.
 """
 
 from __future__ import annotations
@@ -54,6 +63,8 @@ from benchmarks.common import (
 from priorzero.run.provenance import machine_facts
 
 VARIANTS = ("padded", "trimmed")
+OURS = "ours"
+"""The name of our update with the settings' defaults; variants of it add their own."""
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -77,12 +88,18 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--stock", default=",".join(VARIANTS), help=f"variants, of {','.join(VARIANTS)}"
     )
+    parser.add_argument(
+        "--also",
+        default="",
+        help="variants of ours: float32 or bfloat16, +default or +reduce-overhead",
+    )
+    parser.add_argument("--settle", type=int, default=10, help="updates before losses are compared")
     parser.add_argument("--max-seq-len", type=int, default=512, help="tokens LightZero pads to")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--seed", type=int, default=0)
 
     args = parser.parse_args(arguments)
-    unknown = [v for v in args.stock.split(",") if v not in VARIANTS]
+    unknown = [v for v in filter(None, args.stock.split(",")) if v not in VARIANTS]
     if unknown:
         parser.error(f"--stock {', '.join(unknown)} is unknown; there are {', '.join(VARIANTS)}")
     if args.unroll < 4:
@@ -90,15 +107,22 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     return args
 
 
-def build_ours(args: argparse.Namespace, played: list[PlayedStep], folder: str):
-    """Policy and filled buffer of this project. Returns (policy, buffer, compiled policy settings,
-    encoder).
+def build_ours(
+    args: argparse.Namespace, played: list[PlayedStep], encoder, folder: str, **changes: str
+):
+    """A policy of this project, always with the same weights, that knows the actions.
 
     DI-engine wants a folder for the experiment; `folder` is a temporary one.
+
+    Args:
+        changes: of the policy's settings.
+
+    Returns:
+        (policy, compiled policy settings).
     """
-    from game_buffer_priorzero import PriorZeroGameBuffer
-    from priorzero.lightzero import compile_priorzero, resolve_device
-    from priorzero.text.encoder import SentenceEncoder
+    import torch
+
+    from priorzero.lightzero import compile_priorzero
     from priorzero_config import get_priorzero_config
     from priorzero_policy import PriorZeroPolicy
 
@@ -113,18 +137,30 @@ def build_ours(args: argparse.Namespace, played: list[PlayedStep], folder: str):
             num_heads=args.heads,
             context_steps=min(4, args.unroll),
             action_vocabulary=dict(capacity=actions + 2, overflow=1),
+            **changes,
         )
     }
     cfg, create = get_priorzero_config(
         env_id=args.env_id, seed=args.seed, exp_name=folder, enable_llm=False, overrides=overrides
     )
-    encoder = SentenceEncoder("auto", device=resolve_device(args.device), cache_bytes=256 * 2**20)
     compiled = compile_priorzero(cfg, create, encoder.dim).policy
+    torch.manual_seed(args.seed)
     policy = PriorZeroPolicy(compiled)
     policy.attach_encoder(encoder.encode)
-    buffer = PriorZeroGameBuffer(compiled.settings, encoder.dim, seed=args.seed)
-    buffer.push_game_segments(make_segments(played, policy, encoder))
-    return policy, buffer, compiled, encoder
+    for step in played:
+        policy.register_actions(step.state.valid_actions)
+    return policy, compiled
+
+
+def build_variants(args: argparse.Namespace, played: list[PlayedStep], encoder, folder: str):
+    """Policies of ours by name, the default one first, and its compiled settings."""
+    policy, compiled = build_ours(args, played, encoder, folder)
+    policies = {OURS: policy}
+    for name in filter(None, args.also.split(",")):
+        dtype, _, mode = name.partition("+")
+        changes = dict(train_dtype=dtype, compile_update=mode or "off")
+        policies[f"{OURS} {name}"], _ = build_ours(args, played, encoder, folder, **changes)
+    return policies, compiled
 
 
 def make_segments(played: list[PlayedStep], policy, encoder) -> list:
@@ -280,24 +316,57 @@ def timed(work: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
+class OurUpdates:
+    """A policy of ours and what it learns from.
+
+    Args:
+        sample: draws a batch.
+    """
+
+    def __init__(self, policy, sample: Callable[[], Any]) -> None:
+        self._learn, self._sample = policy.learn_mode.forward, sample
+
+    def settle(self, batches: list, seed: int) -> tuple[float, dict[str, float]]:
+        """Learn from these batches, with the same dropout whoever does it.
+
+        Returns:
+            seconds of the first update, and the losses' means over the second half.
+        """
+        import torch
+
+        torch.manual_seed(seed)
+        first = timed(lambda: self._learn(batches[0]).metrics)
+        told = [self._learn(batch).metrics for batch in batches]
+        later = told[len(told) // 2 :]
+        losses = [name for name in later[0] if name.endswith("loss")]
+        return first, {n: statistics.mean(one[n] for one in later) for n in losses}
+
+    def block(self, count: int) -> None:
+        """So many updates, as the training stage makes them."""
+        outputs = [self._learn(self._sample()) for _ in range(count)]
+        assert all(output.metrics for output in outputs)
+
+
 def measure(
-    args: argparse.Namespace, ours: Callable[[], Any], stock: dict[str, Callable[[], Any]]
+    args: argparse.Namespace, ours: dict[str, OurUpdates], stock: dict[str, Callable[[], Any]]
 ) -> dict[str, list[float]]:
     """Seconds per update, in turns: a share of our updates, then one of each stock variant, and
-    again.
+    again. An update of ours is timed as the mean of its block.
     """
-    seconds: dict[str, list[float]] = {"ours": [], **{name: [] for name in stock}}
-    timed(ours)  # the first one allocates
+    seconds: dict[str, list[float]] = {name: [] for name in (*ours, *stock)}
     rounds = max(1, args.stock_updates)
     for turn in range(rounds):
-        for _ in range(args.updates * (turn + 1) // rounds - args.updates * turn // rounds):
-            seconds["ours"].append(timed(ours))
+        count = args.updates * (turn + 1) // rounds - args.updates * turn // rounds
+        for name, updates in ours.items():
+            if count:
+                mean = timed(lambda updates=updates, count=count: updates.block(count)) / count
+                seconds[name] += [mean] * count
         for name, update in stock.items():
             if not seconds[name] or sum(seconds[name]) < args.stock_seconds:
                 seconds[name].append(timed(update))
                 say(
                     f"stock ({name}) update {len(seconds[name])}: {seconds[name][-1]:.2f} s; "
-                    f"ours so far: {statistics.median(seconds['ours']):.4f} s"
+                    f"ours so far: {statistics.median(seconds[OURS]):.4f} s"
                 )
     return seconds
 
@@ -307,17 +376,17 @@ def report(
 ) -> dict[str, Any]:
     """The JSON line. Speeds are from median times; `speedup` is against the stock path as it is."""
     rate = {name: 1 / statistics.median(s) for name, s in seconds.items()}
-    spread = extra["encode_seconds"] / len(seconds["ours"])
+    spread = extra["encode_seconds"] / len(seconds[OURS])
     counts = {name: len(s) for name, s in seconds.items()}
     result = {
         "benchmark": "world_model",
         "updates_per_second": rate,
         "timed_updates": counts,
-        "ours_with_encoding": 1 / (1 / rate["ours"] + spread),
+        "ours_with_encoding": 1 / (1 / rate[OURS] + spread),
     }
     for name in seconds:
-        if name != "ours":
-            result["speedup" if name == "padded" else f"speedup_{name}"] = rate["ours"] / rate[name]
+        if not name.startswith(OURS):
+            result["speedup" if name == "padded" else f"speedup_{name}"] = rate[OURS] / rate[name]
     keys = ("env_id", "batch_size", "unroll", "embed_dim", "layers", "heads", "seed")
     return (
         result
@@ -329,51 +398,76 @@ def report(
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     quiet_logging()
-    import torch
 
-    from priorzero.text.encoder import embedded_folder
+    from game_buffer_priorzero import PriorZeroGameBuffer
+    from priorzero.lightzero import resolve_device
+    from priorzero.text.encoder import SentenceEncoder
 
-    torch.manual_seed(args.seed)
     played = random_play(args.env_id, args.steps, args.seed)
+    encoder = SentenceEncoder("auto", device=resolve_device(args.device), cache_bytes=256 * 2**20)
     with tempfile.TemporaryDirectory(prefix="priorzero-benchmark-") as work:
-        policy, buffer, cfg, encoder = build_ours(args, played, work)
+        policies, cfg = build_variants(args, played, encoder, work)
+    buffer = PriorZeroGameBuffer(cfg.settings, encoder.dim, seed=args.seed)
+    buffer.push_game_segments(make_segments(played, policies[OURS], encoder))
     counted = encoder.stats()
     say(
         f"{len(played)} steps of {args.env_id}: {counted['misses']:.0f} distinct texts encoded in "
         f"{counted['seconds']:.2f} s"
     )
+
+    # Ours: the same batches for every variant first, which also warms it up.
+    drawing: list[float] = []
+    same: list = []
+    for _ in range(max(2, args.settle)):
+        drawing.append(timed(lambda: same.append(buffer.sample(args.batch_size))))
+    ours, settled = {}, {}
+    for name, policy in policies.items():
+        ours[name] = OurUpdates(policy, lambda: buffer.sample(args.batch_size))
+        settled[name] = ours[name].settle(same, args.seed)
+        say(f"{name}: first update {settled[name][0]:.2f} s")
+
+    stock, stock_policies, lengths = build_all_stock(args, played, cfg, same[0])
+    seconds = measure(args, ours, stock)
+    language_models = [s._model.representation_network.model for s in stock_policies]
+    gradients = any(p.grad is not None for model in language_models for p in model.parameters())
+
+    draw_seconds = statistics.median(drawing)
+    facts = {
+        "batch": {
+            "ms": 1000 * draw_seconds,
+            "share": draw_seconds / statistics.median(seconds[OURS]),
+        },
+        "first_update_seconds": {name: first for name, (first, _) in settled.items()},
+        "losses": {name: losses for name, (_, losses) in settled.items()},
+        "distinct_texts": int(counted["misses"]),
+        "encode_seconds": counted["seconds"],
+        "stock_tokens": lengths,
+        "stock_encoder_gradients": gradients,
+        "device": cfg.device,
+    }
+    finish(report(args, seconds, facts))
+    return 0
+
+
+def build_all_stock(args: argparse.Namespace, played: list[PlayedStep], cfg, batch):
+    """One update of each stock variant, all on the rows of this batch, as functions by name; their
+    policies; and the tokens of their texts by name.
+    """
+    from priorzero.text.encoder import embedded_folder
+
     folder, texts = (
         str(embedded_folder()),
         [t for s in played for t in (s.state.observation, s.next_text)],
     )
-    stock, policies, lengths = {}, {}, {}
-    for name in args.stock.split(","):
+    updates, policies, lengths = {}, [], {}
+    for name in filter(None, args.stock.split(",")):
         tokens = tokenise(folder, texts, args.max_seq_len, trimmed=name == "trimmed")
         lengths[name] = len(next(iter(tokens.values())))
-        policies[name] = build_stock(
-            args, cfg.device, cfg.model.action_space_size, lengths[name], folder
-        )
-        data = stock_data(buffer.sample(args.batch_size), played, tokens, cfg, 0)
-        stock[name] = lambda policy=policies[name], data=data: policy._forward_learn(data)
-    seconds = measure(
-        args, lambda: policy.learn_mode.forward(buffer.sample(args.batch_size)), stock
-    )
-    language_models = [s._model.representation_network.model for s in policies.values()]
-    gradients = any(p.grad is not None for model in language_models for p in model.parameters())
-    finish(
-        report(
-            args,
-            seconds,
-            {
-                "distinct_texts": int(counted["misses"]),
-                "encode_seconds": counted["seconds"],
-                "stock_tokens": lengths,
-                "stock_encoder_gradients": gradients,
-                "device": cfg.device,
-            },
-        )
-    )
-    return 0
+        policy = build_stock(args, cfg.device, cfg.model.action_space_size, lengths[name], folder)
+        data = stock_data(batch, played, tokens, cfg, 0)
+        updates[name] = lambda policy=policy, data=data: policy._forward_learn(data)
+        policies.append(policy)
+    return updates, policies, lengths
 
 
 if __name__ == "__main__":

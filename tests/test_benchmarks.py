@@ -26,7 +26,7 @@ def test_world_model_benchmark(capsys):
 
     sizes = (
         "--batch-size 2 --unroll 4 --embed-dim 32 --heads 2 --layers 1 --steps 8 --updates 3 "
-        "--stock-updates 1"
+        "--stock-updates 1 --settle 2 --also bfloat16"
     )
     assert (
         world_model.main(
@@ -35,7 +35,10 @@ def test_world_model_benchmark(capsys):
         == 0
     )
     result = last_line(capsys)
-    assert result["timed_updates"] == {"ours": 3, "padded": 1, "trimmed": 1}
+    assert result["timed_updates"] == {"ours": 3, "ours bfloat16": 3, "padded": 1, "trimmed": 1}
+    losses = result["losses"]
+    assert losses["ours bfloat16"] == pytest.approx(losses["ours"], rel=0.1, abs=0.01)
+    assert 0 < result["batch"]["share"] < 1
     assert result["stock_tokens"]["padded"] == 32
     assert (
         result["stock_encoder_gradients"] is False

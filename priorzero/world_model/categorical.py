@@ -34,10 +34,12 @@ class Support:
         low, high = x.floor(), x.ceil()
         above = x - low
 
-        # At a point itself low and high are one, and what is written last stands: all of it.
+        # At a point itself low and high are one, and what is written last stands: all of it. A nan
+        # has no place: its probabilities stand at 0, for the update's check to find.
         target = torch.zeros(*x.shape, len(self._points), device=x.device)
-        target.scatter_(2, (high + self._scale).long().unsqueeze(-1), above.unsqueeze(-1))
-        target.scatter_(2, (low + self._scale).long().unsqueeze(-1), (1 - above).unsqueeze(-1))
+        for point, share in ((high, above), (low, 1 - above)):
+            index = (point.nan_to_num(0.0) + self._scale).long()
+            target.scatter_(2, index.unsqueeze(-1), share.unsqueeze(-1))
         return target
 
     def scalars(self, logits: Tensor) -> Tensor:

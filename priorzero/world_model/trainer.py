@@ -30,8 +30,8 @@ with quiet_base():
 
 
 class PendingOutput:
-    """A `LearnOutput` that a GPU may still be computing. Reading any of it waits, and fetches all
-    of it in one transfer.
+    """A `LearnOutput` that a GPU may still be computing. Reading any of it waits and fetches all of
+    it, in one transfer.
 
     So a caller that reads after several updates lets the GPU work while it builds the next batches.
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from game_buffer_priorzero import PriorZeroGameBuffer
-from priorzero.data.returns import n_step_return
+from priorzero.data.returns import n_step_return, n_step_returns
 from priorzero.data.segment import Segment, StepRecord, window
 from priorzero.settings.policy import PolicySettings
 from priorzero.types import TextState, TokenisedRequest
@@ -54,6 +54,23 @@ def played(rewards, end: str, values=None, predicted=None) -> Segment:
 def test_by_hand(end, last_valued, start, expected):
     view = window(played([1.0, 2.0, 4.0, 8.0], end), 0, 5)
     assert n_step_return(view, start, 2, 0.5, last_valued=last_valued) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("end", ["terminated", "truncated"])
+def test_many_at_once_are_the_same_to_the_last_bit(end):
+    """Windows of 1 to 9 known steps, unrolled 4 steps, with 5-step returns."""
+    rng, unroll, td = np.random.default_rng(0), 4, 5
+    rewards = rng.normal(size=(40, unroll + td)) * 10.0 ** rng.integers(-8, 8, size=(40, 9))
+    known = rng.integers(1, unroll + td + 1, size=40)
+    over = np.full(40, end == "terminated")
+    sums, discounts, states = n_step_returns(rewards, known, over, unroll, td, 0.97)
+
+    for row, m in enumerate(known):
+        view = window(played(rewards[row, :m].tolist(), end), 0, unroll + td)
+        for k in range(unroll):
+            given = sums[row, k], discounts[row, k], states[row, k]
+            want = n_step_return(view, k, td, 0.97, last_valued=m) if k < m else (0.0, 0.0, 0)
+            assert given == want, (row, k)
 
 
 def llm_advantages(segment: Segment, td_steps: int) -> dict[int, float]:
