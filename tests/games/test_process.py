@@ -194,22 +194,57 @@ def test_lists_do_not_depend_on_pythons_hash_seed(zork1, monkeypatch):
     assert found[0] == found[1] == found[2]
 
 
-def test_state_hashes_are_jerichos_own(zork1):
-    """After every command, also where a new episode begins in the middle of the game."""
+def test_equal_hashes_are_equal_worlds(zork1):
+    """Two states have one hash if and only if Jericho's is one and they read alike: against stock
+    Jericho, after every command, also where a new episode begins in the middle of the game. No
+    random number is drawn on the way.
+    """
     import jericho
 
     stock = jericho.FrotzEnv(zork1, seed=5000)
     game = GameProcess("jericho", zork1)
+    before_the_troll = TO_THE_TROLL[:-1]
+    pairs = set()
     try:
         for _ in range(2):
             stock.reset()
             state = game.call("reset", 5000, timeout_s=LIMIT)
-            for command in (*TO_THE_TROLL, "attack troll with sword", "wait"):
-                assert state.state_hash == stock.get_world_state_hash()
+            for command in (*before_the_troll, "drop lamp", "take lamp", "wait"):
+                before = stock.get_state()
+                world = stock.get_world_state_hash(), stock.step("inventory")[0]
+                stock.set_state(before)
+                pairs.add((state.state_hash, *world, stock.step("look")[0]))
+                stock.set_state(before)
                 state = game.call("step", command, timeout_s=LIMIT)
                 stock.step(command)
     finally:
         game.close()
+    hashes, worlds = {pair[0] for pair in pairs}, {pair[1:] for pair in pairs}
+    assert len(pairs) == len(hashes) == len(worlds) > len(before_the_troll)
+
+
+def test_a_state_that_reads_differently_has_another_hash(zork1):
+    """An egg that was taken from its nest and put back: the room reads differently from then on,
+    and Jericho's own hash is what it was.
+    """
+    import jericho
+
+    stock = jericho.FrotzEnv(zork1, seed=5000)
+    game = GameProcess("jericho", zork1)
+    worlds, hashes, rooms = [], [], []
+    try:
+        for commands in ("n/n/up/put egg in nest", "n/n/up/take egg/put egg in nest"):
+            stock.reset()
+            game.call("reset", 5000, timeout_s=LIMIT)
+            for command in commands.split("/"):
+                stock.step(command)
+                state = game.call("step", command, timeout_s=LIMIT)
+            worlds.append(stock.get_world_state_hash())
+            hashes.append(state.state_hash)
+            rooms.append(game.call("describe", timeout_s=LIMIT).look)
+    finally:
+        game.close()
+    assert worlds[0] == worlds[1] and rooms[0] != rooms[1] and hashes[0] != hashes[1]
 
 
 def test_walkthrough_of_zork1_wins_under_its_seed(zork1):

@@ -113,7 +113,7 @@ class Game(GameKind):
         import jericho
 
         self._env = jericho.FrotzEnv(path, seed=1)
-        self._hash = _WorldHash(self._env)
+        self._world_hash = _WorldHash(self._env)
 
     def reset(self, seed: int) -> GameState:
         """See `GameKind.reset`. The seed goes to Frotz's random number generator.
@@ -139,23 +139,43 @@ class Game(GameKind):
             terminated=terminated,
             won=env.victory(),
             moves=int(info["moves"]),
-            state_hash=self._hash(),
+            state_hash=self._state_hash(terminated),
             details=StateDetails((), "", "") if terminated else None,
         )
+
+    def _state_hash(self, terminated: bool) -> str:
+        """MD5 of Jericho's hash, of the room and of the inventory.
+
+        Jericho's hash leaves out a part of the objects' attributes: Zork's nest reads differently
+        once it was touched, under one hash. Then the first to describe the state would decide what
+        all others see.
+        """
+        seen = [self._world_hash()]
+        if not terminated:
+            before = self._env.get_state()
+            seen += self._look_around(before)
+            self._env.set_state(before)
+        return hashlib.md5("\n".join(seen).encode()).hexdigest()
+
+    def _look_around(self, before: tuple) -> tuple[str, str]:
+        """Room and inventory; the state is left changed.
+
+        Args:
+            before: the present state.
+        """
+        env, probe = self._env, _probe(before)
+        env.set_state(probe)
+        look = tidy(env.step("look")[0])
+        env.set_state(probe)
+        return look, tidy(env.step("inventory")[0])
 
     def describe(self) -> StateDetails:
         """See `GameKind.describe`. Asks from a copy of the state and puts the state back."""
         env = self._env
         before = env.get_state()
-        probe = (*before[:7], _DESCRIBE_RNG, before[8])
         try:
-            env.set_state(probe)
-            look = tidy(env.step("look")[0])
-
-            env.set_state(probe)
-            inventory = tidy(env.step("inventory")[0])
-
-            env.set_state(probe)
+            look, inventory = self._look_around(before)
+            env.set_state(_probe(before))
             actions = env.get_valid_actions(
                 use_object_tree=True, use_ctypes=True, use_parallel=False
             )
@@ -175,6 +195,11 @@ class Game(GameKind):
         if self._env._emulator_halted():
             self._env.reset()  # a run-time error halts Frotz until then
         self._env.set_state(snapshot)
+
+
+def _probe(state: tuple) -> tuple:
+    """A state as it is described: with random numbers that are always the same."""
+    return (*state[:7], _DESCRIBE_RNG, state[8])
 
 
 class _WorldHash:
