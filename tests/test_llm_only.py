@@ -1,5 +1,5 @@
-"""The preset llm_only from the command line, on a real game: that a resumed run is the
-uninterrupted one, what a run leaves, and that the real small LLM goes through it.
+"""The preset llm_only from the command line, on a real game: a resumed run is the uninterrupted
+one, and the real small LLM goes through all of it.
 """
 
 from __future__ import annotations

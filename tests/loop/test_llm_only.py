@@ -8,10 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from priorzero.data.episodes import Episode
 from priorzero.llm.update.groups import GroupDraw
 from priorzero.loop import saving
 from priorzero.loop.train import train
 from priorzero.settings.llm import RFTSettings
+from tests.llm.update.test_groups import alone as played_alone
 
 GO = SimpleNamespace(requested=False)
 PLAN = dict(
@@ -36,7 +38,10 @@ def alone(made):
     def make(**schedule):
         run = made(**PLAN | schedule)
         run.parts.settings.llm.rft = RFTSettings(enable=True, advantage="group", max_staleness=0)
-        run.parts.buffer.sample_episodes = lambda count, recent, rate: rate([])
+        # One episode of the present weights, one of others.
+        held = [Episode(tuple(played_alone(v, [1.0], version=v).steps)) for v in (0, 3)]
+        run.parts.buffer.sample_episodes = lambda count, recent, rate: rate(held)
+        run.trainer.version = 3
         run.drawn = []
 
         async def phase(draw):
@@ -63,7 +68,7 @@ async def test_the_llm_trains_when_the_last_episode_of_a_round_has_ended(alone, 
     rounds = [(r["round_episodes"], r["round_running"]) for r in rows if r["namespace"] == "perf"]
     assert rounds == [(2, 2), (3, 2), (3, 0), (2, 2), (3, 2)]
     (llm,) = [r for r in rows if r["namespace"] == "llm"]
-    assert (llm["rft_groups"], llm["rft_groups_flat"]) == (0.0, 0.0)
+    assert (llm["rft_groups"], llm["rft_groups_flat"]) == (1.0, 1.0)
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3, 4])

@@ -8,13 +8,10 @@ with its episodes waits for the others.
 
     llm_only_episodes = 3, 2 environments, episodes of 4, 2 and 5 steps, 2 steps an iteration
 
-    iteration    0     1     2     3     4     5
-    environment  aa    aa    cc    cc    c     dd ...
-                 bb    cc->                    ee ...
-    LLM                                  1
-
-Environment 1 ends b after two steps, and environment 0 its a after four; c is the third and last
-to begin.
+    iteration    0     1     2     3     4
+    environment  aa    aa                dd
+                 bb    cc    cc    c     ee
+    LLM                            1
 """
 
 from __future__ import annotations
