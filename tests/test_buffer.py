@@ -773,14 +773,14 @@ def test_a_push_waits_for_a_batch_that_is_being_made(monkeypatch):
     (first,), (second,) = (episode.segments() for episode in episodes)
     buffer.push_game_segments([first])
     inside, go = threading.Event(), threading.Event()
-    real = game_buffer_priorzero.fill_row
+    real = game_buffer_priorzero.gather_batch
 
-    def slow(*arguments):
+    def slow(*arguments, **settings):
         inside.set()
         assert go.wait(30)
-        return real(*arguments)
+        return real(*arguments, **settings)
 
-    monkeypatch.setattr(game_buffer_priorzero, "fill_row", slow)
+    monkeypatch.setattr(game_buffer_priorzero, "gather_batch", slow)
     batches: list = []
     sampling = threading.Thread(target=lambda: batches.append(buffer.sample(3)))
     sampling.start()

@@ -158,24 +158,30 @@ def test_taking_a_snapshot_or_a_copy_draws_nothing(policy):
     assert policy.learn_mode.state_dict()["rng"] == own
 
 
-def test_nobody_sees_an_id_before_its_text(policy, encoder):
-    """Training asks which ids are in use while collection is in the middle of naming one."""
-    inside, go, seen = threading.Event(), threading.Event(), []
+def test_nobody_sees_an_id_before_its_text(policy, encoder, monkeypatch):
+    """A search asks which ids are in use while collection is in the middle of naming one."""
+    inside, go, planned, seen = threading.Event(), threading.Event(), threading.Event(), []
 
     def slow(texts):
         inside.set()
         assert go.wait(SECONDS)
         return encoder.encode(texts)
 
+    def plan(self, roots, inner_actions, *others):
+        text = policy.network.world_model.act_embedding_table.text[inner_actions - 1]
+        seen.append((inner_actions, bool(text.abs().sum() > 0)))
+        planned.set()
+        return []
+
+    monkeypatch.setattr(type(policy._planner), "plan", plan)
     policy.attach_encoder(slow)
     naming = threading.Thread(target=lambda: policy.register_actions(["sing"]))
     naming.start()
     assert inside.wait(SECONDS)
-    asking = threading.Thread(target=lambda: seen.append(evaluated(policy)))
-    asking.start()
-    asking.join(0.2)
-    assert asking.is_alive() and not seen
+    searching = threading.Thread(target=lambda: policy.eval_mode.forward([start()], 0))
+    searching.start()
+    planned.wait(0.5)
     go.set()
     naming.join()
-    asking.join(SECONDS)
-    assert len(seen) == 1
+    searching.join()
+    assert seen == [(9, True)]

@@ -48,7 +48,7 @@ class History:
     """What `summary.json` tells of the way.
 
     Attributes:
-        evaluations: every one, as `stages.evaluate` returns it.
+        evaluations: every one, as `stages.note_evaluation` writes it.
         losses: by name, one mean per training phase.
     """
 

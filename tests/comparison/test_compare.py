@@ -177,6 +177,18 @@ def test_a_resumed_run_counts_what_it_repeated_once(tmp_path):
     assert [(p.step, p.value) for p in losses.points] == [(80, 8), (120, 7)]
 
 
+def test_an_evaluation_that_ended_later_stands_at_its_own_place(tmp_path):
+    """Played beside training: that of step 40 was written after step 120 was reached."""
+    write_config(tmp_path / "run", 0, async_eval=True)
+    rows = [("perf", 40, 60), ("eval", 0, 1), ("perf", 80, 60), ("perf", 120, 30)]
+    rows += [("eval", 40, 5), ("eval", 40, 55), ("perf", 160, 30), ("eval", 160, 7)]
+    rows += [("eval", 120, 6), ("eval", 0, 99)]
+    write_lines(tmp_path / "run", rows)
+    (run,) = read_runs([tmp_path / "run"], METRIC)
+    found = [(point.step, point.minutes, point.value) for point in run.points]
+    assert found == [(0, 0.0, 1.0), (40, 1.0, 5.0), (120, 2.5, 6.0), (160, 3.0, 7.0)]
+
+
 def test_a_resumed_run_stays_in_its_group(tmp_path):
     one = make_run(tmp_path / "one", 0, (0, 1))
     other = make_run(tmp_path / "other", 1, (0, 2), resume=True)
