@@ -2,18 +2,20 @@
 any.
 
     python -m benchmarks.collect --env-id detective.z5 --segments 4
-    python -m benchmarks.collect --env-id tw-simple --no-llm
+    python -m benchmarks.collect --env-id tw-simple --no-llm --envs 64 --segments 64 --only known
 
-Three measurements of the same settings in one process. `cold`: all caches on and empty. `warm`: the
-same collector goes on, as in a run that has seen part of the game. `no_caches`: every state's valid
-actions, every text's embedding and every state's LLM scores are computed when they are needed (the
-head of the prompt is still shared: that is part of the engine, not a cache of answers). The network
-is untrained and nothing trains; `no_caches` plays what `cold` played.
+Measurements of the same settings in one process. `cold`: all caches on and empty. `warm`: the same
+collector goes on, as in a run that has seen part of the game. `known`: what `cold` played once
+more, with the valid actions and embeddings that it found (LLM scores are computed anew).
+`no_caches`: the same again, and every state's valid actions, every text's embedding and every
+state's LLM scores are computed when they are needed (the head of the prompt is still shared: that
+is part of the engine, not a cache of answers). The network is untrained and nothing trains.
 
 Stages, in milliseconds of wall time per environment step: env (interpreters, without what follows),
-valid_actions, encode, llm_prior, search, other. Environments are stepped in parallel; the wall time
-of that stage is divided between env and valid_actions in proportion to the seconds the interpreters
-spent on each. TextWorld lists its valid actions with each step, so it has no such stage.
+valid_actions, encode, llm_prior, search, other (roots, records, the loop). Environments are stepped
+in parallel; the wall time of that stage is divided between env and valid_actions in proportion to
+the seconds the interpreters spent on each. TextWorld lists its valid actions with each step, so it
+has no such stage.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +40,7 @@ if TYPE_CHECKING:
     from priorzero.loop.parts import Parts
 
 WATCHED = ("env", "encode", "llm_prior", "search")  # the collector's stopwatch
+BLOCKS = ("cold", "warm", "known", "no_caches")
 STAGES = ("env", "valid_actions", "encode", "llm_prior", "search", "other")
 
 
@@ -54,6 +59,10 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         "--engine", choices=["auto", "vllm", "transformers"], default="transformers"
     )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--listing-workers", type=int, help="as env.listing_workers")
+    parser.add_argument(
+        "--only", nargs="+", choices=BLOCKS, default=BLOCKS, help="measurements; cold is always one"
+    )
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments)
 
@@ -63,7 +72,12 @@ def make_config(args: argparse.Namespace, folder: Path, caches: bool):
     from priorzero_config import HybridTrainingConfig
 
     overrides: dict[str, Any] = {
-        "env": dict(collector_env_num=args.envs, evaluator_env_num=1, max_steps=args.max_steps),
+        "env": dict(
+            collector_env_num=args.envs,
+            evaluator_env_num=1,
+            max_steps=args.max_steps,
+            listing_workers=args.listing_workers if caches else 0,
+        ),
         "policy": dict(
             embed_dim=args.embed_dim,
             num_simulations=args.simulations,
@@ -88,8 +102,6 @@ def make_config(args: argparse.Namespace, folder: Path, caches: bool):
 
 def own_state_cache(envs: GameEnvGroup, path: Path | None) -> None:
     """Give the environments a fresh cache of valid actions.
-
-    There is no setting for this: outside a benchmark nobody wants it off, or forgotten.
 
     Args:
         path: of the cache's file; None: one that remembers nothing.
@@ -120,8 +132,9 @@ async def block(parts: Parts, segments: int) -> dict[str, Any]:
 
     # reset_s holds the listing of each first state too, so the rest is an upper bound of the
     # interpreter's own time.
-    busy = env["step_s"] + env["reset_s"] + env["describe_s"]
-    describing = spent["env"] * env["describe_s"] / busy if busy else 0.0
+    listing = env["describe_s"] + env["wait_s"]
+    busy = env["step_s"] + env["reset_s"] + listing
+    describing = spent["env"] * listing / busy if busy else 0.0
     spent |= {"env": spent["env"] - describing, "valid_actions": describing}
     spent["other"] = wall - sum(spent.values())
 
@@ -154,22 +167,43 @@ def hit_rates(parts: Parts, result: dict[str, Any], before: dict[str, float]) ->
     return result
 
 
-async def measure(args: argparse.Namespace, caches: bool) -> dict[str, dict[str, Any]]:
-    """`cold` and `warm` with caches, `no_caches` without."""
+@dataclass
+class Found:
+    """What one measurement leaves to the next: a file of known states, and known embeddings."""
+
+    states: Path
+    embeddings: dict[str, Any] | None = None
+
+
+async def measure(
+    args: argparse.Namespace, names: Sequence[str], found: Found | None
+) -> dict[str, dict[str, Any]]:
+    """The same start each time; every name is a block of `args.segments` segments from there on.
+
+    Args:
+        names: of the blocks, in order.
+        found: caches to begin with, filled on the way; None: no caches.
+    """
     from priorzero_orz_entry import build
 
     folder = Path(tempfile.mkdtemp(prefix="priorzero-benchmark-"))
     try:
-        async with await build(make_config(args, folder, caches)) as parts:
+        async with await build(make_config(args, folder, found is not None)) as parts:
             # Starts the interpreters, which is not what is measured.
             own_state_cache(parts.collect_envs, None)
             await asyncio.to_thread(parts.collect_envs.reset)
-            own_state_cache(parts.collect_envs, folder / "states.sqlite" if caches else None)
+            parts.collect_envs.seed(args.seed)
+
+            own_state_cache(parts.collect_envs, found and found.states)
+            if found is not None and found.embeddings is not None:
+                parts.encoder.load_state_dict(found.embeddings)
 
             results, counters = {}, {}
-            for name in ("cold", "warm") if caches else ("no_caches",):
+            for name in names:
                 results[name] = hit_rates(parts, await block(parts, args.segments), counters)
                 say(describe(name, results[name]))
+            if found is not None:
+                found.embeddings = parts.encoder.state_dict()
             return results
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -186,16 +220,24 @@ def describe(name: str, result: dict[str, Any]) -> str:
 async def run_all(args: argparse.Namespace) -> dict[str, Any]:
     # What a process pays once (first forward, allocations) falls on the caches' side of the
     # comparison.
-    results = await measure(args, caches=True)
-    gc.collect()
-    results |= await measure(args, caches=False)
-    slow = results["no_caches"]["steps_per_second"]
-    return {
-        "benchmark": "collect",
-        "results": results,
-        "speedup_cold": results["cold"]["steps_per_second"] / slow,
-        "speedup_warm": results["warm"]["steps_per_second"] / slow,
-    }
+    folder = Path(tempfile.mkdtemp(prefix="priorzero-benchmark-"))
+    try:
+        found = Found(folder / "states.sqlite")
+        go_on = [name for name in ("warm",) if name in args.only]
+        results = await measure(args, ["cold", *go_on], found)
+        for name, caches in (("known", found), ("no_caches", None)):
+            if name in args.only:
+                gc.collect()
+                results |= await measure(args, [name], caches)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+    answer = {"benchmark": "collect", "results": results}
+    if "no_caches" in results:
+        slow = results["no_caches"]["steps_per_second"]
+        for name in results.keys() - {"no_caches"}:
+            answer[f"speedup_{name}"] = results[name]["steps_per_second"] / slow
+    return answer
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -103,7 +103,7 @@ def test_collect_benchmark(capsys):
     )
     assert collect.main([*sizes.split(), "--env-id", GAME, "--device", "cpu"]) == 0
     result = last_line(capsys)
-    assert set(result["results"]) == {"no_caches", "cold", "warm"}
+    assert set(result["results"]) == {"no_caches", "cold", "warm", "known"}
     for block in result["results"].values():
         assert block["steps"] == 4
         assert sum(block["ms_per_step"].values()) * block["steps"] / 1000 == pytest.approx(
@@ -116,6 +116,8 @@ def test_collect_benchmark(capsys):
         < 0.1
         < result["results"]["warm"]["encoder_hit_rate"]
     )
+    # It plays what the first part played.
+    assert result["results"]["known"]["encoder_hit_rate"] == 1
 
 
 def test_a_block_of_jericho_without_cache_lists_every_state(story):
