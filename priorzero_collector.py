@@ -319,7 +319,8 @@ class PriorZeroCollector:
             if slot.tape is not None:
                 moment = decision.moment(chosen[slot.env_id], outcome, move.plan)
                 now = played.before + played.steps
-                slot.tape.write(slot.timestep, moment, decision.valid_ids, env_steps=now)
+                names = self._policy.vocabulary.action_of
+                slot.tape.write(slot.timestep, moment, decision.valid_ids, names, env_steps=now)
             played.steps += 1
             if outcome.info["done_kind"] == "hang":
                 # The next state is unknown: what was played before stands, this step does not enter

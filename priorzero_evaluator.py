@@ -158,7 +158,8 @@ class PriorZeroEvaluator:
                 if slot.tape is not None:
                     decision = choice.decision
                     moment = decision.moment(choice.action, outcome, choice.plan)
-                    slot.tape.write(slot.timestep, moment, decision.valid_ids)
+                    names = self._policy.vocabulary.action_of
+                    slot.tape.write(slot.timestep, moment, decision.valid_ids, names)
                 reward = float(outcome.reward)
                 slot.transcript += _script(slot, choice, reward)
                 slot.advance(choice.action, reward, outcome.obs, choice.action_id)

@@ -165,7 +165,6 @@ async def build(config: HybridTrainingConfig, eval_only: bool = False) -> Parts:
             settings.decisions,
             game=game.env_id,
             reduction=settings.policy.root_prior.reduction,
-            action_of=lambda action_id: policy.vocabulary.action_of(action_id),
             decode=llm.engine.tokeniser.decode if llm is not None else None,
             again=eval_only,
         )

@@ -275,9 +275,7 @@ class PriorZeroPolicy(UniZeroPolicy):
                 behaviour = tempered(shares, temperature)
                 index = int(rng.choice(len(behaviour), p=behaviour))
             else:
-                # Ties go to the action the mixture prefers, not to the first in the alphabet.
-                most = int(np.lexsort((plan.prior.log_mixed, counts))[-1])
-                index = most if choice is None else choice
+                index = plan.favourite
                 behaviour = np.eye(len(counts))[index]
             outputs.append(_output(plan, index, behaviour))
         return outputs

@@ -19,6 +19,8 @@ from priorzero.settings.policy import PolicySettings
 
 with quiet_base():
     from ding.config import compile_config
+    from ding.utils import deep_merge_dicts
+    from lzero.policy.unizero import UniZeroPolicy
 
 # What LightZero reads from its model's settings only, or in another form.
 _NOT_PASSED_ON = ("embed_dim", "num_layers", "num_heads", "group_size", "support_scale", "device")
@@ -63,6 +65,19 @@ def compile_priorzero(
         return compile_config(
             main, seed=settings.seed, auto=True, create_cfg=EasyDict(create_cfg), save_cfg=False
         )
+
+
+def network_settings(settings: ExperimentSettings, text_dim: int) -> EasyDict:
+    """What `PriorZeroModel` is constructed with, for who wants the network alone: LightZero's
+    defaults, and ours over them, as `compile_priorzero` has them.
+
+    Args:
+        settings: of the run.
+        text_dim: `E`, see `compile_priorzero`.
+    """
+    own = _model(settings, resolve_device(settings.policy.device), text_dim)
+    merged = deep_merge_dicts(UniZeroPolicy.default_config().model, EasyDict(own))
+    return EasyDict({n: v for n, v in merged.items() if n not in ("type", "import_names")})
 
 
 def _model(settings: ExperimentSettings, device: str, text_dim: int) -> dict[str, Any]:

@@ -68,12 +68,13 @@ def decision_record(
         "v": VERSION,
         **facts,
         "step": step,
+        "goal": moment.state.goal,
         "text": moment.state.observation,
         "score": moment.state.score,
         "commands": list(moment.commands),
         "chosen": moment.commands.index(moment.command),
         **_of_llm(moment, reduction, decode),
-        **_of_search(moment),
+        **search_fields(moment.plan, moment.tree_commands),
         "reward": float(outcome.reward),
         "score_after": float(info["score"]),
         "end": info["done_kind"],
@@ -103,9 +104,12 @@ def _of_llm(moment: Moment, reduction: str, decode: Decode | None) -> dict[str, 
     }
 
 
-def _of_search(moment: Moment) -> dict[str, Any]:
-    """What entered the root, what the search made of it, and its tree."""
-    plan = moment.plan
+def search_fields(plan: SearchOutput | None, commands: Sequence[str | None] = ()) -> dict[str, Any]:
+    """What entered the root, what the search made of it, and its tree; empty without a search.
+
+    Args:
+        commands: `[N]` of the tree's nodes, see `tree_commands`.
+    """
     if plan is None:
         return {}
     fields = {
@@ -119,11 +123,11 @@ def _of_search(moment: Moment) -> dict[str, Any]:
         "predicted_value": round(float(plan.predicted_value), _DIGITS),
     }
     if plan.tree is not None:
-        fields["tree"] = tree_record(plan.tree, moment.tree_commands)
+        fields["tree"] = _tree(plan.tree, commands)
     return fields
 
 
-def tree_record(tree: TreeNodes, commands: Sequence[str | None]) -> dict[str, list]:
+def _tree(tree: TreeNodes, commands: Sequence[str | None]) -> dict[str, list]:
     """The tree in columns `[N]`, with commands in place of action ids."""
     return {
         "parent": tree.parent.tolist(),

@@ -12,7 +12,7 @@ import json
 import logging
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -52,7 +52,6 @@ class Recorder:
         settings: what is recorded.
         game: name of the game.
         reduction: how the LLM's token log-probabilities become one number per command.
-        action_of: the vocabulary's name of an action id.
         decode: token ids -> text; None without an LLM.
         again: the run only evaluates a checkpoint; its episodes get names of their own beside the
             training's.
@@ -65,12 +64,11 @@ class Recorder:
         *,
         game: str,
         reduction: str,
-        action_of: Callable[[int], str | None],
         decode: Decode | None = None,
         again: bool = False,
     ) -> None:
         self._folder, self._settings = folder, settings
-        self._game, self._reduction, self._action_of = game, reduction, action_of
+        self._game, self._reduction = game, reduction
         self._decode = lru_cache(_PROMPTS)(decode) if decode and settings.prompts else None
         self._prefix = "again_" if again else ""
 
@@ -78,6 +76,7 @@ class Recorder:
         self._bytes = sum(p.stat().st_size for p in folder.glob("*.jsonl.gz"))
         self._written = self._lost = 0
         self._failed: str | None = None  # the fault that was told last
+        self._closed = False
 
         self._queue: queue.Queue = queue.Queue(_WAITING)
         self._thread = threading.Thread(target=self._work, name="decisions", daemon=True)
@@ -142,7 +141,8 @@ class Recorder:
         self._queue.put(None)
 
     def close(self) -> None:
-        """Write the rest and end the thread."""
+        """Write the rest and end the thread; what comes later is lost, and counted."""
+        self._closed = True
         self._queue.put(_END)
         self._thread.join()
 
@@ -154,12 +154,12 @@ class Recorder:
             "decisions_mib": self._bytes / 2**20,
         }
 
-    def _put(self, file: str, facts: dict[str, Any], step: int, moment: Moment) -> None:
-        self._queue.put((file, facts, step, moment))
-
-    def _commands(self, moment: Moment, valid_ids: np.ndarray) -> Sequence[str | None]:
-        """Named at once: what an id means may be forgotten when the evaluation is over."""
-        return tree_commands(moment.plan.tree, valid_ids, moment.commands, self._action_of)
+    def put(self, file: str, facts: dict[str, Any], step: int, moment: Moment) -> None:
+        """A decision for a file; `Tape.write` is the way here."""
+        if self._closed:
+            self._lost += 1
+        else:
+            self._queue.put((file, facts, step, moment))
 
     # ---- the thread ------------------------------------------------------------------------------
 
@@ -244,7 +244,12 @@ class Tape:
         return self.recorder.wants_trees
 
     def write(
-        self, step: int, moment: Moment, valid_ids: np.ndarray | None = None, **facts: Any
+        self,
+        step: int,
+        moment: Moment,
+        valid_ids: np.ndarray | None = None,
+        action_of: Callable[[int], str | None] | None = None,
+        **facts: Any,
     ) -> None:
         """Record one decision.
 
@@ -252,9 +257,11 @@ class Tape:
             step: actions played before in the episode.
             moment: the decision, without names for its tree's nodes.
             valid_ids: `[A]` ids of the commands; needed where there is a tree.
+            action_of: the vocabulary's name of an action id; needed where there is a tree.
             facts: of this decision.
         """
         if moment.plan is not None and moment.plan.tree is not None:
-            named = self.recorder._commands(moment, valid_ids)
+            # At once: what an id means may be forgotten when an evaluation is over.
+            named = tree_commands(moment.plan.tree, valid_ids, moment.commands, action_of)
             moment = replace(moment, tree_commands=named)
-        self.recorder._put(self.file, self.facts | facts, step, moment)
+        self.recorder.put(self.file, self.facts | facts, step, moment)

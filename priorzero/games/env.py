@@ -242,8 +242,13 @@ class TextGameEnv(BaseEnv):
         self._counts["episodes"] += 1
         return self._obs
 
-    def step(self, action: str) -> BaseEnvTimestep:
+    def step(self, action: str, listed_only: bool = True) -> BaseEnvTimestep:
         """Type `action`. Reward: the change of the game's score (float).
+
+        Args:
+            action: a command.
+            listed_only: False types it whether or not it is among the present valid actions, as a
+                person may.
 
         `info`: terminated, truncated (bool), done_kind ("running", "terminated", "truncated",
         "hang"), score, max_score, won, steps, fault (text or ""), and when done eval_episode_return
@@ -257,7 +262,7 @@ class TextGameEnv(BaseEnv):
         """
         if self._obs is None or not self._running:
             raise RuntimeError("step() outside an episode: call reset() first")
-        if action not in self._obs["valid_actions"]:
+        if listed_only and action not in self._obs["valid_actions"]:
             raise ValueError(
                 f"action {action!r} is not valid in the present state of {self._game.env_id} (step"
                 f" {self._timestep}); valid are {list(self._obs['valid_actions'])}"

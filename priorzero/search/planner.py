@@ -65,6 +65,16 @@ class Plan:
     prior: RootPrior
     tree: TreeNodes | None = None
 
+    @property
+    def favourite(self) -> int:
+        """Position of the action that is played where nothing is drawn: the root policy's own
+        choice, else the most visited. Ties go to the action the mixture prefers, not to the first
+        in the alphabet.
+        """
+        if self.result.choice is not None:
+            return self.result.choice
+        return int(np.lexsort((self.prior.log_mixed, self.result.visit_counts))[-1])
+
 
 class Simulations(Protocol):
     """All simulations of a search, fused: one implementation per kind of device."""

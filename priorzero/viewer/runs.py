@@ -124,7 +124,7 @@ def _steps(episode: RecordedEpisode, discount: float) -> list[dict[str, Any]]:
     """The decisions, with what was really earned from each on as `to_go`."""
     earned = returns_to_go([step["reward"] for step in episode.steps], discount)
     # What the heading says already is left out.
-    known = ("v", "episode", "source", "label", "mode", "game", "seed", "env_steps", "step")
+    known = ("v", "episode", "source", "label", "mode", "game", "seed", "env_steps", "step", "goal")
     return [
         {name: value for name, value in step.items() if name not in known} | {"to_go": to_go}
         for step, to_go in zip(episode.steps, earned, strict=True)

@@ -54,7 +54,6 @@ def play(compiled_cfg, encoder, one_thread, tmp_path):
                 DecisionSettings(**record),
                 game="script",
                 reduction=cfg.policy.settings.root_prior.reduction,
-                action_of=lambda i: watched.vocabulary.action_of(i),
                 decode=decode,
             )
         common = (cfg.policy.settings, watched, group, encoder, prior)
@@ -66,7 +65,7 @@ def play(compiled_cfg, encoder, one_thread, tmp_path):
             transcripts=None,
             recorder=recorder,
         )
-        collector = PriorZeroCollector(*common, history_length=2, recorder=recorder)
+        collector = PriorZeroCollector(*common, history_length=2, seed=0, recorder=recorder)
         opened.append(group)
         return SimpleNamespace(
             evaluator=evaluator,
@@ -210,14 +209,13 @@ def recorder(tmp_path):
             DecisionSettings(collect_share=1.0, **settings),
             game="g",
             reduction="sum",
-            action_of=str,
         )
         made.append(one)
         return one
 
     yield make
     for one in made:
-        one.close()
+        one.close()  # a second time, as a rule
 
 
 def write(recorder: Recorder, steps, *, episode: int = 0, text: str = "", bad: bool = False):
@@ -356,3 +354,11 @@ def test_episodes_are_found_by_number_and_by_name(recorder, tmp_path):
     assert find_episode(episodes, "collect/1") is episodes[1]
     with pytest.raises(PriorZeroError, match="no recorded episode 3; there are 0 to 2"):
         find_episode(episodes, "3")
+
+
+def test_what_comes_after_the_end_is_counted(recorder, tmp_path):
+    one = recorder()
+    write(one, [0])
+    one.close()
+    write(one, range(1, 3000))  # waits for nobody
+    assert one.stats()["decisions_lost"] == 2999 and texts(tmp_path) == ["text 0"]

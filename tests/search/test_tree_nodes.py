@@ -69,3 +69,24 @@ def test_the_nodes_are_those_of_the_search(root_policy):
             ),
         ]
         np.testing.assert_allclose(nodes.prior, expected)
+
+
+def test_a_fused_search_shows_the_tree_of_the_plain_one(make_policy, randomise, encoder):
+    trees = []
+    for backend in ("plain", "fused"):
+        policy = make_policy(search_backend=backend, num_simulations=12)
+        randomise(policy.network)
+        texts = encoder.encode(["a", "b", "c"])
+        roots = [
+            Root(texts[:1], np.zeros(0, np.int64), np.array([0, 3, 5]), keep_tree=True),
+            Root(texts[:2], np.array([3]), np.array([1, 2]), keep_tree=False),
+            Root(texts, np.array([3, 1]), np.array([2, 6, 7]), keep_tree=True),
+        ]
+        plans = policy.eval_mode.forward(roots, 0)
+        assert [plan.tree is not None for plan in plans] == [True, False, True]
+        trees.append([plan.tree for plan in plans if plan.tree is not None])
+    for plain, fused in zip(*trees, strict=True):
+        for name in ("parent", "action", "visits"):
+            np.testing.assert_array_equal(getattr(plain, name), getattr(fused, name))
+        for name in ("q", "prior", "reward", "value"):
+            np.testing.assert_allclose(getattr(plain, name), getattr(fused, name), atol=1e-5)

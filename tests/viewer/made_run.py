@@ -67,7 +67,6 @@ def make_run(folder: Path, *, episodes: int = 6, length: int = 10, llm: bool = T
         DecisionSettings(collect_share=1.0),
         game="made <up>",
         reduction="sum",
-        action_of=lambda i: COMMANDS[i],
         decode=lambda ids: f"What the LLM reads at {ids[0]}. {LONG}",
     )
     for episode in range(episodes):
@@ -94,7 +93,7 @@ def make_run(folder: Path, *, episodes: int = 6, length: int = 10, llm: bool = T
                 ActionScores(((-1.0,), (-2.0,), (-3.0,), (-4.0,)), 3) if llm else None,
                 plan_of(rng, step),
             )
-            tape.write(step, moment, np.arange(4), env_steps=10 * episode)
+            tape.write(step, moment, np.arange(4), COMMANDS.__getitem__, env_steps=10 * episode)
             score += reward_of(step)
     recorder.close()
 
