@@ -90,6 +90,22 @@ def test_stock_batches_hold_the_same_rows():
     assert current[3].tolist() == [[1, 1, 0], [1, 1, 0]] and target[2].shape == (2, 3, 1)
 
 
+# ---- search --------------------------------------------------------------------------------------
+
+
+def test_search_benchmark(capsys):
+    from benchmarks import search
+
+    sizes = "--roots 2,3 --widths 32 --actions 9 --valid 3 --simulations 4 --layers 1 --plans 2"
+    assert search.main([*sizes.split(), "--device", "cpu", "--root-policy", "gumbel"]) == 0
+    result = last_line(capsys)
+    methods = ("fused", "plain", "lightzero")
+    rows = {(row["method"], row["roots"]): row for row in result["results"]}
+    assert set(rows) == {(m, roots) for m in methods for roots in (2, 3)}
+    assert all(0 < row["best_ms"] <= row["ms"] for row in rows.values())
+    assert result["settings"]["simulations"] == 4
+
+
 # ---- collector -----------------------------------------------------------------------------------
 
 

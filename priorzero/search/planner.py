@@ -192,7 +192,15 @@ def fused_simulations(
 
     # Each needs a compiler that the other device has no use for.
     if torch.device(device).type == "cuda":
-        return None
+        try:
+            from priorzero.search.fused.cuda import CudaSimulations
+        except ImportError as error:
+            raise PriorZeroError(
+                f"a fused search on a GPU needs Triton ({error}): install the CUDA lock, or set "
+                "policy.search_backend=plain"
+            ) from error
+        return CudaSimulations(model, settings.num_simulations, settings.context_steps)
+
     from priorzero.search.fused.cpu import CpuSimulations
 
     return CpuSimulations(model, settings.num_simulations)

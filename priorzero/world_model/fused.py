@@ -35,7 +35,7 @@ _EPSILON = 0.001
 
 
 class Affine(NamedTuple):
-    """weight `[in, out]` (transposed: so a product of few rows is fastest) and bias `[out]`."""
+    """weight `[in, out]`, a transposed view as everywhere in torch, and bias `[out]`."""
 
     weight: Tensor
     bias: Tensor
@@ -108,7 +108,7 @@ def fuse(model: PriorZeroModel, inner_actions: int, last_position: int) -> Fused
         reward=_beside(reward[2]),
         value=_beside(value[2]),
         latent=_beside(latent[2]),
-        policy=Affine(*(x[..., :inner_actions].contiguous() for x in _beside(policy[2]))),
+        policy=Affine(*(x[..., :inner_actions] for x in _beside(policy[2]))),
     )
 
 
@@ -153,8 +153,8 @@ def _norm(norm: nn.LayerNorm) -> Norm:
 
 def _beside(*layers: nn.Linear) -> Affine:
     """Layers that read the same input, as one."""
-    weight = torch.cat([layer.weight for layer in layers]).t().contiguous()
-    return Affine(weight, torch.cat([layer.bias for layer in layers]))
+    weight = torch.cat([layer.weight for layer in layers])
+    return Affine(weight.t(), torch.cat([layer.bias for layer in layers]))
 
 
 class NetworkShape(NamedTuple):
@@ -272,9 +272,11 @@ class FusedMemory:
         rewards, values = inverse_transform(self._scalars.softmax(-1) @ self._support)
         return Expansion(rewards, values, logits)
 
-    def clamped(self) -> Tensor:
-        """How many tokens of this search lay beyond the trained window: a number on the device."""
-        latent = self._position.view(len(self._first), -1)[:, 1:]
+    def clamped(self, rows: int) -> Tensor:
+        """How many tokens of the first `rows` roots lay beyond the trained window: a number on the
+        device.
+        """
+        latent = self._position.view(len(self._first), -1)[:rows, 1:]
         return (latent >= self._max_tokens).sum() + (latent > self._max_tokens).sum()
 
     def _forward(self, x: Tensor, slot: int) -> Tensor:

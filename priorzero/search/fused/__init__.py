@@ -5,6 +5,8 @@
 | `rule.py` | which children a walk takes, as numbers that a kernel reads |
 | `cpu_kernels.py` | walking and backup compiled for the CPU (numba) |
 | `cpu.py` | a search on the CPU: those kernels and the fused network by turns |
+| `cuda_kernels.py` | walking and backup as Triton kernels, one program per root |
+| `cuda.py` | a search on a GPU: all of its simulations captured in one CUDA graph |
 
 The reference is `priorzero/search/tree.py` with `rules.py` and the root policies beside it; the
 kernels make the same choices, ties included (tests/search/test_fused.py). The network's part is

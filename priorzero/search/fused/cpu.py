@@ -51,7 +51,7 @@ class CpuSimulations:
             parents, actions = tree.select()
             node = memory.expand(simulation, torch.from_numpy(parents), torch.from_numpy(actions))
             tree.expand(node.rewards.numpy(), node.values.numpy(), node.logits.numpy())
-        return int(memory.clamped())
+        return int(memory.clamped(batch))
 
 
 class CompiledTree:
