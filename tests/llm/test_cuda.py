@@ -13,7 +13,12 @@ import torch
 
 from priorzero.llm.engines.choice import create_engine
 from priorzero.llm.engines.transformers_engine import TransformersEngine
-from priorzero.llm.scoring.forward import TWO_PASS_TOKENS, choose_way, tree_logprobs
+from priorzero.llm.scoring.forward import (
+    TWO_PASS_TOKENS,
+    choose_way,
+    computing,
+    tree_logprobs,
+)
 from priorzero.llm.scoring.items import prepare
 from priorzero.llm.scoring.requests import Tokeniser
 from priorzero.llm.weights.publish import publish
@@ -69,6 +74,26 @@ def test_long_prompts_take_two_passes(smollm, requests, long_requests):
     assert long_requests[0].num_prompt_tokens > TWO_PASS_TOKENS
     assert choose_way(model, prepare(requests)) == "padded"
     assert choose_way(model, prepare(long_requests)) == "two_pass"
+
+
+def test_checkpointing_gives_the_same_gradients_from_less_memory(smollm, long_requests):
+    """Long prompts, which take two passes without it, in the number format of a run."""
+    model, items = copy.deepcopy(smollm[0]).cuda(), prepare(long_requests)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    found, peaks = [], []
+    for on in (False, True):
+        for _ in range(2):  # the first looks at each way once
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            with computing(torch.device("cuda"), torch.bfloat16):
+                flat = torch.cat(tree_logprobs(model, items, checkpointing=on))
+            gradients = torch.autograd.grad(flat.sum(), trained)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        found.append(torch.cat([g.flatten().double() for g in gradients]))
+        del flat, gradients
+    assert float(torch.cosine_similarity(*found, dim=0)) > 0.99
+    assert float(found[0].norm()) == pytest.approx(float(found[1].norm()), rel=0.05)
+    assert peaks[1] < 0.5 * peaks[0], peaks
 
 
 def test_bfloat16_stays_near_float32(smollm, requests, long_requests):
