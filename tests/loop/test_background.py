@@ -358,6 +358,25 @@ async def test_a_failure_drops_what_waits_and_lets_what_is_under_way_finish(made
     assert update.begun == 1
 
 
+async def test_after_a_failure_a_chain_does_nothing_more():
+    chains, done = Background(), []
+
+    async def broken():
+        raise PriorZeroError("not finite")
+
+    async def other():
+        done.append("other")
+
+    chains.world_model.add(broken)
+    chains.world_model.add(other)
+    with pytest.raises(PriorZeroError, match="not finite"):
+        await chains.settle()
+    await chains.abandon()
+    assert not done and chains.world_model.behind == 0
+    with pytest.raises(PriorZeroError, match="not finite"):
+        await chains.room()
+
+
 async def test_what_never_ends_is_left_behind(made, told, monkeypatch):
     monkeypatch.setattr(background, "_GRACE_S", 0.01)
     run = made(iterations=3, off_policy_degree=1, llm_train_freq=1, eval_freq=0)
