@@ -594,8 +594,8 @@ def test_a_pools_threads_do_not_begin_with_a_searchs_number():
         plain.start()
         plain.join()
         assert seen == [1], "torch has changed: the pool is not needed any more"
-        assert pool.submit(torch.get_num_threads).result() == 3
         assert waiting.submit(torch.get_num_threads).result() == 3
+        assert pool.submit(torch.get_num_threads).result() == 3
     finally:
         done.set()
         searcher.join()
