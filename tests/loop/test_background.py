@@ -358,6 +358,25 @@ async def test_a_failure_drops_what_waits_and_lets_what_is_under_way_finish(made
     assert update.begun == 1
 
 
+async def test_after_a_failure_a_chain_does_nothing_more():
+    chains, done = Background(), []
+
+    async def broken():
+        raise PriorZeroError("not finite")
+
+    async def other():
+        done.append("other")
+
+    chains.world_model.add(broken)
+    chains.world_model.add(other)
+    with pytest.raises(PriorZeroError, match="not finite"):
+        await chains.settle()
+    await chains.abandon()
+    assert not done and chains.world_model.behind == 0
+    with pytest.raises(PriorZeroError, match="not finite"):
+        await chains.room()
+
+
 async def test_what_never_ends_is_left_behind(made, told, monkeypatch):
     monkeypatch.setattr(background, "_GRACE_S", 0.01)
     run = made(iterations=3, off_policy_degree=1, llm_train_freq=1, eval_freq=0)
@@ -524,6 +543,25 @@ async def test_an_interrupted_evaluation_is_played_again(made, tmp_path):
     assert [e["iteration"] for e in again.parts.history.evaluations] == [0, 2, 3]
 
 
+async def test_in_any_schedule_an_evaluation_that_fails_ends_the_run_at_the_next_step(made):
+    run = made(
+        async_eval=True,
+        wm_training_mode="sequential",
+        sequential_wm_updates=1000,
+        iterations=50,
+        eval_freq=100,
+        save_freq=0,
+    )
+
+    async def broken(*_):
+        raise PriorZeroError("the LLM is gone")
+
+    run.parts.evaluator.playing = lambda policy: SimpleNamespace(evaluate=broken)
+    with pytest.raises(PriorZeroError, match="the LLM is gone"):
+        await train(run.parts, GO)
+    assert run.parts.progress.iteration <= 1
+
+
 async def test_without_an_llm_nothing_of_it_is_asked(made):
     run = made(async_eval=True, llm=False, iterations=1)
     run.parts.settings.eval.modes = ["world_model"]
@@ -544,7 +582,9 @@ def test_a_pools_threads_do_not_begin_with_a_searchs_number():
             searching.set()
             done.wait(SECONDS)
 
-    pool = thread_pool(1, "test")
+    # One whose thread begins during the search, and one whose thread did nothing before it.
+    pool, waiting = thread_pool(1, "test"), thread_pool(1, "waiting")
+    waiting.submit(int).result()
     searcher = threading.Thread(target=search)
     searcher.start()
     try:
@@ -554,11 +594,13 @@ def test_a_pools_threads_do_not_begin_with_a_searchs_number():
         plain.start()
         plain.join()
         assert seen == [1], "torch has changed: the pool is not needed any more"
+        assert waiting.submit(torch.get_num_threads).result() == 3
         assert pool.submit(torch.get_num_threads).result() == 3
     finally:
         done.set()
         searcher.join()
         pool.shutdown()
+        waiting.shutdown()
         torch.set_num_threads(before)
 
 
