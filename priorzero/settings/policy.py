@@ -221,8 +221,8 @@ class PolicySettings(Settings):
     loss_weights: LossWeights = field(default_factory=LossWeights)
     """Weights of the loss terms."""
     train_dtype: str = "auto"
-    """Matrix products of an update: float32, or bfloat16 under autocast (weights, sums, softmax and
-    losses stay float32); auto takes bfloat16 on CUDA."""
+    """Matrix products of an update: float32, or bfloat16 under autocast (weights, residual stream
+    and losses stay float32, on CUDA softmax too); auto takes bfloat16 on CUDA."""
     compile_update: str = "off"
     """torch.compile for the networks' passes in an update: off, default or reduce-overhead (with
     CUDA graphs). It takes up to minutes at the first update."""
