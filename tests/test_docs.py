@@ -20,16 +20,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-README, MANUAL, METRICS, ALGORITHM = (
+README, MANUAL, METRICS, ALGORITHM, DECISIONS = (
     ROOT / name
     for name in (
         "README.md",
         "PRIORZERO_ORZ_EXECUTABLE.md",
         "docs/METRICS.md",
         "docs/ALGORITHM.md",
+        "docs/DECISIONS.md",
     )
 )
-DOCUMENTS = [README, MANUAL, METRICS, ALGORITHM]
+DOCUMENTS = [README, MANUAL, METRICS, ALGORITHM, DECISIONS]
 SOURCES = [*ROOT.glob("*.py"), *(ROOT / "priorzero").rglob("*.py"), ROOT / "run_priorzero_orz.sh"]
 LAUNCHER_OPTIONS = {"--help"}
 
@@ -82,6 +83,8 @@ def test_commands_exist_and_their_options_are_accepted():
             rest = words[2:] if words[1] in ("debug", "train", "eval", "export") else []
         elif words[:2] == [".venv/bin/python", "-m"]:
             module, rest = words[2], words[3:]
+            if importlib.util.find_spec(module).submodule_search_locations:
+                module += ".__main__"  # a package that is a command too
         else:
             assert words[0] == ".venv/bin/tensorboard", words
             continue
@@ -118,7 +121,8 @@ def test_options_exist(document):
     known |= options_in(help_of("priorzero.export"))
     known |= options_in(help_of("priorzero.compare"))
     known |= options_in(help_of("priorzero.sweep"))
-    known |= options_in(help_of("priorzero.view"))
+    for module in ("priorzero.view", "priorzero.replan", "priorzero.play.__main__"):
+        known |= options_in(help_of(module))
     known |= LAUNCHER_OPTIONS | {"--logdir"}
     assert options_in(text_of(document)) <= known
 

@@ -80,9 +80,15 @@ class Simulations(Protocol):
     """All simulations of a search, fused: one implementation per kind of device."""
 
     def run(
-        self, contexts: ContextMemory, search: FusibleSearch, rule: FusedRule, inner_actions: int
+        self,
+        contexts: ContextMemory,
+        search: FusibleSearch,
+        rule: FusedRule,
+        inner_actions: int,
+        whole: Sequence[int],
     ) -> int:
-        """Grow the begun `search` from the roots of `contexts`; `rule` is its own.
+        """Grow the begun `search` from the roots of `contexts`; `rule` is its own. Afterwards its
+        tree holds the roots' statistics, and below the roots `whole` every node.
 
         Returns:
             how many positions lay beyond the trained window.
@@ -142,7 +148,8 @@ class Planner:
 
             # 3. The tree grows by one node per root and simulation.
             search = self._policy.begin(roots, priors, values, inner_actions, self._settings, noise)
-            results = self._grow(contexts, search, inner_actions)
+            shown = [row for row, root in enumerate(roots) if root.keep_tree]
+            results = self._grow(contexts, search, inner_actions, shown)
         trees = [search.nodes(row) if root.keep_tree else None for row, root in enumerate(roots)]
         return [
             Plan(result, float(value), prior, nodes)
@@ -150,12 +157,12 @@ class Planner:
         ]
 
     def _grow(
-        self, contexts: ContextMemory, search: SearchTree, inner_actions: int
+        self, contexts: ContextMemory, search: SearchTree, inner_actions: int, shown: Sequence[int]
     ) -> list[SearchResult]:
-        """All simulations of a begun search."""
+        """All simulations of a begun search. shown: rows whose tree somebody wants to see."""
         if self._fused is not None:
             rule = self._policy.fused(search)
-            self.positions_clamped += self._fused.run(contexts, search, rule, inner_actions)
+            self.positions_clamped += self._fused.run(contexts, search, rule, inner_actions, shown)
             return search.results()
 
         simulations = self._settings.num_simulations

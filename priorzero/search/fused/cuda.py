@@ -14,6 +14,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -152,8 +153,10 @@ class CudaTree:
             **self._launch(),
         )
 
-    def finish(self, search: FusibleSearch) -> None:
-        """Put the roots' statistics into the search's own tree, in one transfer."""
+    def finish(self, search: FusibleSearch, whole: Sequence[int] = ()) -> None:
+        """Put the roots' statistics into the search's own tree, in one transfer; of the rows
+        `whole` everything, in some more.
+        """
         t, (rows, _, ids) = search.tree.arrays, search.tree.arrays.child.shape
         columns = self._node_visits[:, 0], self._node_returns[:, 0], self._low, self._high
         single = torch.stack(columns, 1)
@@ -162,6 +165,12 @@ class CudaTree:
         t.visits[:, 0], t.returns[:, 0] = found[:, :ids], found[:, ids : 2 * ids]
         t.node_visits[:, 0], t.node_returns[:, 0] = found[:, -4], found[:, -3]
         t.low[:], t.high[:] = found[:, -2], found[:, -1]
+
+        for row in whole:
+            for edges in ("child", "visits", "returns", "prior"):
+                getattr(t, edges)[row] = getattr(self, f"_{edges}")[row, :, :ids].cpu().numpy()
+            for nodes in ("rewards", "node_visits", "node_returns"):
+                getattr(t, nodes)[row] = getattr(self, f"_{nodes}")[row].cpu().numpy()
 
     def _launch(self) -> dict[str, int | bool]:
         block = triton.next_power_of_2(self._sizes["K"])
@@ -197,13 +206,19 @@ class CudaSimulations:
 
     @torch.inference_mode()
     def run(
-        self, contexts: ContextMemory, search: FusibleSearch, rule: FusedRule, inner_actions: int
+        self,
+        contexts: ContextMemory,
+        search: FusibleSearch,
+        rule: FusedRule,
+        inner_actions: int,
+        whole: Sequence[int] = (),
     ) -> int:
         """Grow the begun `search` from the roots of `contexts`. Afterwards its tree holds the
-        roots' statistics, and nothing of the nodes below.
+        roots' statistics, and of the nodes below those of the rows `whole`.
 
         Args:
             inner_actions: ids in use.
+            whole: rows whose tree is wanted, not its root alone.
 
         Returns:
             how many positions lay beyond the trained window.
@@ -217,7 +232,7 @@ class CudaSimulations:
             captured = self._search_for(rows, inner_actions, contexts, search, rule)
             _begin(captured.memory, captured.tree, contexts, search, rule)
             captured.graph.replay()
-            captured.tree.finish(search)
+            captured.tree.finish(search, whole)
             return int(captured.memory.clamped(rows))
 
     def _refresh_weights(self) -> None:
