@@ -186,8 +186,9 @@ def read_samples(
         samples = buffer.sample_llm(count or buffer.get_num_of_transitions())
     if not samples:
         raise PriorZeroError(
-            f"checkpoint {meta['checkpoint']} of {run} holds no decision an LLM was asked about: "
-            "its replay buffer is empty, or was not saved (policy.replay_save_mib)"
+            f"checkpoint {meta['checkpoint']} of {run} holds no decision that a search and an LLM "
+            "took part in: its replay buffer is empty, was not saved (policy.replay_save_mib), or "
+            "the LLM played alone"
         )
     return samples, meta
 
