@@ -10,6 +10,8 @@ Usage: ./run_priorzero_orz.sh MODE [arguments]
   train   a full run
   eval    evaluate the latest checkpoint of an experiment
   export  write the trained LLM of an experiment as a Hugging Face folder: export RUN OUT
+  export-samples
+          write what its LLM learns from as data of TRL or verl: export-samples RUN OUT --format trl|verl
   test    the tests (arguments go to pytest; default: -q)
   check   report what this machine has: Python, torch, CUDA, vLLM, ORZ, games, models, memory, disk
   help    this text
@@ -116,7 +118,7 @@ install_lock() {
 mode=${1:-help}
 (($# == 0)) || shift
 case $mode in
-    debug | train | eval | export | test | check) ;;
+    debug | train | eval | export | export-samples | test | check) ;;
     help | -h | --help) usage && exit 0 ;;
     *) usage >&2 && die "mode '$mode' is unknown." ;;
 esac
@@ -135,6 +137,7 @@ case $mode in
     train) exec "$python" -m priorzero_orz_entry "$@" ;;
     eval) exec "$python" -m priorzero_orz_entry --eval-only "$@" ;;
     export) exec "$python" -m priorzero.export "$@" ;;
+    export-samples) exec "$python" -m priorzero.export_samples "$@" ;;
     test)
         (($# > 0)) || set -- -q
         exec "$python" -m pytest "$@"

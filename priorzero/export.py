@@ -14,13 +14,13 @@ import json
 import logging
 import shutil
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from priorzero.run.cli import calm_openmp
 from priorzero.run.logs import setup_logging
+from priorzero.run.output import new_folder, require_free
 from priorzero.settings.llm import LoraSettings
 from priorzero.settings.record import overlay
 from priorzero.types import PriorZeroError
@@ -73,10 +73,23 @@ def read_run(folder: Path) -> RunLLM:
     Raises:
         PriorZeroError: It is no run's folder, or the run has no LLM.
     """
+    llm = read_settings(folder)["llm"]
+    settings = overlay(LoraSettings(), llm["lora"], path="llm.lora.")
+    settings.validate("llm.lora.")
+    return RunLLM(llm["model"], settings)
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The settings in the config.json of a run with an LLM, as nested dictionaries.
+
+    Raises:
+        PriorZeroError: It is no run's folder, or the run has no LLM.
+    """
     path = folder / "config.json"
     try:
-        llm = json.loads(path.read_text(encoding="utf-8"))["settings"]["llm"]
-        enabled, model, lora = llm["enable"], llm["model"], llm["lora"]
+        settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        llm = settings["llm"]
+        enabled, _, _ = llm["enable"], llm["model"], llm["lora"]
     except FileNotFoundError as error:
         raise PriorZeroError(
             f"{folder} is no run's folder: it holds no config.json. Runs lie in data_priorzero/"
@@ -88,9 +101,7 @@ def read_run(folder: Path) -> RunLLM:
         ) from error
     if not enabled:
         raise PriorZeroError(f"the run {folder} has no LLM (llm.enable is false): nothing to write")
-    settings = overlay(LoraSettings(), lora, path="llm.lora.")
-    settings.validate("llm.lora.")
-    return RunLLM(model, settings)
+    return settings
 
 
 def export(
@@ -116,7 +127,7 @@ def export(
     from priorzero.run.checkpoint import CheckpointStore
 
     # Cheapest check first.
-    _require_free(out)
+    require_free(out)
     llm = read_run(run)
     state, meta = CheckpointStore(run / "ckpt").load_llm(checkpoint)
     if "model" not in state:
@@ -145,21 +156,10 @@ def export(
     return facts
 
 
-def _require_free(out: Path) -> None:
-    """Raise PriorZeroError where something already stands at `out`."""
-    if (out.exists() or out.is_symlink()) and not (out.is_dir() and not any(out.iterdir())):
-        raise PriorZeroError(f"{out} exists already and is not empty; name a new folder")
-
-
 def _write(weights: Weights, tokenizer, facts: dict[str, Any], out: Path, adapter: bool) -> None:
-    """Fill a folder beside `out`, then rename it."""
     from safetensors import SafetensorError
 
-    making = None
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        making = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        whole = making / "whole"
+    with new_folder(out, SafetensorError) as whole:
         (weights.save_adapter if adapter else weights.save)(whole)
         tokenizer.save_pretrained(whole)
         generation = weights.generation_config
@@ -170,15 +170,6 @@ def _write(weights: Weights, tokenizer, facts: dict[str, Any], out: Path, adapte
         # safetensors makes files that nobody else may read; this folder is for others too.
         for path in whole.glob("*.safetensors"):
             shutil.copymode(whole / FACTS, path)
-        whole.rename(out)
-    except (OSError, SafetensorError) as error:
-        raise PriorZeroError(
-            f"{out} could not be written ({error}); nothing is left of it. Free space, or name a "
-            "folder elsewhere"
-        ) from error
-    finally:
-        if making is not None:
-            shutil.rmtree(making, ignore_errors=True)
 
 
 def main(arguments: list[str] | None = None) -> int:

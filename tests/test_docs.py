@@ -77,10 +77,11 @@ def test_commands_exist_and_their_options_are_accepted():
     for words in commands():
         if words[0] == "./run_priorzero_orz.sh":
             assert words[1] in re.findall(
-                r"^  (\w+) ", text_of(ROOT / "run_priorzero_orz.sh"), re.M
+                r"^  ([\w-]+)(?: |$)", text_of(ROOT / "run_priorzero_orz.sh"), re.M
             ), words
-            module = "priorzero.export" if words[1] == "export" else "priorzero_orz_entry"
-            rest = words[2:] if words[1] in ("debug", "train", "eval", "export") else []
+            writes = {"export": "priorzero.export", "export-samples": "priorzero.export_samples"}
+            module = writes.get(words[1], "priorzero_orz_entry")
+            rest = words[2:] if words[1] in ("debug", "train", "eval", *writes) else []
         elif words[:2] == [".venv/bin/python", "-m"]:
             module, rest = words[2], words[3:]
             if importlib.util.find_spec(module).submodule_search_locations:
@@ -119,6 +120,7 @@ def test_options_exist(document):
     )
     known |= options_in(help_of("priorzero.prior_report"))
     known |= options_in(help_of("priorzero.export"))
+    known |= options_in(help_of("priorzero.export_samples"))
     known |= options_in(help_of("priorzero.compare"))
     known |= options_in(help_of("priorzero.sweep"))
     for module in ("priorzero.view", "priorzero.replan", "priorzero.play.__main__"):

@@ -126,6 +126,7 @@ def test_python_is_found_under_pyenv(tmp_path):
         ("train", ["-m", "priorzero_orz_entry"]),
         ("eval", ["-m", "priorzero_orz_entry", "--eval-only"]),
         ("export", ["-m", "priorzero.export"]),
+        ("export-samples", ["-m", "priorzero.export_samples"]),
         ("test", ["-m", "pytest"]),
         ("check", ["-m", "priorzero.run.check"]),
     ],

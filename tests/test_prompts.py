@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from priorzero.llm.prompts import read_messages
 from priorzero.types import HistoryItem, PriorZeroError, TextState
 from priorzero_prompts import (
     CUT_MARK,
@@ -190,3 +191,25 @@ def test_too_small_a_limit_and_impossible_settings_are_refused(tokenizer):
     ):
         with pytest.raises(PriorZeroError, match=next(iter(bad))):
             PromptSettings(**bad)
+
+
+@pytest.mark.parametrize("template", ["own", NO_SYSTEM, SILENT_SYSTEM])
+@pytest.mark.parametrize("use_cot", [False, True])
+def test_messages_are_read_back_from_a_prompt(tokenizer, template, use_cot):
+    other = tokenizer if template == "own" else with_template(tokenizer, template)
+    settings = PromptSettings(use_cot=use_cot)
+    found = read_messages(build_prompt(STATE, settings, other).text, settings, other)
+    contents = [system_text(STATE, settings), user_text(STATE, settings)]
+    if template == "own":
+        assert [m["role"] for m in found] == ["system", "user"]
+    else:
+        contents = ["\n\n".join(contents)]
+    assert [m["content"] for m in found] == contents
+
+
+def test_a_prompt_of_another_template_has_no_messages(tokenizer):
+    prompt = build_prompt(STATE, PromptSettings(), tokenizer).text
+    with pytest.raises(PriorZeroError, match="not what this tokenizer's chat template makes"):
+        read_messages(prompt, PromptSettings(), with_template(tokenizer, NO_SYSTEM))
+    with pytest.raises(PriorZeroError, match="no chat template"):
+        read_messages(prompt, PromptSettings(), with_template(tokenizer, None))

@@ -243,17 +243,35 @@ def load_llm(
         PriorZeroError: files are missing or damaged, the hub fails midway, or it is no causal LM.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
+    tokenizer = load_tokenizer(resolved)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolved.path)
         model = AutoModelForCausalLM.from_pretrained(
             resolved.path, dtype=dtype, attn_implementation="sdpa"
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        where = f"LLM {resolved.name!r} cannot be loaded from {resolved.path!r}"
-        raise PriorZeroError(f"{where}: {error}. {_MEND}") from error
+        raise _cannot_be_loaded(resolved, error) from error
     return model.to(device).eval(), tokenizer
+
+
+def load_tokenizer(resolved: ResolvedModel):
+    """Load the tokenizer alone.
+
+    Raises:
+        PriorZeroError: files are missing or damaged, or the hub fails midway.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(resolved.path)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise _cannot_be_loaded(resolved, error) from error
+
+
+def _cannot_be_loaded(resolved: ResolvedModel, error: Exception) -> PriorZeroError:
+    where = f"LLM {resolved.name!r} cannot be loaded from {resolved.path!r}"
+    return PriorZeroError(f"{where}: {error}. {_MEND}")
 
 
 def store_layers_in(model: torch.nn.Module, dtype: torch.dtype) -> None:

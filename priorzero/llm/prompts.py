@@ -98,6 +98,11 @@ def user_text(state: TextState, settings: PromptSettings) -> str:
     return "\n\n".join(parts)
 
 
+def opening_of(settings: PromptSettings) -> str:
+    """How the assistant's turn begins, which is the end of every prompt."""
+    return REASONING_MARKER if settings.use_cot else ACTION_MARKER
+
+
 def build_prompt(state: TextState, settings: PromptSettings, tokenizer: Any) -> PromptParts:
     """The prompt in the tokenizer's own chat template, at most `settings.max_prompt_tokens` long.
 
@@ -140,6 +145,41 @@ def prompt_builder(settings: PromptSettings, tokenizer: Any) -> Callable:
         return prompt.head, prompt.body, bool(prompt.truncation)
 
     return build
+
+
+def read_messages(prompt: str, settings: PromptSettings, tokenizer: Any) -> list[dict[str, str]]:
+    """The messages that give a prompt in the tokenizer's chat template: what `build_prompt` did,
+    undone.
+
+    Args:
+        prompt: head and body, without a chain of thought.
+        settings: with which it was built.
+
+    Returns:
+        role and content of each, the system's first where the template knows one.
+
+    Raises:
+        PriorZeroError: the tokenizer has no chat template, or the prompt is not of this one.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise PriorZeroError("the tokenizer has no chat template, so its prompts have no messages")
+    opening = opening_of(settings)
+
+    for roles in (("system", "user"), ("user",)):
+        marks = [f"{_SENTINEL}{role}" for role in roles]
+        form = [dict(role=r, content=m) for r, m in zip(roles, marks, strict=True)]
+        try:
+            fixed = re.split("|".join(marks), _apply(tokenizer, form) + opening)
+        except TemplateError:  # it refuses the system role
+            continue
+        contents = re.fullmatch("(.*?)".join(map(re.escape, fixed)), prompt, re.S)
+        if len(fixed) == len(roles) + 1 and contents:
+            pairs = zip(roles, contents.groups(), strict=True)
+            return [dict(role=role, content=content) for role, content in pairs]
+    raise PriorZeroError(
+        "a prompt is not what this tokenizer's chat template makes; name the tokenizer that the "
+        "run had"
+    )
 
 
 def _shorten(
@@ -237,32 +277,30 @@ def _renderer(system: str, settings: PromptSettings, tokenizer: Any) -> Callable
     """A function from the user's content to the whole prompt text, in the form this tokenizer's
     template can take.
     """
-    opening = REASONING_MARKER if settings.use_cot else ACTION_MARKER
+    opening = opening_of(settings)
     if not getattr(tokenizer, "chat_template", None):
         start = tokenizer.bos_token or ""
         return lambda user: f"{start}{system}\n\n{user}\n\n{opening}"
 
-    def apply(messages: list[dict[str, str]]) -> str:
-        # Templates of reasoning models open their own thinking otherwise; all others ignore the
-        # switch.
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
-
     def with_system(user: str) -> str:
-        return (
-            apply([{"role": "system", "content": system}, {"role": "user", "content": user}])
-            + opening
-        )
+        form = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+        return _apply(tokenizer, form) + opening
 
     def folded(user: str) -> str:
-        return apply([{"role": "user", "content": f"{system}\n\n{user}"}]) + opening
+        return _apply(tokenizer, [{"role": "user", "content": f"{system}\n\n{user}"}]) + opening
 
     try:
         # Some templates refuse the system role, some leave it out without a word.
         return with_system if system in with_system(_SENTINEL) else folded
     except TemplateError:
         return folded
+
+
+def _apply(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    # Templates of reasoning models open their own thinking otherwise; all others ignore the switch.
+    return tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
 
 
 def _count(tokenizer: Any, text: str) -> int:

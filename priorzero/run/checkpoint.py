@@ -189,16 +189,25 @@ class CheckpointStore:
             return found
 
     def load_llm(self, which: str = "latest") -> tuple[dict[str, Any], dict[str, Any]]:
-        """The LLM's part of one checkpoint, for a reader that does not go on training. Its tensors
-        stay on disk until they are used; every byte is checked.
+        """The LLM's part of one checkpoint, for a reader that does not go on training; see
+        `load_state`.
+        """
+        return self._load_part(which, "llm.pt")
+
+    def load_state(self, which: str = "latest") -> tuple[dict[str, Any], dict[str, Any]]:
+        """Everything but the LLM's part of one checkpoint, for a reader that does not go on
+        training. Its tensors stay on disk until they are used; every byte is checked.
 
         Args:
             which: `latest`, `previous`, `best` or a folder's name. No other takes its place.
         Returns:
-            (llm, meta) as they were given to `save`.
+            (state, meta) as they were given to `save`, but that arrays are tensors.
         Raises:
             PriorZeroError: there is none, or it cannot be read.
         """
+        return self._load_part(which, "state.pt")
+
+    def _load_part(self, which: str, file: str) -> tuple[dict[str, Any], dict[str, Any]]:
         name = self._read_pointer(which) if which in _POINTERS else which
         if name is None or name not in self._names():
             raise PriorZeroError(
@@ -207,13 +216,13 @@ class CheckpointStore:
         path = self._folder / name
         try:
             # Mapped files are not checked while they are read.
-            with zipfile.ZipFile(path / "llm.pt") as whole:
+            with zipfile.ZipFile(path / file) as whole:
                 broken = whole.testzip()
             if broken:
-                raise zipfile.BadZipFile(f"{broken} in llm.pt is not what was written")
-            llm = torch.load(path / "llm.pt", map_location="cpu", weights_only=True, mmap=True)
+                raise zipfile.BadZipFile(f"{broken} in {file} is not what was written")
+            part = torch.load(path / file, map_location="cpu", weights_only=True, mmap=True)
             meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
-            return dict(llm), meta | {"checkpoint": name}
+            return dict(part), meta | {"checkpoint": name}
         except Exception as error:
             raise PriorZeroError(
                 f"checkpoint {path} is damaged ({type(error).__name__}: {error}). Other "
