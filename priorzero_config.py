@@ -5,8 +5,8 @@ Three levels, from what is changed most to what is changed least:
 * `HybridTrainingConfig`: the schedule of a run. Subclass it and overwrite attributes, or pass them
   to the constructor.
 * `get_priorzero_config`: the settings (`ExperimentSettings`, groups env, policy, text, llm, eval,
-  decisions) and the class names DI-engine needs. Each setting stands once, with its meaning and
-  default, in `priorzero/settings/`.
+  decisions, metrics) and the class names DI-engine needs. Each setting stands once, with its
+  meaning and default, in `priorzero/settings/`.
 * `PRESETS`: overlays with the same names, and the schedule that goes with them. Debug is one of
   them, not a second set of settings.
 

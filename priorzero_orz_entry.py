@@ -106,6 +106,7 @@ async def build(config: HybridTrainingConfig, eval_only: bool = False) -> Parts:
     from priorzero.lightzero import compile_priorzero
     from priorzero.llm.build import build_llm
     from priorzero.loop.parts import Parts
+    from priorzero.run.boards.wandb import open_wandb
     from priorzero.run.checkpoint import CheckpointStore
     from priorzero.run.metrics import MetricsWriter, Stopwatch
     from priorzero.text.encoder import SentenceEncoder
@@ -116,7 +117,7 @@ async def build(config: HybridTrainingConfig, eval_only: bool = False) -> Parts:
 
     async with AsyncExitStack() as opened:
         watch = Stopwatch()
-        metrics = MetricsWriter(folder / "log")
+        metrics = MetricsWriter(folder / "log", open_wandb(folder, settings.metrics))
         opened.push_async_callback(_close, metrics)
 
         # The world model.
@@ -262,6 +263,7 @@ def config_from(args: argparse.Namespace, debug_mode: bool) -> HybridTrainingCon
         ("text.encoder", args.encoder),
         ("policy.device", args.device),
         ("llm.required", args.llm_required or None),
+        ("metrics.wandb", args.wandb),
     ):
         if value is not None:
             layers.append(parse_assignment(f"{path}={json.dumps(value)}"))

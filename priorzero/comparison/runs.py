@@ -21,7 +21,7 @@ from priorzero.types import PriorZeroError
 
 logger = logging.getLogger(__name__)
 
-# What may differ in a group: the seed, names, and how the process was started. The game has a
+# What may differ in a group: the seed, names, how the process was started and shown. The game has a
 # heading of its own.
 _SAME_GROUP = (
     "settings.seed",
@@ -29,6 +29,9 @@ _SAME_GROUP = (
     "settings.env.env_id",
     "schedule.resume",
     "schedule.checkpoint",
+    "settings.metrics.wandb",
+    "settings.metrics.wandb_project",
+    "settings.metrics.live",
 )
 
 _OF_SUMMARY: dict[str, Callable[[Mapping[str, list[float]]], float]] = {

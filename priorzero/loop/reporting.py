@@ -97,6 +97,7 @@ def log_performance(
         "memory_gb": parts.memory.update(),
         "episodes_lost": float(parts.progress.episodes_lost),
         "save_failures": float(parts.progress.save_failures),
+        "metrics_failures": float(parts.metrics.failures),
     }
     perf |= parts.recorder.stats()
     perf |= {f"games_{k}": float(v) for k, v in games.items()}
@@ -120,9 +121,10 @@ def write_config(parts: Parts) -> None:
 
     Only after a checkpoint was loaded: it may not fit these settings, and then the old ones stay.
     """
-    text = json.dumps(parts.config.as_dict(), indent=1, default=str)
+    config = parts.config.as_dict()
+    text = json.dumps(config, indent=1, default=str)
     (parts.folder / "config.json").write_text(text, encoding="utf-8")
-    parts.metrics.text("config", f"```json\n{text}\n```", 0)
+    parts.metrics.settings(config)
 
 
 def write_summary(parts: Parts) -> dict[str, Any]:

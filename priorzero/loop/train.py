@@ -11,16 +11,13 @@ anything is saved or evaluated.
 from __future__ import annotations
 
 import logging
-import sys
-
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from priorzero import plugins
 from priorzero.loop import beside, stages
 from priorzero.loop.clocks import Every
 from priorzero.loop.parts import Parts
 from priorzero.loop.saving import save
+from priorzero.run.boards.live import terminal_progress
 from priorzero.run.signals import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -39,7 +36,10 @@ async def train(parts: Parts, stop: StopRequest) -> None:
 
     evaluate = beside.begin_evaluation if config.async_eval else stages.evaluate
 
-    with logging_redirect_tqdm(), _bar(config.iterations, progress.iteration) as bar:
+    live = parts.settings.metrics.live
+    with terminal_progress(
+        parts.metrics, parts.folder.name, progress.iteration, config.iterations, live
+    ) as advance:
         async with beside.background(parts) as under_way:
             while progress.iteration < config.iterations and not stop.requested:
                 if finished(parts):
@@ -58,7 +58,7 @@ async def train(parts: Parts, stop: StopRequest) -> None:
                 await schedule.iterate(parts)
                 under_way.raise_failure()
                 progress.iteration += 1
-                bar.update()
+                advance()
 
                 # The last iteration's checkpoint is written below, after the last evaluation.
                 if should_save(progress.iteration) and progress.iteration < config.iterations:
@@ -80,7 +80,3 @@ def _evaluated(parts: Parts) -> bool:
     """Whether a resumed run was saved after this iteration's evaluation."""
     done = parts.history.evaluations
     return bool(done) and done[-1]["iteration"] == parts.progress.iteration
-
-
-def _bar(total: int, done: int) -> tqdm:
-    return tqdm(total=total, initial=done, unit="iter", disable=not sys.stderr.isatty())

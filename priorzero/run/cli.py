@@ -38,6 +38,15 @@ def option_parser(description: str, presets: Sequence[str]) -> argparse.Argument
     parser.add_argument("--encoder", help="sentence encoder: auto, a hub name or a folder")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"])
 
+    # Where the numbers are shown.
+    parser.add_argument(
+        "--wandb",
+        nargs="?",
+        const="auto",
+        choices=["auto", "offline", "online"],
+        help="also to Weights & Biases; auto: online where the user is logged in",
+    )
+
     # Settings and schedule.
     parser.add_argument(
         "--preset",

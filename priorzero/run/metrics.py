@@ -1,5 +1,5 @@
-"""TensorBoard and the numbers that go there. Components return plain dictionaries; prefixes are
-added here.
+"""The numbers of a run: to `metrics.jsonl`, TensorBoard and other boards. Components return plain
+dictionaries; prefixes are added here.
 
 docs/METRICS.md explains every name. Counters of a run (hangs, fallbacks, cache hits) arrive as
 totals since the start.
@@ -12,11 +12,15 @@ import logging
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from priorzero.run.boards import Board, Guard
+from priorzero.run.boards.tensorboard import TensorBoard
 
 logger = logging.getLogger(__name__)
 
@@ -60,26 +64,43 @@ class PeakMemory:
 
 class MetricsWriter:
     """Writes scalars and texts under the fixed namespaces, and the same scalars as JSON lines for
-    scripts.
+    scripts. What a board or the disk does not take is told once, counted, and costs nothing else.
 
     Args:
         folder: `<exp>/log`; TensorBoard files and `metrics.jsonl` go there.
+        boards: further places that show them; they are closed with the writer.
     """
 
     NAMESPACES = ("collect", "wm", "llm", "eval", "prior", "perf")
 
-    def __init__(self, folder: Path) -> None:
-        from tensorboardX import SummaryWriter  # heavy; only where a run really writes
-
+    def __init__(self, folder: Path, boards: Iterable[Board] = ()) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._tensorboard = SummaryWriter(str(folder))
-        # A thread writes the events. One that dies of a full disk leaves its queue full, and then
-        # the run waits for it for ever.
-        events = self._tensorboard.file_writer.event_writer._ev_writer
-        events.write_event = self._enduring(events.write_event)
-        events.flush = self._enduring(events.flush)
-        self._disk_failed = False
+        # One disk, and one complaint about it.
+        self._disk = Guard("metrics", OSError)
+        self._failures = 0  # of boards that are gone
         self._lines = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._boards: dict[Board, Guard] = {TensorBoard(folder, self._disk): self._disk}
+        for board in boards:
+            self.add(board)
+
+    def add(self, board: Board) -> None:
+        """Show what follows on this board too."""
+        self._boards[board] = Guard(f"metrics on {board.name}", Exception)
+
+    def remove(self, board: Board) -> None:
+        """Show nothing further on it, and close it; its failures stay counted."""
+        guard = self._boards.pop(board)
+        guard(board.close)
+        self._failures += guard.failures
+
+    @property
+    def failures(self) -> int:
+        """Writes that the disk or a board did not take."""
+        return self._failures + sum(guard.failures for guard in set(self._boards.values()))
+
+    def settings(self, config: Mapping[str, Any]) -> None:
+        """Show the run's settings, as in config.json."""
+        self._tell("settings", config)
 
     def scalars(self, namespace: str, values: Mapping[str, float], step: int) -> None:
         """Write `namespace/name` for every finite value; what is not finite is named in the log.
@@ -93,7 +114,6 @@ class MetricsWriter:
         for name, value in values.items():
             if np.isfinite(value):
                 finite[name] = float(value)
-                self._tensorboard.add_scalar(f"{namespace}/{name}", float(value), step)
             else:
                 logger.warning(
                     "metric %s/%s is %s at step %d and was not written",
@@ -103,39 +123,27 @@ class MetricsWriter:
                     step,
                 )
         line = json.dumps({"namespace": namespace, "step": step, **finite})
-        self._enduring(self._lines.write)(line + "\n")
+        self._disk(self._lines.write, line + "\n")
+        self._tell("scalars", {f"{namespace}/{k}": v for k, v in finite.items()}, step)
 
     def text(self, tag: str, text: str, step: int) -> None:
-        """Write a text (Markdown) for TensorBoard."""
-        self._tensorboard.add_text(tag, text, step)
+        """Show a text (Markdown)."""
+        self._tell("text", tag, text, step)
 
     def flush(self) -> None:
         """Let readers see what was written."""
-        self._tensorboard.flush()
-        self._enduring(self._lines.flush)()
-
-    def _enduring(self, write: Callable) -> Callable:
-        """`write`, which goes on where the disk does not take it; the log says so once."""
-
-        def attempt(*arguments):
-            try:
-                return write(*arguments)
-            except OSError as error:
-                if not self._disk_failed:
-                    self._disk_failed = True
-                    logger.error(
-                        "metrics could not be written (%s); the run goes on, and they may have "
-                        "gaps from here on (said once)",
-                        error,
-                    )
-                return None
-
-        return attempt
+        self._tell("flush")
+        self._disk(self._lines.flush)
 
     def close(self) -> None:
         """Write the rest and end."""
-        self._tensorboard.close()
-        self._lines.close()
+        self._tell("close")
+        self._disk(self._lines.close)
+
+    def _tell(self, method: str, *arguments: Any) -> None:
+        """Call a method of every board."""
+        for board, guard in self._boards.items():
+            guard(getattr(board, method), *arguments)
 
 
 def memory_gb() -> float:

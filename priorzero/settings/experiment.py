@@ -9,6 +9,7 @@ from priorzero.settings.decisions import DecisionSettings
 from priorzero.settings.env import EnvSettings
 from priorzero.settings.evaluation import LLM_MODES, EvalSettings
 from priorzero.settings.llm import LLMSettings
+from priorzero.settings.metrics import MetricsSettings
 from priorzero.settings.policy import PolicySettings
 from priorzero.settings.record import Rule, Settings
 from priorzero.settings.text import TextSettings
@@ -34,6 +35,8 @@ class ExperimentSettings(Settings):
     """The evaluation."""
     decisions: DecisionSettings = field(default_factory=DecisionSettings)
     """The recording of decisions."""
+    metrics: MetricsSettings = field(default_factory=MetricsSettings)
+    """Where the numbers are shown."""
 
     def rules(self) -> Iterator[Rule]:
         """See `Settings.rules`."""

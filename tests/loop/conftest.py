@@ -47,6 +47,7 @@ SETTINGS = dict(
     env=SimpleNamespace(n_evaluator_episode=1),
     eval=SimpleNamespace(modes=["world_model", "world_model_llm"]),
     text=SimpleNamespace(encoder="none"),
+    metrics=SimpleNamespace(live=True),
     llm=SimpleNamespace(
         sft=SimpleNamespace(enable=True, recent_transitions=6),
         rft=SimpleNamespace(enable=False, recent_transitions=1000, relative=False),
