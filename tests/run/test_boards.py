@@ -121,6 +121,8 @@ def test_wandb_offline_holds_the_names_of_tensorboard(tmp_path, no_account, conf
     for name in (b"wm/wm_loss", b"eval/llm/return_mean", b"env_steps", b"num_simulations", b"zork"):
         assert name in held, name
     assert b"wm/lost" not in held
+    # MetricRecord: every name (glob_name "*") has the axis (step_metric) env_steps.
+    assert b"\x12\x01*\x22\x09env_steps" in held
     runs = list(folder.glob("wandb/offline-run-*"))
     assert len({path.name.rsplit("-", 1)[1] for path in runs}) == 1  # one run for W&B
     [page, *_] = folder.glob("wandb/offline-run-*/files/media/html/prior/*.html")
@@ -131,6 +133,10 @@ def test_wandb_online_without_an_account_or_a_network(tmp_path, no_account, monk
     online = MetricsSettings(wandb="online")
     with pytest.raises(PriorZeroError, match="wandb login.*--wandb offline"):
         open_wandb(tmp_path / "run", online)
+
+    monkeypatch.setenv("WANDB_MODE", "online")
+    with pytest.raises(PriorZeroError, match="wandb login"):
+        open_wandb(tmp_path / "run", MetricsSettings(wandb="auto"))
 
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
     monkeypatch.setattr(wandb_board, "START_S", 2.0)
@@ -240,12 +246,19 @@ def _on_terminal(tmp_path, kind: str) -> str:
         shown += part
     os.close(ours)
     assert done.returncode == 0, shown
-    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    return shown.decode()
+
+
+def _words(shown: str) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
 
 
 def test_on_a_terminal_the_log_stays_whole_above_the_table(tmp_path):
-    shown = _on_terminal(tmp_path, "table").replace("\r", "\n").splitlines()
-    lines = [line.strip() for line in shown if line.strip()]
+    shown = _on_terminal(tmp_path, "table")
+    # The table's lines are erased, the log's takes their place, the table is drawn below it.
+    assert "\x1b[2K[Iter 1] Collecting data..." in shown
+    lines = [line.strip() for line in _words(shown).replace("\r", "\n").splitlines()]
+    lines = [line for line in lines if line]
     assert lines.count("[Iter 0] Collecting data...") == 1
     assert lines.count("[Iter 1] Collecting data...") == 1
     table = [i for i, line in enumerate(lines) if "2/2 iterations" in line]
@@ -254,7 +267,7 @@ def test_on_a_terminal_the_log_stays_whole_above_the_table(tmp_path):
 
 
 def test_a_bar_where_no_table_is_wanted(tmp_path):
-    shown = _on_terminal(tmp_path, "bar")
+    shown = _words(_on_terminal(tmp_path, "bar"))
     assert "2/2" in shown and "world model" not in shown
 
 

@@ -63,14 +63,15 @@ class WandB:
         # own step, which must not go back.
         self._run.define_metric("env_steps")
         self._run.define_metric("*", step_metric="env_steps")
-        logger.info("W&B:             %s, in %s", mode, self._run.url or folder / "wandb")
+        place = self._run.url if mode == "online" else folder / "wandb"
+        logger.info("W&B:             %s, in %s", mode, place)
 
     def _mode(self, asked: str) -> str:
         """online or offline; nothing is asked on the terminal."""
-        if asked == "offline":
+        if asked == "auto":
+            asked = os.environ.get("WANDB_MODE", asked)
+        if asked not in ("auto", "online"):
             return asked
-        if asked == "auto" and os.environ.get("WANDB_MODE"):
-            return os.environ["WANDB_MODE"]
 
         from wandb.sdk.lib import wbauth
 
@@ -80,8 +81,8 @@ class WandB:
         )
         if known is None and asked == "online":
             raise PriorZeroError(
-                f"metrics.wandb is online, and nobody is logged in to {host}; run `wandb login`, "
-                "set WANDB_API_KEY, or take --wandb offline"
+                f"W&B is to be online, and nobody is logged in to {host}; run `wandb login`, set "
+                "WANDB_API_KEY, or take --wandb offline"
             )
         return "online" if known is not None else "offline"
 
