@@ -135,7 +135,9 @@ def test_settings_exist(document):
 
     defaults = ExperimentSettings().as_dict()
     named = set(
-        re.findall(r"`((?:env|policy|text|llm|eval|decisions|metrics)(?:\.[a-z_]+)+)`", text_of(document))
+        re.findall(
+            r"`((?:env|policy|text|llm|eval|decisions|metrics)(?:\.[a-z_]+)+)`", text_of(document)
+        )
     )
     for name in named - {"llm.pt", "metrics.jsonl"}:
         place = defaults
