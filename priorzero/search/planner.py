@@ -23,7 +23,7 @@ from torch import Tensor
 from priorzero.compute import torch_threads
 from priorzero.plugins import load
 from priorzero.search.fused.rule import FusedRule, FusibleSearch
-from priorzero.search.root_prior import RootPrior, mix_root_prior
+from priorzero.search.root_prior import RootPrior, mix_root_priors
 from priorzero.search.roots import Root, SearchResult, TreeNodes, batch_contexts
 from priorzero.settings.policy import PolicySettings, RootPriorSettings
 from priorzero.types import PriorZeroError
@@ -133,7 +133,8 @@ class Planner:
             env_steps: of the training so far, for the mixture's schedule.
             noise: source of exploration noise; None for none.
         """
-        self._model.eval()
+        if self._model.training:  # eval() walks through all modules, in every plan
+            self._model.eval()
         with torch_threads(self._settings.search_threads):
             # 1. The network looks at the roots.
             contexts = read_contexts(self._model, *batch_contexts(roots, self._device))
@@ -141,10 +142,12 @@ class Planner:
             logits = contexts.root.policy_logits.cpu().numpy()
 
             # 2. Its policy and the LLM's are mixed.
-            priors = [
-                mix_root_prior(logits[row, r.valid_ids], r.llm_logprobs, root_prior, env_steps)
-                for row, r in enumerate(roots)
-            ]
+            priors = mix_root_priors(
+                [logits[row, root.valid_ids] for row, root in enumerate(roots)],
+                [root.llm_logprobs for root in roots],
+                root_prior,
+                env_steps,
+            )
 
             # 3. The tree grows by one node per root and simulation.
             search = self._policy.begin(roots, priors, values, inner_actions, self._settings, noise)

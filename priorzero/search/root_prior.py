@@ -1,5 +1,5 @@
-"""How the LLM enters the search: one pure function that mixes its prior with the world model's
-policy at the root.
+"""How the LLM enters the search: one pure function that mixes its priors with the world model's
+policy at the roots.
 
 For a state with valid actions a_1..a_A:
 
@@ -18,10 +18,13 @@ For a state with valid actions a_1..a_A:
 so with "adaptive" the LLM counts more where the world model is unsure, and less as training goes
 on. Collect and eval call the same function; Dirichlet noise is added afterwards, by the tree, in
 collect only (AlphaZero, arXiv:1712.01815).
+
+Letters: `A` valid actions of a root, `R` roots that have equally many.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,53 +61,79 @@ class RootPrior:
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Log-softmax of `[A]`, floored at LOG_FLOOR and renormalised."""
-    x = logits - logits.max()
-    x = np.maximum(x - np.log(np.exp(x).sum()), LOG_FLOOR)
-    return x - np.log(np.exp(x).sum())
+    """Log-softmax of `[..., A]`, floored at LOG_FLOOR and renormalised."""
+    x = logits - logits.max(axis=-1, keepdims=True)
+    x = np.maximum(x - np.log(np.exp(x).sum(axis=-1, keepdims=True)), LOG_FLOOR)
+    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
 
 
-def prior_weight(settings: RootPriorSettings, log_wm: np.ndarray, env_steps: int) -> float:
-    """The LLM's weight w at one root, in [0, 1]."""
-    if settings.mode == "wm_logits":
-        return 0.0
-    if settings.mode == "llm_logits":
-        return 1.0
-    if settings.weighting == "fixed":
-        return settings.weight
+def prior_weight(settings: RootPriorSettings, log_wm: np.ndarray, env_steps: int) -> np.ndarray:
+    """The LLM's weight w in [0, 1] at roots with the world model's `log_wm` `[..., A]`; `[...]`."""
+    alike = {"wm_logits": 0.0, "llm_logits": 1.0}.get(settings.mode)
+    if alike is None and settings.weighting == "fixed":
+        alike = settings.weight
+    if alike is not None:
+        return np.full(log_wm.shape[:-1], alike)
+
     progress = min(env_steps / settings.anneal_env_steps, 1.0)
     scheduled = settings.weight_max + (settings.weight_min - settings.weight_max) * progress
-    actions = len(log_wm)
-    unsure = -np.sum(np.exp(log_wm) * log_wm) / np.log(actions) if actions > 1 else 0.0
-    return float(settings.weight_min + (scheduled - settings.weight_min) * unsure)
+    actions = log_wm.shape[-1]
+    # One action leaves no doubt: its entropy is 0, as is the logarithm of 1.
+    unsure = -np.sum(np.exp(log_wm) * log_wm, axis=-1) / np.log(max(actions, 2))
+    return settings.weight_min + (scheduled - settings.weight_min) * unsure
 
 
-def mix_root_prior(
-    wm_logits: np.ndarray,
-    llm_logprobs: np.ndarray | None,
+def mix_root_priors(
+    wm_logits: Sequence[np.ndarray],
+    llm_logprobs: Sequence[np.ndarray | None],
     settings: RootPriorSettings,
     env_steps: int,
-) -> RootPrior:
-    """Mix the two opinions on the valid actions of one root; see the module's equations.
+) -> list[RootPrior]:
+    """Mix the two opinions on the valid actions of each root; see the module's equations.
 
     Args:
-        wm_logits: `[A]` world-model policy logits of the valid actions.
-        llm_logprobs: `[A]` log-probabilities from the LLM (already reduced over tokens), or None
-            where no LLM answered; then the world model stands alone, whatever the mode.
+        wm_logits: per root `[A]` world-model policy logits of the valid actions.
+        llm_logprobs: per root `[A]` log-probabilities from the LLM (already reduced over tokens),
+            or None where no LLM answered; then the world model stands alone, whatever the mode.
         env_steps: environment steps collected so far (for the annealing).
-    """
-    log_wm = log_softmax(np.asarray(wm_logits, dtype=np.float64))
-    if llm_logprobs is None:
-        return RootPrior(log_wm, log_wm, None, 0.0)
-    llm = np.asarray(llm_logprobs, dtype=np.float64)
-    assert llm.shape == log_wm.shape and not np.isnan(llm).any(), (
-        f"the engine must give one number per valid action, got {llm} for {len(log_wm)}"
-    )
 
+    Returns:
+        one per root; its numbers do not depend on the other roots.
+    """
+    # Roots with equally many actions are one array. Padding to the longest would be one array for
+    # all, but sums over padded rows round otherwise than over the rows themselves.
+    alike: dict[tuple[int, bool], list[int]] = {}
+    for row, (wm, llm) in enumerate(zip(wm_logits, llm_logprobs, strict=True)):
+        assert llm is None or np.shape(llm) == wm.shape, (
+            f"the engine must give one number per valid action, got {llm} for {len(wm)}"
+        )
+        alike.setdefault((len(wm), llm is None), []).append(row)
+
+    priors: dict[int, RootPrior] = {}
+    for (_, alone), rows in alike.items():
+        log_wm = log_softmax(np.array([wm_logits[row] for row in rows], dtype=np.float64))
+        if alone:
+            priors |= {
+                row: RootPrior(log, log, None, 0.0) for row, log in zip(rows, log_wm, strict=True)
+            }
+            continue
+        llm = np.array([llm_logprobs[row] for row in rows], dtype=np.float64)
+        assert not np.isnan(llm).any(), f"the engine must give one number per valid action: {llm}"
+        mixed, log_llm, weight = _mix(log_wm, llm, settings, env_steps)
+        for i, row in enumerate(rows):
+            priors[row] = RootPrior(mixed[i], log_wm[i], log_llm[i], float(weight[i]))
+    return [priors[row] for row in range(len(priors))]
+
+
+def _mix(
+    log_wm: np.ndarray, llm: np.ndarray, settings: RootPriorSettings, env_steps: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """log p and log p_LLM `[R, A]`, and w `[R]`, from log p_WM and the LLM's numbers `[R, A]`."""
     log_llm = log_softmax(llm / settings.temperature)
     weight = prior_weight(settings, log_wm, env_steps)
+    w = weight[:, None]
     if settings.mixing == "logits":
-        mixed = log_softmax(weight * log_llm + (1.0 - weight) * log_wm)
+        mixed = log_softmax(w * log_llm + (1.0 - w) * log_wm)
     else:
-        mixed = log_softmax(np.log(weight * np.exp(log_llm) + (1.0 - weight) * np.exp(log_wm)))
-    return RootPrior(mixed, log_wm, log_llm, weight)
+        mixed = log_softmax(np.log(w * np.exp(log_llm) + (1.0 - w) * np.exp(log_wm)))
+    return mixed, log_llm, weight

@@ -116,14 +116,34 @@ class SearchOutput:
     tree: TreeNodes | None = None
 
 
-def spread(per_root: Sequence[np.ndarray], roots: Sequence[Root], width: int) -> np.ndarray:
-    """Numbers per valid action, `[A]` for each root, as one array `[B, width]` over action ids; 0
-    for what is not valid.
+class ValidActions:
+    """The valid actions of all roots laid end to end, so that numbers of all roots are one array
+    `[M]`, M = the sum of the roots' A, and nothing is done root by root.
+
+    Args:
+        roots: `B` of them.
     """
-    wide = np.zeros((len(roots), width))
-    for row, (numbers, root) in enumerate(zip(per_root, roots, strict=True)):
-        wide[row, root.valid_ids] = numbers
-    return wide
+
+    def __init__(self, roots: Sequence[Root]) -> None:
+        self.sizes = np.array([len(root.valid_ids) for root in roots])
+        self.ids = np.concatenate([root.valid_ids for root in roots])
+        self.rows = np.repeat(np.arange(len(roots)), self.sizes)
+        self.ends = np.cumsum(self.sizes)
+        self.starts = self.ends - self.sizes
+
+    def spread(self, numbers: np.ndarray, width: int) -> np.ndarray:
+        """`[M]` -> `[B, width]` over action ids; 0 for what is not valid."""
+        wide = np.zeros((len(self.sizes), width), dtype=numbers.dtype)
+        wide[self.rows, self.ids] = numbers
+        return wide
+
+    def gather(self, wide: np.ndarray) -> np.ndarray:
+        """`[B, K]` over action ids -> `[M]`."""
+        return wide[self.rows, self.ids]
+
+    def split(self, numbers: np.ndarray) -> list[np.ndarray]:
+        """`[M]` -> `[A]` per root."""
+        return [numbers[a:b] for a, b in zip(self.starts, self.ends, strict=True)]
 
 
 class Contexts(NamedTuple):

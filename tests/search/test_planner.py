@@ -18,7 +18,7 @@ from easydict import EasyDict
 from priorzero.plugins import load
 from priorzero.quiet import quiet_base
 from priorzero.search.planner import simulate
-from priorzero.search.root_prior import RootPrior, mix_root_prior
+from priorzero.search.root_prior import RootPrior, mix_root_priors
 from priorzero.search.roots import Root
 from priorzero.settings.policy import PolicySettings, RootPriorSettings
 from priorzero.world_model.inference import NodeOutput
@@ -141,9 +141,7 @@ def transform():
 
 
 def prior_of(logits) -> RootPrior:
-    return mix_root_prior(
-        np.asarray(logits, dtype=np.float64), None, RootPriorSettings(mode="wm_logits"), 0
-    )
+    return mix_root_priors([np.array(logits)], [None], RootPriorSettings(mode="wm_logits"), 0)[0]
 
 
 def search_settings(simulations=40, discount=0.97, policy="puct", noise=0.25) -> PolicySettings:
@@ -285,7 +283,7 @@ def test_the_roots_logits_come_from_the_mixture():
     for favourite in range(3):
         llm = np.full(3, -8.0)
         llm[favourite] = -0.5
-        prior = mix_root_prior(np.zeros(3), llm, mixing, 0)
+        prior = mix_root_priors([np.zeros(3)], [llm], mixing, 0)[0]
         visits = run_ours(table, [prior], [[0, 5, 9]], settings)[0][0].visit_counts
         assert visits.argmax() == favourite
 

@@ -11,7 +11,7 @@ from priorzero.llm.prior import reduced
 from priorzero.search.root_prior import (
     LOG_FLOOR,
     log_softmax,
-    mix_root_prior,
+    mix_root_priors,
     prior_weight,
 )
 from priorzero.search.roots import Root
@@ -24,7 +24,7 @@ ENTROPY = 0.8112781244591328  # H(1/4, 3/4) / log 2
 
 
 def mixed(env_steps=0, wm=WM, llm=LLM, **settings):
-    prior = mix_root_prior(wm, llm, RootPriorSettings(**settings), env_steps)
+    prior = mix_root_priors([wm], [llm], RootPriorSettings(**settings), env_steps)[0]
     assert np.exp(prior.log_mixed).sum() == pytest.approx(1.0, abs=1e-12)
     return prior
 

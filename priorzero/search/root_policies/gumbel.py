@@ -33,7 +33,7 @@ import numpy as np
 
 from priorzero.search.fused.rule import FusedRule, halving_rule
 from priorzero.search.root_prior import RootPrior
-from priorzero.search.roots import Root, SearchResult, TreeNodes, spread
+from priorzero.search.roots import Root, SearchResult, TreeNodes, ValidActions
 from priorzero.search.rules import softmax
 from priorzero.search.tree import NodeStatistics, Tree
 from priorzero.settings.policy import GumbelSettings, PolicySettings
@@ -50,16 +50,15 @@ def begin(
     noise: np.random.Generator | None,
 ) -> GumbelSearch:
     """See the package. Without `noise` (evaluation) the root takes the m likeliest actions."""
-    sizes = [len(root.valid_ids) for root in roots]
-    probabilities = spread([np.exp(p.log_mixed) for p in priors], roots, inner_actions)
-    valid = spread([np.ones(n) for n in sizes], roots, inner_actions) > 0
-    draws = [np.zeros(n) if noise is None else noise.gumbel(size=n) for n in sizes]
-    gumbel = spread(draws, roots, inner_actions)
+    actions = ValidActions(roots)
+    prior = np.exp(np.concatenate([p.log_mixed for p in priors]))
+    draws = np.zeros(len(prior)) if noise is None else noise.gumbel(size=len(prior))
+    probabilities, gumbel = (actions.spread(x, inner_actions) for x in (prior, draws))
+    valid = actions.spread(np.ones(len(prior), dtype=bool), inner_actions)
 
     nodes = settings.num_simulations + 1
     tree = Tree(probabilities, valid, values, nodes, settings.discount_factor)
-    valid_ids = [root.valid_ids for root in roots]
-    return GumbelSearch(tree, valid_ids, valid, gumbel, settings.num_simulations, settings.gumbel)
+    return GumbelSearch(tree, actions, valid, gumbel, settings.num_simulations, settings.gumbel)
 
 
 def fused(search: GumbelSearch) -> FusedRule:
@@ -72,7 +71,7 @@ class GumbelSearch:
 
     Args:
         tree: fresh.
-        valid_ids: per root `[A]`.
+        actions: valid ones of the roots.
         valid: `[B, K]` bool, the same.
         gumbel: `[B, K]` noise, zeros for none.
         simulations: `n`.
@@ -82,13 +81,13 @@ class GumbelSearch:
     def __init__(
         self,
         tree: Tree,
-        valid_ids: Sequence[np.ndarray],
+        actions: ValidActions,
         valid: np.ndarray,
         gumbel: np.ndarray,
         simulations: int,
         settings: GumbelSettings,
     ) -> None:
-        self.tree, self._valid_ids, self._valid = tree, valid_ids, valid
+        self.tree, self._actions, self._valid = tree, actions, valid
         self.gumbel, self.settings = gumbel, settings
 
         # What each simulation visits depends on the number of considered actions alone.
@@ -105,20 +104,22 @@ class GumbelSearch:
         return self.tree.nodes(row)
 
     def results(self) -> list[SearchResult]:
-        root = self.tree.root_statistics()
+        root, actions = self.tree.root_statistics(), self._actions
         improved = improved_policy(root, self.settings, self._valid)
 
         # The most visited of the considered actions, ties by g + log p + sigma(q).
         most = root.visits.max(axis=1)
         chosen = self._scores(root, most).argmax(axis=1)
+        position = np.flatnonzero(actions.ids == chosen[actions.rows]) - actions.starts
         return [
-            SearchResult(
-                visit_counts=root.visits[row, ids],
-                value=float(root.value[row]),
-                target_policy=improved[row, ids] / improved[row, ids].sum(),
-                choice=int(np.flatnonzero(ids == chosen[row])[0]),
+            SearchResult(visits, value, target_policy=policy / policy.sum(), choice=choice)
+            for visits, value, policy, choice in zip(
+                actions.split(actions.gather(root.visits)),
+                root.value.tolist(),
+                actions.split(actions.gather(improved)),
+                position.tolist(),
+                strict=True,
             )
-            for row, ids in enumerate(self._valid_ids)
         ]
 
     def _root_rule(self, node: NodeStatistics) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 
 from priorzero.search.fused.rule import FusedRule, puct_rule
 from priorzero.search.root_prior import RootPrior
-from priorzero.search.roots import Root, SearchResult, TreeNodes, spread
+from priorzero.search.roots import Root, SearchResult, TreeNodes, ValidActions
 from priorzero.search.rules import exploration_factor, normalised_q, puct, softmax
 from priorzero.search.targets import regularised, visit_shares
 from priorzero.search.tree import Tree
@@ -27,18 +27,33 @@ def begin(
     noise: np.random.Generator | None,
 ) -> PuctSearch:
     """See the package; the noise is mixed into the prior as in AlphaZero (arXiv:1712.01815)."""
-    clean = [np.exp(prior.log_mixed) for prior in priors]
+    actions = ValidActions(roots)
+    clean = np.exp(np.concatenate([prior.log_mixed for prior in priors]))
     start = clean
     if noise is not None:
-        alpha, share = settings.root_dirichlet_alpha, settings.root_noise_weight
-        start = [(1.0 - share) * p + share * noise.dirichlet([alpha] * len(p)) for p in clean]
+        share = settings.root_noise_weight
+        drawn = dirichlet(noise, settings.root_dirichlet_alpha, actions)
+        start = (1.0 - share) * clean + share * drawn
 
-    probabilities = spread(start, roots, inner_actions)
-    valid = spread([np.ones(len(p)) for p in clean], roots, inner_actions) > 0
+    probabilities = actions.spread(start, inner_actions)
+    valid = actions.spread(np.ones(len(clean), dtype=bool), inner_actions)
     nodes = settings.num_simulations + 1
     tree = Tree(probabilities, valid, values, nodes, settings.discount_factor)
-    valid_ids = [root.valid_ids for root in roots]
-    return PuctSearch(tree, valid_ids, clean, settings.policy_target)
+    return PuctSearch(tree, actions, clean, settings.policy_target)
+
+
+def dirichlet(noise: np.random.Generator, alpha: float, actions: ValidActions) -> np.ndarray:
+    """`[M]` a symmetric Dirichlet draw for each root: to the last bit what `noise.dirichlet` gives
+    when it is asked root after root.
+
+    A Dirichlet draw is gamma draws over their sum. numpy does the same from 0.1 on; below, all
+    gammas of a root may be 0, and it breaks sticks instead.
+    """
+    if alpha < 0.1:
+        return np.concatenate([noise.dirichlet([alpha] * n) for n in actions.sizes])
+    draws = noise.standard_gamma(alpha, size=len(actions.ids))
+    # bincount adds one after the other, as numpy's Dirichlet does; a plain sum adds in pairs.
+    return draws * (1.0 / np.bincount(actions.rows, weights=draws))[actions.rows]
 
 
 def fused(search: PuctSearch) -> FusedRule:
@@ -52,16 +67,14 @@ class PuctSearch:
 
     Args:
         tree: begun, with noise in its roots' priors or without.
-        valid_ids: `[A]` per root.
-        priors: `[A]` per root, without noise.
+        actions: valid ones of the roots.
+        prior: `[M]` of these, without noise.
         target: "regularised" or "visits", see `priorzero/search/targets.py`.
     """
 
-    def __init__(
-        self, tree: Tree, valid_ids: list[np.ndarray], priors: list[np.ndarray], target: str
-    ) -> None:
+    def __init__(self, tree: Tree, actions: ValidActions, prior: np.ndarray, target: str) -> None:
         self.tree = tree
-        self._valid_ids, self._priors, self._target = valid_ids, priors, target
+        self._actions, self._prior, self._target = actions, prior, target
 
     def select(self) -> tuple[np.ndarray, np.ndarray]:
         return self.tree.select(puct, puct)
@@ -74,14 +87,18 @@ class PuctSearch:
 
     def results(self) -> list[SearchResult]:
         root = self.tree.root_statistics()
-        q, factor = normalised_q(root), exploration_factor(root.total)
+        split, gather = self._actions.split, self._actions.gather
+        visits = split(gather(root.visits))
 
-        results = []
-        for row, (ids, prior) in enumerate(zip(self._valid_ids, self._priors, strict=True)):
-            visits = root.visits[row, ids]
-            if self._target == "visits":
-                target = visit_shares(visits)
-            else:
-                target = regularised(prior, q[row, ids], visits.sum(), factor[row])
-            results.append(SearchResult(visits, float(root.value[row]), target))
-        return results
+        if self._target == "visits":
+            targets = [visit_shares(counts) for counts in visits]
+        else:
+            q, factor = split(gather(normalised_q(root))), exploration_factor(root.total)
+            targets = [
+                regularised(prior, q[row], visits[row].sum(), factor[row])
+                for row, prior in enumerate(split(self._prior))
+            ]
+        return [
+            SearchResult(counts, value, target)
+            for counts, value, target in zip(visits, root.value.tolist(), targets, strict=True)
+        ]
