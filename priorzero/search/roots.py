@@ -141,6 +141,12 @@ class ValidActions:
         """`[B, K]` over action ids -> `[M]`."""
         return wide[self.rows, self.ids]
 
+    def pad(self, numbers: np.ndarray) -> np.ndarray:
+        """`[M]` -> `[B, largest A]`, each root's in its order; 0 beyond its own."""
+        padded = np.zeros((len(self.sizes), self.sizes.max()), dtype=numbers.dtype)
+        padded[np.arange(padded.shape[1]) < self.sizes[:, None]] = numbers
+        return padded
+
     def split(self, numbers: np.ndarray) -> list[np.ndarray]:
         """`[M]` -> `[A]` per root."""
         return [numbers[a:b] for a, b in zip(self.starts, self.ends, strict=True)]

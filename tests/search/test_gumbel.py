@@ -19,15 +19,15 @@ K, STATES, DISCOUNT = RECORDED["actions"], RECORDED["states"], RECORDED["discoun
 
 
 class GivenNoise:
-    """In place of a generator: hands out recorded Gumbel noise, root by root."""
+    """In place of a generator: hands out recorded Gumbel noise, root after root."""
 
     def __init__(self, rows: list[np.ndarray]) -> None:
-        self._rows = iter(rows)
+        self._left = np.concatenate(rows)
 
     def gumbel(self, size: int) -> np.ndarray:
-        row = next(self._rows)
-        assert len(row) == size
-        return row
+        assert size <= len(self._left)
+        given, self._left = self._left[:size], self._left[size:]
+        return given
 
 
 def roots_of(log_priors: list[np.ndarray], ids: list[np.ndarray]) -> tuple[list, list]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from decimal import Decimal, localcontext
+
 import numpy as np
 import pytest
 
@@ -83,6 +85,52 @@ def test_it_maximises_what_it_is_said_to():
         best = regularised(prior, q, 16, 1.25)
         others = [0.95 * best + 0.05 * rng.dirichlet(np.ones(6)) for _ in range(50)]
         assert all(objective(best) > objective(other) for other in others)
+
+
+def to_sixty_digits(prior, q, simulations: int, exploration: float) -> np.ndarray:
+    """The policy by bisection in decimals."""
+    with localcontext(prec=60):
+        n = Decimal(simulations)
+        weight = Decimal(exploration) * n.sqrt() / (len(q) + n)
+        p, q = ([Decimal(float(x)) for x in numbers] for numbers in (prior, q))
+        low, high = max(q), max(q) + weight
+        for _ in range(190):
+            alpha = (low + high) / 2
+            above = sum(weight * a / (alpha - b) for a, b in zip(p, q, strict=True)) > 1
+            low, high = (alpha, high) if above else (low, alpha)
+        policy = [weight * a / (high - b) for a, b in zip(p, q, strict=True)]
+        return np.array([float(x / sum(policy)) for x in policy])
+
+
+@pytest.mark.parametrize("flat", [1.0, 0.1, 1e-13])
+@pytest.mark.parametrize("scale", [0.0, 1e-6, 1.0, 300.0])
+def test_it_is_exact_even_where_the_prior_leaves_an_action_no_room(flat, scale):
+    rng = np.random.default_rng(5)
+    for actions in (1, 2, 7, 25):
+        prior = rng.dirichlet(np.full(actions, max(flat, 0.1))) + 1e-13
+        if flat < 0.1:  # the values' favourite is as unlikely as the prior's floor allows
+            prior[:-1] = 1e-13
+        prior /= prior.sum()
+        q = scale * np.linspace(1.0, 0.0, actions).round(1)
+        policy = regularised(prior, q, 16, 1.25)
+        np.testing.assert_allclose(policy, to_sixty_digits(prior, q, 16, 1.25), rtol=1e-12)
+
+
+def test_roots_of_a_batch_do_not_know_each_other():
+    """Padded to the longest, to the last bit what each root gets alone."""
+    rng = np.random.default_rng(6)
+    sizes = rng.integers(1, 30, size=50)
+    priors, qs, simulations = np.zeros((50, 29)), rng.normal(size=(50, 29)), np.arange(1, 51)
+    for prior, size in zip(priors, sizes, strict=True):
+        prior[:size] = rng.dirichlet(np.ones(size)) + 1e-13
+        prior /= prior.sum()
+    factors = rng.uniform(0.5, 3.0, size=50)
+
+    together = regularised(priors, qs, simulations, factors)
+    for row, n in enumerate(sizes):
+        alone = regularised(priors[row, :n], qs[row, :n], simulations[row], factors[row])
+        np.testing.assert_array_equal(together[row, :n], alone)
+        assert not together[row, n:].any()
 
 
 @pytest.mark.parametrize("action", range(4))

@@ -29,6 +29,7 @@ def begin(
     """See the package; the noise is mixed into the prior as in AlphaZero (arXiv:1712.01815)."""
     actions = ValidActions(roots)
     clean = np.exp(np.concatenate([prior.log_mixed for prior in priors]))
+    assert clean.min() > 0, "the mixture is floored"
     start = clean
     if noise is not None:
         share = settings.root_noise_weight
@@ -87,17 +88,16 @@ class PuctSearch:
 
     def results(self) -> list[SearchResult]:
         root = self.tree.root_statistics()
-        split, gather = self._actions.split, self._actions.gather
-        visits = split(gather(root.visits))
+        actions = self._actions
+        visits = actions.split(actions.gather(root.visits))
 
         if self._target == "visits":
             targets = [visit_shares(counts) for counts in visits]
         else:
-            q, factor = split(gather(normalised_q(root))), exploration_factor(root.total)
-            targets = [
-                regularised(prior, q[row], visits[row].sum(), factor[row])
-                for row, prior in enumerate(split(self._prior))
-            ]
+            q = actions.pad(actions.gather(normalised_q(root)))
+            factor = exploration_factor(root.total)
+            policies = regularised(actions.pad(self._prior), q, root.total - 1.0, factor)
+            targets = [policy[:n] for policy, n in zip(policies, actions.sizes, strict=True)]
         return [
             SearchResult(counts, value, target)
             for counts, value, target in zip(visits, root.value.tolist(), targets, strict=True)
