@@ -224,10 +224,12 @@ def _readme(out: Path, table: list[dict[str, Any]]) -> str:
     path = out / "sweep.json"
     if not path.is_file():
         return "# Learning check\n\nThe command was not recorded.\n\n" + _markdown(table)
+
     facts = json.loads(path.read_text(encoding="utf-8"))
     machine = facts["machine"]
     gpu = machine["gpu"] or "no GPU"
     unfinished = ", ".join(n for n, state in facts["runs"].items() if state not in FINAL) or "none"
+
     return "\n".join(
         [
             "# Learning check",

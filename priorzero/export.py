@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from priorzero.run.cli import calm_openmp
+from priorzero.run.experiment import saved_settings
 from priorzero.run.logs import setup_logging
 from priorzero.run.output import new_folder, require_free
 from priorzero.settings.llm import LoraSettings
@@ -85,21 +86,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
     Raises:
         PriorZeroError: It is no run's folder, or the run has no LLM.
     """
-    path = folder / "config.json"
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
-        llm = settings["llm"]
-        enabled, _, _ = llm["enable"], llm["model"], llm["lora"]
-    except FileNotFoundError as error:
-        raise PriorZeroError(
-            f"{folder} is no run's folder: it holds no config.json. Runs lie in data_priorzero/"
-        ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise PriorZeroError(
-            f"{path} is damaged ({type(error).__name__}: {error}); without it the LLM's settings "
-            "are not known"
-        ) from error
-    if not enabled:
+    settings = saved_settings(folder, "llm.enable", "llm.model", "llm.lora")
+    if not settings["llm"]["enable"]:
         raise PriorZeroError(f"the run {folder} has no LLM (llm.enable is false): nothing to write")
     return settings
 

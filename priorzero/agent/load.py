@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from priorzero.llm.scoring.requests import Tokeniser, model_max_tokens
 from priorzero.llm.weights.trained import base_of, restore
 from priorzero.quiet import quiet_base
 from priorzero.run.checkpoint import CheckpointStore
+from priorzero.run.experiment import saved_settings
 from priorzero.settings.experiment import ExperimentSettings
 from priorzero.settings.record import overlay
 from priorzero.text.encoder import SentenceEncoder
@@ -58,19 +58,7 @@ def read_settings(run: Path, *layers: Mapping[str, Any]) -> ExperimentSettings:
     Raises:
         PriorZeroError: it is no run's folder, or the result is impossible.
     """
-    path = run / "config.json"
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))["settings"]
-    except FileNotFoundError as error:
-        raise PriorZeroError(
-            f"{run} is no run's folder: it holds no config.json. Runs lie in data_priorzero/"
-        ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise PriorZeroError(
-            f"{path} is damaged ({type(error).__name__}: {error}); without it the run's settings "
-            "are not known"
-        ) from error
-    settings = overlay(ExperimentSettings(), saved, *layers)
+    settings = overlay(ExperimentSettings(), saved_settings(run), *layers)
     settings.validate()
     return settings
 
@@ -133,10 +121,12 @@ def make_prior(checkpoint: Checkpoint) -> LLMPrior:
         raise PriorZeroError(
             f"checkpoint {checkpoint.name} holds no LLM of the built-in trainer that could be asked"
         )
+
     base = base_of(checkpoint.llm)
     named = [base.name] if base else []
     weights, tokenizer = restore(checkpoint.llm, [*named, settings.model], settings.lora)
     model = weights.module
+
     engine = TransformersEngine(
         model,
         Tokeniser(tokenizer, model_max_tokens(model.config)),
@@ -148,6 +138,7 @@ def make_prior(checkpoint: Checkpoint) -> LLMPrior:
             checkpoint.settings.seed,
         ),
     )
+
     return LLMPrior(
         engine,
         prompt_builder(settings.prompt, tokenizer),

@@ -105,6 +105,8 @@ def read(path: Path) -> KnownStates:
     try:
         first, _, body = gzip.decompress(path.read_bytes()).partition(b"\n")
         head = json.loads(first)
+
+        # Is it one of ours, and whole?
         if head["format"] != FORMAT:
             raise ValueError(f"format {head['format']!r}")
         if head["version"] != VERSION:
@@ -116,6 +118,7 @@ def read(path: Path) -> KnownStates:
             raise ValueError("its checksum is another one")
         if head["story"].count("/") != len(_PARTS) - 1:
             raise ValueError(f"story {head['story']!r}")
+
         states = dict(_state(line) for line in body.decode().splitlines())
         return KnownStates(head["story"], str(head["title"]), states)
     except FileNotFoundError as error:

@@ -266,6 +266,7 @@ class RFTSettings(Settings):
             "mismatch_low",
             "kl_target",
         )
+
         yield from one_of(self, "surrogate", "clipped", "reinforce")
         yield from a_file_of(self, "objective", "priorzero.llm.update.objectives")
         scales = ("raw", "batch", "running", "robust")
@@ -383,6 +384,8 @@ class LLMSettings(Settings):
         yield from one_of(self, "dtype", "auto", "float32", "bfloat16")
         yield from one_of(self, "residual_dtype", "auto", "float32", "bfloat16")
         yield from a_file_of(self, "trainer", "priorzero.llm.update.trainers")
+
+        # What is rewarded must be there, and be trained.
         yield Rule(
             "rft.cot_weight",
             not self.rft.cot_weight or self.prompt.use_cot,

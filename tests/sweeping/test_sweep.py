@@ -77,7 +77,7 @@ def test_a_sweep_that_is_ended_by_sigterm_goes_on(tmp_path):
     path = write_file(tmp_path, arguments=f"{TINY} --iterations {total} --eval-freq 0")
     command = [sys.executable, "-m", "priorzero.sweep", str(path), "--out=out", "--commit=abc"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    lines = tmp_path / "out/work/tw-simple_default_seed0/log/metrics.jsonl"
+    lines = tmp_path.joinpath("out", "work", "tw-simple_default_seed0", "log", "metrics.jsonl")
     kept = tmp_path / "out/runs/tw-simple_default_seed0"
 
     with subprocess.Popen(

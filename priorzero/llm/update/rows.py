@@ -164,6 +164,7 @@ def verl_rows(
         request, actions = sample.request, [texts(ids[:-1]) for ids in sample.request.action_ids]
         commands = [text.strip() for text in actions]
         best = int(np.argmax(sample.target_policy))
+
         yield {
             "data_source": f"priorzero/{game}",
             "prompt": read_messages(texts(given(sample)), settings, tokenizer),

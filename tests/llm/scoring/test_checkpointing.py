@@ -36,7 +36,7 @@ def gradients(model, items, dtype=None, **how) -> tuple[torch.Tensor, list[torch
     )
 
 
-def check(model, items, dtype=None, tolerance=1e-5, **how) -> None:
+def assert_equal_gradients(model, items, dtype=None, tolerance=1e-5, **how) -> None:
     """With and without are the same."""
     flat, theirs = gradients(model, items, dtype, **how)
     again, ours = gradients(model, items, dtype, checkpointing=True, **how)
@@ -58,18 +58,18 @@ def test_gradients_are_those_without(way, adapters, byte_model):
             for name, weight in model.named_parameters():
                 if "lora_B" in name:  # 0 before training, which would leave no gradient to compare
                     weight.normal_(std=0.02)
-    check(model, ITEMS, way=way)
+    assert_equal_gradients(model, ITEMS, way=way)
 
 
 def test_gradients_in_bfloat16(byte_model):
     """Autocast is in force again when a layer is computed again."""
-    check(byte_model, ITEMS, torch.bfloat16, 1e-3)
+    assert_equal_gradients(byte_model, ITEMS, torch.bfloat16, 1e-3)
 
 
 @pytest.mark.parametrize("name", SHARED)
 def test_every_architecture(name):
     model = build(name, **SHARED[name])
-    check(model, prepare(requests()))
+    assert_equal_gradients(model, prepare(requests()))
 
 
 def live_peak(work) -> int:
