@@ -89,8 +89,10 @@ def test_the_kernels_grow_the_same_trees(policy, seed, coarse):
         a, b = plain.nodes(row), device.nodes(row)
         for name in ("parent", "action", "visits"):
             np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
-        for name in ("q", "prior", "reward", "value"):
+        for name in ("q", "reward", "value"):
             np.testing.assert_allclose(getattr(a, name), getattr(b, name), atol=1e-9)
+        # A softmax of float32, each side's own: a GPU's exponential differs in the last digit.
+        np.testing.assert_allclose(a.prior, b.prior, atol=1e-7)
 
 
 # ---- captured graphs -----------------------------------------------------------------------------
