@@ -12,7 +12,7 @@ Usage: ./run_priorzero_orz.sh MODE [arguments]
   export  write the trained LLM of an experiment as a Hugging Face folder: export RUN OUT
   export-samples
           write what its LLM learns from as data of TRL or verl: export-samples RUN OUT --format trl|verl
-  test    the tests (arguments go to pytest; default: -q)
+  test    the tests, on up to four cores (arguments go to pytest in place of that)
   check   report what this machine has: Python, torch, CUDA, vLLM, ORZ, games, models, memory, disk
   help    this text
 
@@ -139,7 +139,11 @@ case $mode in
     export) exec "$python" -m priorzero.export "$@" ;;
     export-samples) exec "$python" -m priorzero.export_samples "$@" ;;
     test)
-        (($# > 0)) || set -- -q
+        # A worker per core, of which each has one thread: two files at a time on two cores.
+        if (($# == 0)); then
+            set -- -q -n logical --maxprocesses 4 --dist loadfile
+            export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+        fi
         exec "$python" -m pytest "$@"
         ;;
     check) exec "$python" -m priorzero.run.check "$@" ;;
