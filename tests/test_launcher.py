@@ -154,8 +154,9 @@ def test_the_launcher_becomes_python_so_that_signals_reach_it(checkout):
     assert output.startswith(f"pid={process.pid} ")
 
 
-def test_tests_are_quiet_by_default(checkout):
-    assert checkout.run("test").stdout.splitlines()[1:] == ["arg=-m", "arg=pytest", "arg=-q"]
+def test_tests_run_quietly_on_several_cores_by_default(checkout):
+    expected = "-m pytest -q -n logical --maxprocesses 4 --dist loadfile".split()
+    assert checkout.run("test").stdout.splitlines()[1:] == [f"arg={a}" for a in expected]
 
 
 def test_the_lock_is_installed_once_and_again_when_it_changes(checkout):
