@@ -67,6 +67,7 @@ class PriorZeroCollector:
         prior: the LLM, or None for pure UniZero.
         history_length: past steps the LLM may see.
         seed: of what is drawn from the LLM where it plays alone.
+        llm_target_prior: the prior in the targets that the LLM learns from.
         watch: where the seconds of each stage are added up.
         recorder: of decisions; None records none.
     """
@@ -88,12 +89,14 @@ class PriorZeroCollector:
         *,
         history_length: int,
         seed: int,
+        llm_target_prior: str = "mixture",
         watch: Stopwatch | None = None,
         recorder: Recorder | None = None,
     ) -> None:
         self._settings, self._policy, self._envs = settings, policy, envs
         self._encoder, self._prior = encoder, prior
         self._history_length = history_length
+        self._llm_target_prior = llm_target_prior
         self._rng = np.random.default_rng(seed)
         self.watch = watch or Stopwatch()
         self._recorder = recorder
@@ -267,7 +270,10 @@ class PriorZeroCollector:
     ) -> list[Move]:
         """What the search plays in these slots."""
         reduction = self._settings.root_prior.reduction
-        roots = [d.root(slot, reduction) for slot, d in zip(slots, due, strict=True)]
+        roots = [
+            d.root(slot, reduction, self._llm_target_prior)
+            for slot, d in zip(slots, due, strict=True)
+        ]
         with self.watch("search"):
             plans = await asyncio.to_thread(
                 self._policy.collect_mode.forward, roots, temperature, env_steps + played.steps
@@ -365,6 +371,7 @@ class PriorZeroCollector:
             request=decision.request,
             scores=decision.scores,
             prior_weight=move.prior_weight,
+            llm_target=move.llm_target,
         )
 
         slot.segment.record(step, next_vector)

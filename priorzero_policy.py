@@ -338,4 +338,6 @@ def _output(plan: Plan, index: int, behaviour: np.ndarray) -> SearchOutput:
         predicted_value=plan.predicted_value,
         prior=plan.prior,
         tree=plan.tree,
+        world_model_target=plan.world_model_target,
+        llm_target=plan.llm_target,
     )

@@ -149,17 +149,25 @@ class Decision:
             return None
         return np.asarray(self.scores.totals(reduction), dtype=np.float64)
 
-    def root(self, slot: Slot, reduction: str) -> Root:
+    def root(self, slot: Slot, reduction: str, llm_target_prior: str = "mixture") -> Root:
         """What the search plans from.
 
         Args:
             slot: where the decision is due.
             reduction: see `llm_logprobs`.
+            llm_target_prior: see `Root`; only what the LLM learns from needs another one.
         """
         context = slot.context
         llm = self.llm_logprobs(reduction)
         keep_tree = slot.tape is not None and slot.tape.wants_tree
-        return Root(context.observations, context.actions, self.valid_ids, llm, keep_tree)
+        return Root(
+            context.observations,
+            context.actions,
+            self.valid_ids,
+            llm,
+            keep_tree,
+            llm_target_prior,
+        )
 
     def moment(self, command: str, outcome, plan: SearchOutput | None = None) -> Moment:
         """The decision as it is recorded, once `command` was played."""

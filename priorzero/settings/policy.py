@@ -117,6 +117,12 @@ class GumbelSettings(Settings):
         yield from not_negative(self, "visit_constant")
 
 
+NO_OPERATOR = (
+    "visit counts are no function of a prior: take root_policy gumbel, or puct with policy_target "
+    "regularised, or leave it mixture"
+)
+
+
 @dataclass(kw_only=True)
 class PolicySettings(Settings):
     """World model (UniZero), search, replay data and learning."""
@@ -166,6 +172,10 @@ class PolicySettings(Settings):
     """What policies are trained on. regularised: what visit counts tend to, from the prior without
     noise and all values found (priorzero/search/targets.py); visits: the shares of the visit
     counts. lightzero's tree knows visits only."""
+    target_prior: str = "mixture"
+    """The prior in the world model's policy target (regularised, or gumbel's). mixture: what the
+    search started from; world_model: its own policy, so that it learns what the search found and
+    not the LLM's opinion; llm: the LLM's, at temperature 1."""
     fixed_temperature_value: float = 1.0
     """Temperature of visit counts when an action is drawn in collect (of the LLM where it plays
     alone); lower ones repeat what earns a little."""
@@ -232,6 +242,8 @@ class PolicySettings(Settings):
         yield from one_of(self, "device", "auto", "cpu", "cuda")
         yield from one_of(self, "value_bootstrap", "target_network", "search")
         yield from one_of(self, "policy_target", "regularised", "visits")
+        yield from one_of(self, "target_prior", "mixture", "world_model", "llm")
+        yield Rule("target_prior", self.takes_target_prior(self.target_prior), NO_OPERATOR)
         yield from one_of(self, "train_dtype", "auto", "float32", "bfloat16")
         yield from one_of(self, "compile_update", "off", "default", "reduce-overhead")
         yield from one_of(self, "search_backend", "auto", "fused", "plain")
@@ -293,3 +305,10 @@ class PolicySettings(Settings):
             self.replay_buffer_size >= self.game_segment_length,
             f"it must hold one segment ({self.game_segment_length} transitions)",
         )
+
+    def takes_target_prior(self, name: str) -> bool:
+        """Whether the training target can have this prior (`target_prior`)."""
+        visits = self.root_policy == "lightzero" or (
+            self.root_policy == "puct" and self.policy_target == "visits"
+        )
+        return name == "mixture" or not visits
