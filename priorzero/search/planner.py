@@ -146,8 +146,7 @@ class Planner:
         with torch_threads(self._settings.search_threads):
             # 1. The network looks at the roots.
             contexts = read_contexts(self._model, *batch_contexts(roots, self._device))
-            values = self._scalar_of(contexts.root.value_logits).view(-1).double().cpu().numpy()
-            logits = contexts.root.policy_logits.cpu().numpy()
+            values, logits = self._fetch(contexts)
 
             # 2. Its policy and the LLM's are mixed.
             priors = mix_root_priors(
@@ -169,6 +168,12 @@ class Planner:
         llm_targets = self._targets(search, roots, priors, [r.llm_target_prior for r in roots])
         columns = results, values.tolist(), priors, trees, wm_targets, llm_targets
         return [Plan(*row) for row in zip(*columns, strict=True)]
+
+    def _fetch(self, contexts: ContextMemory) -> tuple[np.ndarray, np.ndarray]:
+        """The roots' values `[B]`, float64, and policy logits `[B, V]`, in one transfer."""
+        values = self._scalar_of(contexts.root.value_logits).view(-1, 1)
+        found = torch.cat([values, contexts.root.policy_logits], dim=1).cpu().numpy()
+        return found[:, 0].astype(np.float64), found[:, 1:]
 
     def _targets(
         self,
