@@ -22,6 +22,7 @@ from torch import Tensor
 
 from priorzero.compute import torch_threads
 from priorzero.plugins import load
+from priorzero.search.exploration import with_noise_at
 from priorzero.search.fused.rule import FusedRule, FusibleSearch
 from priorzero.search.root_prior import RootPrior, mix_root_priors, prior_in_target
 from priorzero.search.roots import Root, SearchResult, TreeNodes, batch_contexts
@@ -138,7 +139,7 @@ class Planner:
         Args:
             inner_actions: `K`; ids below it are tried in nodes below the roots.
             root_prior: how the LLM enters.
-            env_steps: of the training so far, for the mixture's schedule.
+            env_steps: of the training so far, for the schedules of mixture and noise.
             noise: source of exploration noise; None for none.
         """
         if self._model.training:  # eval() walks through all modules, in every plan
@@ -157,7 +158,8 @@ class Planner:
             )
 
             # 3. The tree grows by one node per root and simulation.
-            search = self._policy.begin(roots, priors, values, inner_actions, self._settings, noise)
+            settings = with_noise_at(self._settings, env_steps)
+            search = self._policy.begin(roots, priors, values, inner_actions, settings, noise)
             shown = [row for row, root in enumerate(roots) if root.keep_tree]
             results = self._grow(contexts, search, inner_actions, shown)
         trees = [search.nodes(row) if root.keep_tree else None for row, root in enumerate(roots)]

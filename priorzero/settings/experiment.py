@@ -51,6 +51,12 @@ class ExperimentSettings(Settings):
             self.llm.enable or self.policy.root_prior.mode == "wm_logits",
             "without an LLM it must be wm_logits",
         )
+        alone = self.llm.enable and self.llm.rft.enable and self.llm.rft.relative
+        yield Rule(
+            "policy.restarts.share",
+            not alone or not self.policy.restarts.share,
+            f"llm.rft.advantage is {self.llm.rft.advantage}, which compares whole episodes",
+        )
         yield from self._target_rules()
 
     def _target_rules(self) -> Iterator[Rule]:

@@ -117,6 +117,50 @@ class GumbelSettings(Settings):
         yield from not_negative(self, "visit_constant")
 
 
+@dataclass(kw_only=True)
+class AnnealingSettings(Settings):
+    """Temperature and root noise of training decisions by schedule, in place of
+    fixed_temperature_value and root_noise_weight; linear in environment steps, then constant.
+    """
+
+    env_steps: int = 0
+    """Environment steps from start to end; 0: no schedule."""
+    temperature_start: float = 2.0
+    """Temperature of visit counts at the beginning; above 1 it flattens them."""
+    temperature_end: float = 0.5
+    """The same at the end and from then on."""
+    noise_start: float = 0.5
+    """Share of the Dirichlet noise in the root's prior at the beginning."""
+    noise_end: float = 0.1
+    """The same at the end and from then on."""
+
+    def rules(self) -> Iterator[Rule]:
+        """See `Settings.rules`."""
+        yield from not_negative(self, "env_steps")
+        yield from positive(self, "temperature_start", "temperature_end")
+        yield from in_unit_interval(self, "noise_start", "noise_end")
+
+
+@dataclass(kw_only=True)
+class RestartSettings(Settings):
+    """Training episodes that begin at a state visited before (Go-Explore: Ecoffet et al. 2021,
+    "First return, then explore", arXiv:2004.12919); priorzero/play/restarts.py has the equations.
+    """
+
+    share: float = 0.0
+    """How many of the training episodes do, drawn one by one; 0: none."""
+    capacity: int = 1000
+    """Most states that are remembered."""
+    score_factor: float = 0.5
+    """Every score in memory that is higher than a state's multiplies its chance by this; 1: the
+    score does not count."""
+
+    def rules(self) -> Iterator[Rule]:
+        """See `Settings.rules`."""
+        yield from in_unit_interval(self, "share", "score_factor")
+        yield from positive(self, "capacity", "score_factor")
+
+
 NO_OPERATOR = (
     "visit counts are no function of a prior: take root_policy gumbel, or puct with policy_target "
     "regularised, or leave it mixture"
@@ -179,6 +223,10 @@ class PolicySettings(Settings):
     fixed_temperature_value: float = 1.0
     """Temperature of visit counts when an action is drawn in collect (of the LLM where it plays
     alone); lower ones repeat what earns a little."""
+    annealing: AnnealingSettings = field(default_factory=AnnealingSettings)
+    """Temperature and root noise by schedule."""
+    restarts: RestartSettings = field(default_factory=RestartSettings)
+    """Training episodes that begin at a state visited before."""
 
     # ---- data ----
     game_segment_length: int = 20
@@ -243,6 +291,11 @@ class PolicySettings(Settings):
         yield from one_of(self, "value_bootstrap", "target_network", "search")
         yield from one_of(self, "policy_target", "regularised", "visits")
         yield from one_of(self, "target_prior", "mixture", "world_model", "llm")
+        yield Rule(
+            "annealing.env_steps",
+            not self.annealing.env_steps or self.root_policy != "gumbel",
+            "root_policy gumbel draws by itself: it knows neither temperature nor Dirichlet noise",
+        )
         yield Rule("target_prior", self.takes_target_prior(self.target_prior), NO_OPERATOR)
         yield from one_of(self, "train_dtype", "auto", "float32", "bfloat16")
         yield from one_of(self, "compile_update", "off", "default", "reduce-overhead")
