@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import copy
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ from priorzero.decisions.recorder import Recorder
 from priorzero.games.group import GameEnvGroup
 from priorzero.llm.prior import LLMPrior
 from priorzero.play.players import Move, Player, llm_move, llm_policy, search_move
+from priorzero.play.restarts import Beginning, Ended, Restarts
 from priorzero.play.results import CollectResult
 from priorzero.play.slot import Decision, Slot, decide
 from priorzero.quiet import quiet_base
@@ -49,7 +50,8 @@ class _Played:
 
     before: int
     segments: list[Segment] = field(default_factory=list)
-    episodes: list[dict] = field(default_factory=list)  # `info` of each that ended
+    episodes: list[Ended] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)  # steps at which episodes began that did late
     effects: list[dict[str, float]] = field(default_factory=list)  # `prior_effect` of each decision
     steps: int = 0
     begun: int = 0  # episodes
@@ -66,7 +68,8 @@ class PriorZeroCollector:
         encoder: frozen sentence encoder.
         prior: the LLM, or None for pure UniZero.
         history_length: past steps the LLM may see.
-        seed: of what is drawn from the LLM where it plays alone.
+        seed: of what is drawn from the LLM where it plays alone, and of restarts.
+        llm_target_prior: the prior in the targets that the LLM learns from.
         watch: where the seconds of each stage are added up.
         recorder: of decisions; None records none.
     """
@@ -88,18 +91,25 @@ class PriorZeroCollector:
         *,
         history_length: int,
         seed: int,
+        llm_target_prior: str = "mixture",
         watch: Stopwatch | None = None,
         recorder: Recorder | None = None,
     ) -> None:
         self._settings, self._policy, self._envs = settings, policy, envs
         self._encoder, self._prior = encoder, prior
         self._history_length = history_length
+        self._llm_target_prior = llm_target_prior
         self._rng = np.random.default_rng(seed)
         self.watch = watch or Stopwatch()
         self._recorder = recorder
         self.counters: Counter[str] = Counter()
         self._slots: dict[int, Slot] = {}  # by environment
         self._episodes = 0
+        self._restart_rng = np.random.default_rng([seed, 1])
+        self._restarts = None
+        if settings.restarts.share:
+            reach = settings.context_steps - 1
+            self._restarts = Restarts(settings.restarts, reach, self._restart_rng)
         self._cut: list[Segment] = []  # of episodes that a resume lost; due with the next call
 
     async def collect(
@@ -142,10 +152,13 @@ class PriorZeroCollector:
             ended = await self._step(slots, due, moves, played)
             await self._begin(ended, played, new_episodes)
 
+        metrics = _episode_metrics(played)
+        if self._restarts is not None:
+            metrics |= self._restarts.metrics(played.depths, played.episodes)
         return CollectResult(
             played.segments,
             played.steps,
-            _episode_metrics(played),
+            metrics,
             _means(played.effects),
             begun=played.begun,
             running=len(self._slots),
@@ -156,7 +169,11 @@ class PriorZeroCollector:
         if self._recorder is not None:
             self._recorder.flush()  # records reach as far as the checkpoint does
         slots = [self._slots[env_id] for env_id in sorted(self._slots)]
-        return {
+        restarts = {}
+        if self._restarts is not None:
+            restarts["visited"] = self._restarts.visited.state_dict()
+            restarts["restart_rng"] = generator_state(self._restart_rng)
+        return restarts | {
             "episodes": self._episodes,
             "slots": [slot.state_dict() for slot in slots],
             "segments": pack([slot.segment for slot in slots]),
@@ -179,6 +196,9 @@ class PriorZeroCollector:
         self._episodes = state["episodes"]
         if "rng" in state:  # older checkpoints have none
             set_generator_state(self._rng, state["rng"])
+        if self._restarts is not None and "visited" in state:  # else the run begins with it now
+            self._restarts.visited.load_state_dict(state["visited"])
+            set_generator_state(self._restart_rng, state["restart_rng"])
         self._cut = unpack(_arrays(state["cut"]))
         segments = unpack(_arrays(state["segments"]))
         present = await asyncio.to_thread(self._envs.replay, state["envs"])
@@ -190,6 +210,8 @@ class PriorZeroCollector:
                 slot = self._new_slot(env_id, saved["episode_id"], present[env_id])
                 slot.load_state_dict(saved)
                 slot.segment = segment
+                if slot.began is not None:
+                    slot.tape = None
                 self._slots[env_id] = slot
             else:
                 cut += 1
@@ -217,26 +239,37 @@ class PriorZeroCollector:
         if new_episodes is not None:
             env_ids = env_ids[: max(0, new_episodes - played.begun)]
         if env_ids:
-            await self._start(env_ids)
+            await self._start(env_ids, played)
             played.begun += len(env_ids)
 
-    async def _start(self, env_ids: Iterable[int]) -> None:
-        """New episodes in these environments."""
+    async def _start(self, env_ids: Sequence[int], played: _Played) -> None:
+        """New episodes in these environments, at the game's start or at a visited state."""
+        begun: dict[int, Beginning] = {}
         with self.watch("env"):
-            first = await asyncio.to_thread(self._envs.reset, list(env_ids))
-        texts = [observation["text"] for observation in first.values()]
+            if self._restarts is not None:
+                begun = await self._restarts.begin({i: self._envs.envs[i] for i in env_ids})
+            first = {env_id: beginning.observation for env_id, beginning in begun.items()}
+            fresh = [env_id for env_id in env_ids if env_id not in begun]
+            if fresh:
+                first |= await asyncio.to_thread(self._envs.reset, fresh)
+        texts = [first[env_id]["text"] for env_id in env_ids]
         vectors = await asyncio.to_thread(self._encoder.encode, texts)
 
-        for (env_id, observation), vector in zip(first.items(), vectors, strict=True):
-            slot = self._new_slot(env_id, self._episodes, observation)
-            slot.see(vector)
+        for env_id, vector in zip(env_ids, vectors, strict=True):
+            slot = self._new_slot(env_id, self._episodes, first[env_id])
+            if env_id in begun:
+                slot.begin_at(begun[env_id].place, vector)
+                slot.tape = None  # a record tells an episode from its first step on
+                played.depths.append(slot.timestep)
+            else:
+                slot.see(vector)
             slot.segment = self._new_segment(slot)
             self._slots[env_id] = slot
             self._episodes += 1
 
     def _new_segment(self, slot: Slot) -> Segment:
         last, reach = slot.segment, self._settings.context_steps - 1
-        before = last.history(len(last), reach) if last is not None else ()
+        before = last.history(len(last), reach) if last is not None else slot.before
         return Segment(slot.env_id, slot.episode_id, self._settings.game_segment_length, before)
 
     async def _decide(self, slots: Sequence[Slot], player: Player) -> list[Decision]:
@@ -267,7 +300,10 @@ class PriorZeroCollector:
     ) -> list[Move]:
         """What the search plays in these slots."""
         reduction = self._settings.root_prior.reduction
-        roots = [d.root(slot, reduction) for slot, d in zip(slots, due, strict=True)]
+        roots = [
+            d.root(slot, reduction, self._llm_target_prior)
+            for slot, d in zip(slots, due, strict=True)
+        ]
         with self.watch("search"):
             plans = await asyncio.to_thread(
                 self._policy.collect_mode.forward, roots, temperature, env_steps + played.steps
@@ -332,7 +368,9 @@ class PriorZeroCollector:
             if outcome.done:
                 ended.append(slot.env_id)
                 del self._slots[slot.env_id]
-                played.episodes.append(outcome.info)
+                played.episodes.append(Ended(outcome.info, slot.began))
+            elif self._restarts is not None:
+                self._restarts.remember(slot, self._envs.envs[slot.env_id])
             if len(slot.segment) and (outcome.done or slot.segment.is_full()):
                 played.segments.append(slot.segment)
                 if not outcome.done:
@@ -365,6 +403,7 @@ class PriorZeroCollector:
             request=decision.request,
             scores=decision.scores,
             prior_weight=move.prior_weight,
+            llm_target=move.llm_target,
         )
 
         slot.segment.record(step, next_vector)
@@ -416,13 +455,17 @@ def _episode_metrics(played: _Played) -> dict[str, float]:
     if not played.episodes:
         return metrics
 
-    returns = [info["eval_episode_return"] for info in played.episodes]
-    kinds = Counter(info["done_kind"] for info in played.episodes)
+    kinds = Counter(ended.info["done_kind"] for ended in played.episodes)
+    metrics |= {f"episodes_{k}": float(kinds[k]) for k in ("terminated", "truncated", "hang")}
+    # What began at a visited state tells nothing of how far a whole episode gets.
+    whole = [ended.info for ended in played.episodes if ended.began is None]
+    if not whole:
+        return metrics
+    returns = [info["eval_episode_return"] for info in whole]
     return metrics | {
         "episode_return_mean": float(np.mean(returns)),
         "episode_return_max": float(np.max(returns)),
-        "episode_length": float(np.mean([info["steps"] for info in played.episodes])),
-        **{f"episodes_{k}": float(kinds[k]) for k in ("terminated", "truncated", "hang")},
+        "episode_length": float(np.mean([info["steps"] for info in whole])),
     }
 
 

@@ -181,6 +181,7 @@ async def build(config: HybridTrainingConfig, eval_only: bool = False) -> Parts:
             prior,
             history_length=history_length,
             seed=settings.seed,
+            llm_target_prior=settings.llm.sft.target_prior,
             watch=watch,
             recorder=recorder,
         )

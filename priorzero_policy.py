@@ -36,12 +36,12 @@ from priorzero.search.reanalyse import reanalyse
 from priorzero.search.roots import Root, SearchOutput
 from priorzero.settings.policy import PolicySettings
 from priorzero.text.vocabulary import ActionVocabulary, make_vocabulary
+from priorzero.world_model.categorical import Support
 from priorzero.world_model.model import PriorZeroModel
 from priorzero.world_model.trainer import PendingOutput, WorldModelTrainer
 
 with quiet_base():
     from ding.utils import POLICY_REGISTRY
-    from lzero.policy import InverseScalarTransform
     from lzero.policy.unizero import UniZeroPolicy
 
 
@@ -64,7 +64,7 @@ class PriorZeroPolicy(UniZeroPolicy):
     def _init_learn(self) -> None:
         cfg = self._cfg
         self._settings: PolicySettings = cfg.settings
-        self._scalar_of = InverseScalarTransform(self._settings.support_scale, cfg.device, True)
+        self._scalar_of = Support(self._settings.support_scale, cfg.device).scalars
 
         self.vocabulary = make_vocabulary(self._settings.action_vocabulary)
         self._embed_text: Callable[[list[str]], np.ndarray] | None = None
@@ -338,4 +338,6 @@ def _output(plan: Plan, index: int, behaviour: np.ndarray) -> SearchOutput:
         predicted_value=plan.predicted_value,
         prior=plan.prior,
         tree=plan.tree,
+        world_model_target=plan.world_model_target,
+        llm_target=plan.llm_target,
     )

@@ -27,7 +27,13 @@ def parts(compiled_cfg, encoder, one_thread):
     """(collector, envs, prior, policy) on scripted environments."""
     groups = []
 
-    def make(envs=None, prior: FakePrior | None | str = "fake", history_length=2, **settings):
+    def make(
+        envs=None,
+        prior: FakePrior | None | str = "fake",
+        history_length=2,
+        llm_target_prior="mixture",
+        **settings,
+    ):
         cfg = compiled_cfg(**SIZES)
         policy = make_watched(cfg, encoder, **settings)
         group = GameEnvGroup(envs or [ScriptedEnv(i) for i in range(3)], seed=0)
@@ -41,6 +47,7 @@ def parts(compiled_cfg, encoder, one_thread):
             prior,
             history_length=history_length,
             seed=0,
+            llm_target_prior=llm_target_prior,
         )
         return SimpleNamespace(collector=collector, envs=group.envs, prior=prior, policy=policy)
 
@@ -259,6 +266,26 @@ async def test_a_search_without_the_llm_does_not_ask_it(parts):
     assert made.prior.calls == [1] * 4
     assert all(step.scores is not None for step in second.segments[0].steps)
     assert [step.timestep for step in second.segments[0].steps] == [4, 5, 6, 7]
+
+
+async def test_each_learner_gets_the_target_with_its_own_prior(parts):
+    own = dict(root_prior=RootPriorSettings(), target_prior="world_model")
+    made = parts([ScriptedEnv(0, length=8)], llm_target_prior="llm", **own)
+    steps = (await collect(made, 2)).segments[0].steps
+    plans = [plans[0] for _, plans in made.policy.calls]
+    for step, plan in zip(steps, plans, strict=False):
+        np.testing.assert_array_equal(step.target_policy, plan.world_model_target)
+        np.testing.assert_array_equal(step.llm_target, plan.llm_target)
+        assert build_sample(step, 0.0).target_policy == tuple(plan.llm_target)
+        np.testing.assert_array_equal(step.behaviour, plan.behaviour)
+        assert len(step.valid_actions) < 2 or np.abs(step.target_policy - step.llm_target).max()
+
+    # Where only one of them has its own, the other's is the mixture's.
+    made = parts([ScriptedEnv(0, length=8)], **own)
+    steps = (await collect(made, 2)).segments[0].steps
+    for step, (_, plans) in zip(steps, made.policy.calls, strict=False):
+        np.testing.assert_array_equal(step.target_policy, plans[0].world_model_target)
+        np.testing.assert_array_equal(step.llm_target, plans[0].target_policy)
 
 
 # ---- the LLM alone -------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.test_entry import (
     SETTINGS,
     Finished,
@@ -55,6 +57,23 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     told = [read_json(experiment(cwd) / "summary.json") for cwd in (whole, parts)]
     for name in ("env_steps", "first_losses", "last_losses", "evaluations"):
         assert told[0][name] == told[1][name], name
+
+
+@pytest.mark.slow
+def test_with_schedules_and_restarts(tmp_path):
+    """The memory of visited states, its draws and episodes that began at one go on too."""
+    whole, parts, _ = both(
+        tmp_path,
+        *EVAL,
+        "--set=policy.restarts.share=0.8",
+        "--set=policy.annealing.env_steps=30",
+        "--set=policy.num_segments=6",
+    )
+    rows = computed(whole, "collect", "prior", "wm", "eval")
+    assert computed(parts, "collect", "prior", "wm", "eval") == rows
+    collected = [row for row in rows if row["namespace"] == "collect"]
+    assert sum(row["restarts"] for row in collected) >= 3
+    assert len({row["temperature"] for row in collected}) >= 2
 
 
 def test_with_an_llm_too(tiny_llm, tmp_path):

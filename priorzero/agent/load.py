@@ -17,7 +17,6 @@ from priorzero.llm.prior import LLMPrior
 from priorzero.llm.prompts import ACTION_MARKER, prompt_builder
 from priorzero.llm.scoring.requests import Tokeniser, model_max_tokens
 from priorzero.llm.weights.trained import base_of, restore
-from priorzero.quiet import quiet_base
 from priorzero.run.checkpoint import CheckpointStore
 from priorzero.run.experiment import saved_settings
 from priorzero.settings.experiment import ExperimentSettings
@@ -25,10 +24,8 @@ from priorzero.settings.record import overlay
 from priorzero.text.encoder import SentenceEncoder
 from priorzero.text.vocabulary import make_vocabulary
 from priorzero.types import PriorZeroError
+from priorzero.world_model.categorical import Support
 from priorzero.world_model.model import PriorZeroModel
-
-with quiet_base():
-    from lzero.policy import InverseScalarTransform
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +103,7 @@ def make_agent(checkpoint: Checkpoint) -> Agent:
         ) from error
     vocabulary = make_vocabulary(settings.policy.action_vocabulary)
     vocabulary.load_state_dict(saved["vocabulary"])
-    scalar_of = InverseScalarTransform(settings.policy.support_scale, device, True)
+    scalar_of = Support(settings.policy.support_scale, device).scalars
     return Agent(settings.policy, model, vocabulary, encoder.encode, scalar_of, device)
 
 

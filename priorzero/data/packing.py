@@ -94,7 +94,8 @@ def _pack_steps(steps: Sequence[StepRecord], vectors: _Table) -> Arrays:
         rows = [getattr(s, name) for s in steps]
         arrays[name] = np.concatenate(rows) if rows else np.zeros(0)
     arrays["actions_n"] = np.array([len(s.valid_actions) for s in steps], np.int64)
-    return arrays
+    own = [() if s.llm_target is None else s.llm_target for s in steps]
+    return arrays | _ragged("llm_target", own, np.float64)
 
 
 def _pack_states(
@@ -206,6 +207,10 @@ def _unpack_steps(arrays: Mapping[str, np.ndarray], pool: Pool) -> list[StepReco
     actions = {name: _cut(arrays[name], arrays["actions_n"]) for name in _PER_ACTION}
     observations, kinds = arrays["observation"].tolist(), arrays["done_kind"].tolist()
     asked = arrays["request"].tolist()
+    # Earlier files have no targets of the LLM's own.
+    own = [None] * len(states)
+    if "llm_target" in arrays:
+        own = _cut(arrays["llm_target"], arrays["llm_target_n"])
     return [
         StepRecord(
             state=states[i],
@@ -214,6 +219,7 @@ def _unpack_steps(arrays: Mapping[str, np.ndarray], pool: Pool) -> list[StepReco
             done_kind=DONE_KINDS[kinds[i]],
             request=None if asked[i] == _NONE else requests[asked[i]],
             scores=scores[i],
+            llm_target=own[i] if own[i] is not None and len(own[i]) else None,
             **{name: column[i] for name, column in (scalars | actions).items()},
         )
         for i in range(len(states))

@@ -34,8 +34,8 @@ class StepRecord:
         action_index: position of the chosen one.
         visit_counts: `[A]` of the search; all 0 where the LLM played alone.
         behaviour: `[A]` probabilities the action was drawn from.
-        target_policy: `[A]` what policies are trained on, from the search, sums to one; `behaviour`
-            where there was none.
+        target_policy: `[A]` what the world model's policy is trained on, from the search, sums to
+            one; `behaviour` where there was none.
         root_value: of the search; nan where there was none.
         predicted_value: of the network before the search; nan where there was none.
         reward: what the action earned.
@@ -44,6 +44,7 @@ class StepRecord:
         request: the prompt and the actions as token ids, None where no LLM is used.
         scores: what the LLM answered, None where it was not asked or failed.
         prior_weight: the LLM's share in the root's mixture; 1 where it played alone.
+        llm_target: `[A]` what the LLM is trained on, where that is not `target_policy`; else None.
     """
 
     state: TextState
@@ -62,12 +63,14 @@ class StepRecord:
     request: TokenisedRequest | None = None
     scores: ActionScores | None = None
     prior_weight: float = 0.0
+    llm_target: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         actions = len(self.valid_actions)
         assert actions >= 1 and 0 <= self.action_index < actions
         for array in (self.valid_ids, self.visit_counts, self.behaviour, self.target_policy):
             assert array.shape == (actions,)
+        assert self.llm_target is None or self.llm_target.shape == (actions,)
         assert self.done_kind in DONE_KINDS
 
     @property

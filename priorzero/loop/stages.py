@@ -21,6 +21,7 @@ from priorzero.loop.saving import save
 from priorzero.play.players import Player
 from priorzero.play.results import CollectResult, EvalResult
 from priorzero.run.report import evaluation_line
+from priorzero.search.exploration import noise_weight_at, temperature_at
 from priorzero.settings.evaluation import judging_mode
 
 logger = logging.getLogger(__name__)
@@ -36,12 +37,16 @@ async def collect(
         new_episodes: how many episodes may begin; None: as many as end.
     """
     progress, policy = parts.progress, parts.settings.policy
+    told = {}
+    if policy.annealing.env_steps:
+        told["temperature"] = temperature_at(policy, progress.env_steps)
+        told["root_noise"] = noise_weight_at(policy, progress.env_steps)
     logger.info("[Iter %d] Collecting data...", progress.iteration)
     with parts.watch("collect"), parts.background.collecting():
         result = await parts.collector.collect(
             policy.num_segments,
             progress.env_steps,
-            policy.fixed_temperature_value,
+            temperature_at(policy, progress.env_steps),
             player,
             new_episodes,
         )
@@ -58,7 +63,7 @@ async def collect(
         progress.segments,
         progress.transitions,
     )
-    parts.metrics.scalars("collect", result.collect, progress.env_steps)
+    parts.metrics.scalars("collect", result.collect | told, progress.env_steps)
     parts.metrics.scalars("prior", result.prior, progress.env_steps)
     return result
 

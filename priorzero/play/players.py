@@ -26,13 +26,14 @@ class Move:
     Attributes:
         action_index: position of the chosen action.
         behaviour: `[A]` probabilities it was drawn from.
-        target_policy: `[A]` what policies are trained on; without a search `behaviour`, there is
-            nothing better.
+        target_policy: `[A]` what the world model's policy is trained on, and the LLM; without a
+            search `behaviour`, there is nothing better.
         visit_counts: `[A]` of the search; all 0 without one.
         root_value: of the search; nan without one.
         predicted_value: of the network before the search; nan without one.
         prior_weight: the LLM's share in what was played from.
         plan: all that the search said, for whoever records it; None without one.
+        llm_target: `[A]` what the LLM is trained on, where that is something else; else None.
     """
 
     action_index: int
@@ -43,19 +44,24 @@ class Move:
     predicted_value: float
     prior_weight: float
     plan: SearchOutput | None = None
+    llm_target: np.ndarray | None = None
 
 
 def search_move(plan: SearchOutput) -> Move:
     """What the search decided."""
+    own, llm = plan.world_model_target, plan.llm_target
+    if llm is None and own is not None:
+        llm = plan.target_policy  # the mixture's, which is not what the world model learns
     return Move(
         action_index=plan.action_index,
         behaviour=plan.behaviour,
-        target_policy=plan.target_policy,
+        target_policy=plan.target_policy if own is None else own,
         visit_counts=plan.visit_counts,
         root_value=plan.root_value,
         predicted_value=plan.predicted_value,
         prior_weight=plan.prior.weight,
         plan=plan,
+        llm_target=llm,
     )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from priorzero.data.segment import Segment
+from priorzero.data.segment import Segment, StepRecord
 from priorzero.decisions.record import Moment
 from priorzero.search.context import EpisodeContext
 from priorzero.search.roots import Root, SearchOutput
@@ -17,6 +17,7 @@ from priorzero.types import ActionScores, HistoryItem, TextState, TokenisedReque
 
 if TYPE_CHECKING:
     from priorzero.decisions.recorder import Tape
+    from priorzero.play.restarts import Place
 
 
 class Slot:
@@ -32,6 +33,9 @@ class Slot:
         segment: where the collector writes; None where nothing is learnt from the episode.
         transcript: lines of the episode as the evaluator writes it down.
         tape: where the decisions of the episode are recorded; None where they are not.
+        before: the steps that the collector's first segment follows; none at a game's start.
+        began: steps and score of the visited state at which the episode began; None at a game's
+            start.
 
     Args:
         goal: line of the game's goal for the prompts.
@@ -57,6 +61,8 @@ class Slot:
         self.segment: Segment | None = None
         self.transcript: list[str] = []
         self.tape: Tape | None = None
+        self.before: tuple[StepRecord, ...] = ()
+        self.began: tuple[int, float] | None = None
         self._goal = goal
         self._history: deque[HistoryItem] = deque(maxlen=history_length)
 
@@ -79,6 +85,7 @@ class Slot:
             "env_id": self.env_id,
             "episode_id": self.episode_id,
             "timestep": self.timestep,
+            "began": None if self.began is None else list(self.began),
             "history": [[h.observation, h.action, h.reward] for h in self._history],
             "context_observations": self.context.observations,
             "context_actions": self.context.actions,
@@ -88,10 +95,27 @@ class Slot:
         """Go on where `state_dict` was taken; made for the same episode, nothing seen yet."""
         assert (self.env_id, self.episode_id) == (state["env_id"], state["episode_id"])
         self.timestep = state["timestep"]
+        began = state.get("began")  # older checkpoints have none
+        self.began = None if began is None else (began[0], began[1])
         self._history.extend(HistoryItem(*item) for item in state["history"])
         observations = np.asarray(state["context_observations"])
         self.context.restore(observations, np.asarray(state["context_actions"]))
         self.vector = observations[-1]
+
+    def begin_at(self, place: Place, vector: np.ndarray) -> None:
+        """The episode begins at a visited state, instead of `see`: with the steps, the context and
+        the history that it would have come with.
+
+        Args:
+            vector: `[E]` embedding of the present text.
+        """
+        assert self.vector is None and self.timestep == 0
+        before = place.before
+        observations = np.stack([*(step.observation for step in before), vector])
+        self.context.restore(observations, np.array([step.action_id for step in before], np.int64))
+        self._history.extend(place.history)
+        self.vector, self.before = vector, before
+        self.timestep, self.began = place.steps, (place.steps, place.score)
 
     def see(self, vector: np.ndarray) -> None:
         """Give the present text its embedding `[E]`; once per state that is searched."""
@@ -149,17 +173,25 @@ class Decision:
             return None
         return np.asarray(self.scores.totals(reduction), dtype=np.float64)
 
-    def root(self, slot: Slot, reduction: str) -> Root:
+    def root(self, slot: Slot, reduction: str, llm_target_prior: str = "mixture") -> Root:
         """What the search plans from.
 
         Args:
             slot: where the decision is due.
             reduction: see `llm_logprobs`.
+            llm_target_prior: see `Root`; only what the LLM learns from needs another one.
         """
         context = slot.context
         llm = self.llm_logprobs(reduction)
         keep_tree = slot.tape is not None and slot.tape.wants_tree
-        return Root(context.observations, context.actions, self.valid_ids, llm, keep_tree)
+        return Root(
+            context.observations,
+            context.actions,
+            self.valid_ids,
+            llm,
+            keep_tree,
+            llm_target_prior,
+        )
 
     def moment(self, command: str, outcome, plan: SearchOutput | None = None) -> Moment:
         """The decision as it is recorded, once `command` was played."""

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from priorzero.compute import torch_threads
 from priorzero.plugins import load
+from priorzero.search.exploration import with_noise_at
 from priorzero.search.fused.rule import FusedRule, FusibleSearch
-from priorzero.search.root_prior import RootPrior, mix_root_priors
+from priorzero.search.root_prior import RootPrior, mix_root_priors, prior_in_target
 from priorzero.search.roots import Root, SearchResult, TreeNodes, batch_contexts
 from priorzero.settings.policy import PolicySettings, RootPriorSettings
 from priorzero.types import PriorZeroError
@@ -57,13 +58,21 @@ class SearchTree(Protocol):
 @dataclass(frozen=True, eq=False)
 class Plan:
     """A root after planning: the search's result, the network's own value, the mixture, and the
-    tree where the root asked for it.
+    tree where the root asked for it. world_model_target, llm_target: as in `SearchOutput`.
     """
 
     result: SearchResult
     predicted_value: float
     prior: RootPrior
     tree: TreeNodes | None = None
+    world_model_target: np.ndarray | None = None
+    llm_target: np.ndarray | None = None
+
+    @property
+    def taught(self) -> np.ndarray:
+        """`[A]` what the world model's policy is trained on."""
+        own = self.world_model_target
+        return self.result.target_policy if own is None else own
 
     @property
     def favourite(self) -> int:
@@ -130,7 +139,7 @@ class Planner:
         Args:
             inner_actions: `K`; ids below it are tried in nodes below the roots.
             root_prior: how the LLM enters.
-            env_steps: of the training so far, for the mixture's schedule.
+            env_steps: of the training so far, for the schedules of mixture and noise.
             noise: source of exploration noise; None for none.
         """
         if self._model.training:  # eval() walks through all modules, in every plan
@@ -138,8 +147,7 @@ class Planner:
         with torch_threads(self._settings.search_threads):
             # 1. The network looks at the roots.
             contexts = read_contexts(self._model, *batch_contexts(roots, self._device))
-            values = self._scalar_of(contexts.root.value_logits).view(-1).double().cpu().numpy()
-            logits = contexts.root.policy_logits.cpu().numpy()
+            values, logits = self._fetch(contexts)
 
             # 2. Its policy and the LLM's are mixed.
             priors = mix_root_priors(
@@ -150,13 +158,55 @@ class Planner:
             )
 
             # 3. The tree grows by one node per root and simulation.
-            search = self._policy.begin(roots, priors, values, inner_actions, self._settings, noise)
+            settings = with_noise_at(self._settings, env_steps)
+            search = self._policy.begin(roots, priors, values, inner_actions, settings, noise)
             shown = [row for row, root in enumerate(roots) if root.keep_tree]
             results = self._grow(contexts, search, inner_actions, shown)
         trees = [search.nodes(row) if root.keep_tree else None for row, root in enumerate(roots)]
+
+        # 4. What each learner is taught, where its target has a prior of its own.
+        own = [self._settings.target_prior] * len(roots)
+        wm_targets = self._targets(search, roots, priors, own)
+        llm_targets = self._targets(search, roots, priors, [r.llm_target_prior for r in roots])
+        columns = results, values.tolist(), priors, trees, wm_targets, llm_targets
+        return [Plan(*row) for row in zip(*columns, strict=True)]
+
+    def _fetch(self, contexts: ContextMemory) -> tuple[np.ndarray, np.ndarray]:
+        """The roots' values `[B]`, float64, and policy logits `[B, V]`, in one transfer."""
+        values = self._scalar_of(contexts.root.value_logits).view(-1, 1)
+        found = torch.cat([values, contexts.root.policy_logits], dim=1).cpu().numpy()
+        return found[:, 0].astype(np.float64), found[:, 1:]
+
+    def _targets(
+        self,
+        search: SearchTree,
+        roots: Sequence[Root],
+        priors: Sequence[RootPrior],
+        names: Sequence[str],
+    ) -> list[np.ndarray | None]:
+        """The finished search's targets with these priors; None where that is the mixture, whose
+        target is the search's own.
+
+        Raises:
+            PriorZeroError: the root policy's target is no operator on a prior.
+        """
+        if all(name == "mixture" for name in names):
+            return [None] * len(roots)
+        if not hasattr(self._policy, "targets"):
+            raise PriorZeroError(
+                f"root policy {self._settings.root_policy!r} knows no target with another prior "
+                "than its own: set policy.target_prior and llm.sft.target_prior to mixture, or "
+                "give its file a function targets (priorzero/search/root_policies/__init__.py)"
+            )
+        found = self._policy.targets(
+            search,
+            [
+                np.exp(prior_in_target(name, prior, root.llm_logprobs))
+                for name, prior, root in zip(names, priors, roots, strict=True)
+            ],
+        )
         return [
-            Plan(result, float(value), prior, nodes)
-            for result, value, prior, nodes in zip(results, values, priors, trees, strict=True)
+            None if name == "mixture" else target for name, target in zip(names, found, strict=True)
         ]
 
     def _grow(

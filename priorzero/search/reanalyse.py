@@ -4,8 +4,9 @@ arXiv:2104.06294).
 
 A stored target is as old as the step, and holds what the network of that time could see. Here the
 search starts from the same root (the same observations, actions and valid ids, and the answer the
-LLM gave then: it is not asked again), without noise. The data themselves stay as they are; only
-this batch's targets change. `priorzero_policy.py` calls it between buffer and update.
+LLM gave then: it is not asked again), without noise. A fresh target has the prior that the stored
+one has (`policy.target_prior`). The data themselves stay as they are, the LLM's targets among them;
+only this batch's change. `priorzero_policy.py` calls it between buffer and update.
 
 Letters: `B` rows, `T` unroll steps, `V` vocabulary size, `A` valid actions.
 """
@@ -45,12 +46,12 @@ def reanalyse(
 
     divergences: list[float] = []
     for revisit, planned in zip(batch.revisits, plans, strict=True):
-        step, result = revisit.step, planned.result
+        step, target = revisit.step, planned.taught
         for row, k in revisit.policy_of:
-            policies[row, k, step.valid_ids] = result.target_policy
+            policies[row, k, step.valid_ids] = target
         for row, k in revisit.value_of:
-            values[row, k] = result.value
-        divergence = _kl(result.target_policy, step.target_policy)
+            values[row, k] = planned.result.value
+        divergence = _kl(target, step.target_policy)
         divergences += [divergence] * len(revisit.policy_of)
 
     metrics = {

@@ -60,6 +60,28 @@ class RootPrior:
         return float(-np.sum(np.exp(self.log_mixed) * self.log_mixed))
 
 
+def prior_in_target(name: str, prior: RootPrior, llm_logprobs: np.ndarray | None) -> np.ndarray:
+    """log p_t `[A]`, the prior of a learner in its training target.
+
+    A target is an operator on a prior and on what the search found. With the mixture as prior, the
+    search teaches each learner the other one's opinion too, on actions of which nothing was found;
+    with the learner's own, only what was found.
+
+    Args:
+        name: "mixture": what the search started from. "world_model": p_WM. "llm": softmax(l), the
+            LLM as it is trained, at temperature 1: at another one it would drift towards its own
+            sharpened or softened self where the search says nothing. Where no LLM answered, the
+            mixture, which is then the world model's policy.
+        llm_logprobs: `[A]` l, or None.
+    """
+    if name == "world_model":
+        return prior.log_wm
+    if name == "llm" and llm_logprobs is not None:
+        return log_softmax(llm_logprobs)
+    assert name in ("mixture", "llm"), name
+    return prior.log_mixed
+
+
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Log-softmax of `[..., A]`, floored at LOG_FLOOR and renormalised."""
     x = logits - logits.max(axis=-1, keepdims=True)

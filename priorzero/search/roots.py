@@ -31,6 +31,7 @@ class Root:
         llm_logprobs: `[A]` log-probabilities of these actions from the LLM, already reduced over
             tokens; None where no LLM answered.
         keep_tree: hand the finished tree out with the result.
+        llm_target_prior: the prior in the LLM's training target (`llm.sft.target_prior`).
     """
 
     observations: np.ndarray
@@ -38,6 +39,7 @@ class Root:
     valid_ids: np.ndarray
     llm_logprobs: np.ndarray | None = None
     keep_tree: bool = False
+    llm_target_prior: str = "mixture"
 
     def __post_init__(self) -> None:
         assert self.observations.ndim == 2 and len(self.observations) >= 1
@@ -53,7 +55,7 @@ class SearchResult:
     Attributes:
         visit_counts: `[A]`.
         value: mean return seen from the root.
-        target_policy: `[A]` what policies are trained on, sums to one.
+        target_policy: `[A]` the search's policy, from the prior it started from, sums to one.
         choice: position of the action to play, where the root policy decides that itself; None
             where it is drawn from the visit counts.
     """
@@ -98,12 +100,15 @@ class SearchOutput:
     Attributes:
         action_index: position of the chosen action.
         visit_counts: `[A]` of the search.
-        target_policy: `[A]` what policies are trained on, sums to one.
+        target_policy: `[A]` the search's policy, from the mixture, sums to one; what policies are
+            trained on, unless one of the next two says otherwise.
         behaviour: `[A]` probabilities the action was drawn from.
         root_value: of the search.
         predicted_value: of the network alone.
         prior: the mixture that entered at the root, without noise.
         tree: where the root asked for it and the root policy shows it.
+        world_model_target, llm_target: `[A]` what this learner is trained on, where its target has
+            another prior (`policy.target_prior`, `llm.sft.target_prior`); else None.
     """
 
     action_index: int
@@ -114,6 +119,8 @@ class SearchOutput:
     predicted_value: float
     prior: RootPrior
     tree: TreeNodes | None = None
+    world_model_target: np.ndarray | None = None
+    llm_target: np.ndarray | None = None
 
 
 class ValidActions:

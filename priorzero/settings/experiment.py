@@ -10,7 +10,7 @@ from priorzero.settings.env import EnvSettings
 from priorzero.settings.evaluation import LLM_MODES, EvalSettings
 from priorzero.settings.llm import LLMSettings
 from priorzero.settings.metrics import MetricsSettings
-from priorzero.settings.policy import PolicySettings
+from priorzero.settings.policy import NO_OPERATOR, PolicySettings
 from priorzero.settings.record import Rule, Settings
 from priorzero.settings.text import TextSettings
 
@@ -50,4 +50,32 @@ class ExperimentSettings(Settings):
             "policy.root_prior.mode",
             self.llm.enable or self.policy.root_prior.mode == "wm_logits",
             "without an LLM it must be wm_logits",
+        )
+        alone = self.llm.enable and self.llm.rft.enable and self.llm.rft.relative
+        yield Rule(
+            "policy.restarts.share",
+            not alone or not self.policy.restarts.share,
+            f"llm.rft.advantage is {self.llm.rft.advantage}, which compares whole episodes",
+        )
+        yield from self._target_rules()
+
+    def _target_rules(self) -> Iterator[Rule]:
+        """Of the priors in the training targets."""
+        own, sft = self.policy.target_prior, self.llm.sft
+        for name, prior in (
+            ("policy.target_prior", own),
+            ("llm.sft.target_prior", sft.target_prior),
+        ):
+            yield Rule(
+                name,
+                self.llm.enable or prior == "mixture",
+                "without an LLM the mixture is the world model's policy: leave it mixture",
+            )
+        yield Rule(
+            "llm.sft.target_prior",
+            sft.enable or sft.target_prior == "mixture",
+            "only SFT reads it, and llm.sft.enable is False",
+        )
+        yield Rule(
+            "llm.sft.target_prior", self.policy.takes_target_prior(sft.target_prior), NO_OPERATOR
         )

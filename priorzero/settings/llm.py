@@ -179,10 +179,15 @@ class SFTSettings(Settings):
     """Decisions per training phase."""
     recent_transitions: int = 2000
     """The newest transitions they are drawn from."""
+    target_prior: str = "mixture"
+    """The prior in the targets, as policy.target_prior. mixture: what the search started from; llm:
+    the LLM's own as it answered then, so that it learns what the search found and not the world
+    model's opinion; world_model: the world model's policy."""
 
     def rules(self) -> Iterator[Rule]:
         """See `Settings.rules`."""
         yield from positive(self, "samples", "recent_transitions")
+        yield from one_of(self, "target_prior", "mixture", "world_model", "llm")
 
 
 GROUP_ADVANTAGES = ("group", "group_mean", "leave_one_out")

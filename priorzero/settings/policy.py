@@ -118,6 +118,56 @@ class GumbelSettings(Settings):
 
 
 @dataclass(kw_only=True)
+class AnnealingSettings(Settings):
+    """Temperature and root noise of training decisions by schedule, in place of
+    fixed_temperature_value and root_noise_weight; linear in environment steps, then constant.
+    """
+
+    env_steps: int = 0
+    """Environment steps from start to end; 0: no schedule."""
+    temperature_start: float = 2.0
+    """Temperature of visit counts at the beginning; above 1 it flattens them."""
+    temperature_end: float = 0.5
+    """The same at the end and from then on."""
+    noise_start: float = 0.5
+    """Share of the Dirichlet noise in the root's prior at the beginning."""
+    noise_end: float = 0.1
+    """The same at the end and from then on."""
+
+    def rules(self) -> Iterator[Rule]:
+        """See `Settings.rules`."""
+        yield from not_negative(self, "env_steps")
+        yield from positive(self, "temperature_start", "temperature_end")
+        yield from in_unit_interval(self, "noise_start", "noise_end")
+
+
+@dataclass(kw_only=True)
+class RestartSettings(Settings):
+    """Training episodes that begin at a state visited before (Go-Explore: Ecoffet et al. 2021,
+    "First return, then explore", arXiv:2004.12919); priorzero/play/restarts.py has the equations.
+    """
+
+    share: float = 0.0
+    """How many of the training episodes do, drawn one by one; 0: none."""
+    capacity: int = 1000
+    """Most states that are remembered."""
+    score_factor: float = 0.5
+    """Every score in memory that is higher than a state's multiplies its chance by this; 1: the
+    score does not count."""
+
+    def rules(self) -> Iterator[Rule]:
+        """See `Settings.rules`."""
+        yield from in_unit_interval(self, "share", "score_factor")
+        yield from positive(self, "capacity", "score_factor")
+
+
+NO_OPERATOR = (
+    "visit counts are no function of a prior: take root_policy gumbel, or puct with policy_target "
+    "regularised, or leave it mixture"
+)
+
+
+@dataclass(kw_only=True)
 class PolicySettings(Settings):
     """World model (UniZero), search, replay data and learning."""
 
@@ -166,9 +216,17 @@ class PolicySettings(Settings):
     """What policies are trained on. regularised: what visit counts tend to, from the prior without
     noise and all values found (priorzero/search/targets.py); visits: the shares of the visit
     counts. lightzero's tree knows visits only."""
+    target_prior: str = "mixture"
+    """The prior in the world model's policy target (regularised, or gumbel's). mixture: what the
+    search started from; world_model: its own policy, so that it learns what the search found and
+    not the LLM's opinion; llm: the LLM's, at temperature 1."""
     fixed_temperature_value: float = 1.0
     """Temperature of visit counts when an action is drawn in collect (of the LLM where it plays
     alone); lower ones repeat what earns a little."""
+    annealing: AnnealingSettings = field(default_factory=AnnealingSettings)
+    """Temperature and root noise by schedule."""
+    restarts: RestartSettings = field(default_factory=RestartSettings)
+    """Training episodes that begin at a state visited before."""
 
     # ---- data ----
     game_segment_length: int = 20
@@ -232,6 +290,13 @@ class PolicySettings(Settings):
         yield from one_of(self, "device", "auto", "cpu", "cuda")
         yield from one_of(self, "value_bootstrap", "target_network", "search")
         yield from one_of(self, "policy_target", "regularised", "visits")
+        yield from one_of(self, "target_prior", "mixture", "world_model", "llm")
+        yield Rule(
+            "annealing.env_steps",
+            not self.annealing.env_steps or self.root_policy != "gumbel",
+            "root_policy gumbel draws by itself: it knows neither temperature nor Dirichlet noise",
+        )
+        yield Rule("target_prior", self.takes_target_prior(self.target_prior), NO_OPERATOR)
         yield from one_of(self, "train_dtype", "auto", "float32", "bfloat16")
         yield from one_of(self, "compile_update", "off", "default", "reduce-overhead")
         yield from one_of(self, "search_backend", "auto", "fused", "plain")
@@ -293,3 +358,10 @@ class PolicySettings(Settings):
             self.replay_buffer_size >= self.game_segment_length,
             f"it must hold one segment ({self.game_segment_length} transitions)",
         )
+
+    def takes_target_prior(self, name: str) -> bool:
+        """Whether the training target can have this prior (`target_prior`)."""
+        visits = self.root_policy == "lightzero" or (
+            self.root_policy == "puct" and self.policy_target == "visits"
+        )
+        return name == "mixture" or not visits

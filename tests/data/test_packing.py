@@ -34,6 +34,7 @@ def rich_segments() -> list[Segment]:
                 logprobs, t, (8,) * t, (-0.3 * t,) * t, cached=t == 2, thought_ended=t == 1
             ),
             prior_weight=t / 9,
+            llm_target=np.arange(len(step.valid_actions)) / 7 if t % 2 else None,
         )
         rich.steps[t] = dataclasses.replace(step, **changed)
     rich.steps[1] = dataclasses.replace(rich.steps[1], request=None)
@@ -91,6 +92,13 @@ def test_files_from_before_it_was_known_who_ended_a_thought():
     assert arrays.pop("scores_ended").any()
     steps = [step for segment in unpack(arrays) for step in segment.steps]
     assert not any(step.scores.thought_ended for step in steps if step.scores is not None)
+
+
+def test_files_from_before_the_llm_had_targets_of_its_own():
+    arrays = pack(rich_segments())
+    assert arrays.pop("llm_target").any() and arrays.pop("llm_target_n").any()
+    steps = [step for segment in unpack(arrays) for step in segment.steps]
+    assert steps and all(step.llm_target is None for step in steps)
 
 
 def test_none_at_all():

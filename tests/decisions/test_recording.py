@@ -137,6 +137,18 @@ async def test_an_evaluation_is_told_as_it_was_played(play, tmp_path):
         assert last["last_text"] == f"env {number} episode 1 step {env.length}"
 
 
+async def test_targets_with_another_prior_stand_beside_the_searchs_policy(play, tmp_path):
+    own = dict(target_prior="world_model", root_prior=RootPriorSettings())
+    made = play({}, **own)
+    await made.evaluator.evaluate("world_model_llm", 2, 0, "iter000000")
+    made.recorder.close()
+    plans = {p.world_model_target.round(5).tobytes() for p in searched(made)}
+    steps = [s for e in read_episodes(tmp_path) for s in e.steps]
+    assert {np.array(s["target_world_model"]).tobytes() for s in steps} == plans
+    assert any(s["target_world_model"] != s["improved"] for s in steps)
+    assert not any("target_llm" in s for s in steps)  # evaluations teach nobody
+
+
 @pytest.mark.parametrize("mode", ["llm", "random", "world_model"])
 async def test_modes_tell_what_they_know(play, tmp_path, mode):
     made = play({})

@@ -79,10 +79,11 @@ def made(make_policy, make_buffer, randomise):
     of their steps, one root at a time).
     """
 
-    def make(stored=None, **settings):
+    def make(stored=None, target_prior="mixture", **settings):
         sizes = dict(num_unroll_steps=4, context_steps=CONTEXT, td_steps=2, num_simulations=12)
         policy = make_policy(**sizes | settings)
         policy.settings.root_prior = RootPriorSettings(weighting="adaptive", anneal_env_steps=100)
+        policy.settings.target_prior = target_prior
         randomise(policy.network, seed=6)
         # Another target network: fresh targets are to come from the present one.
         randomise(policy.target_network, seed=7)
@@ -143,6 +144,22 @@ def test_fresh_targets_are_the_planners_on_the_same_roots(made, root_policy, boo
     np.testing.assert_array_equal(again.policies, stored.policies[:3])
 
 
+@pytest.mark.parametrize("root_policy", ["puct", "gumbel"])
+def test_fresh_targets_have_the_prior_of_the_stored_ones(made, root_policy):
+    policy, buffer, planned = made(
+        stored=lambda output: (output.world_model_target, output.root_value),
+        reanalyse_ratio=1.0,
+        root_policy=root_policy,
+        target_prior="world_model",
+    )
+    batch = buffer.batch_of(np.arange(EPISODES * STEPS), np.ones(EPISODES * STEPS, np.float32))
+    fresh, metrics = policy.reanalyse(batch, 40)
+    np.testing.assert_allclose(fresh.policies, batch.policies, atol=1e-4)
+    assert metrics["reanalyse_kl"] == pytest.approx(0.0, abs=1e-6)
+    apart = [np.abs(p.world_model_target - p.target_policy).max() for p in planned.values()]
+    assert max(apart) > 0.05
+
+
 def test_what_the_present_network_found_itself_stays(made):
     policy, buffer, _ = made(
         stored=lambda output: (output.target_policy, output.root_value),
@@ -198,7 +215,7 @@ def test_each_step_is_searched_once_and_all_in_one_call(made):
     def plan(roots):
         calls.append(len(roots))
         result = SimpleNamespace(target_policy=np.full(3, 1 / 3), value=2.0)
-        return [SimpleNamespace(result=result)] * len(roots)
+        return [SimpleNamespace(result=result, taught=result.target_policy)] * len(roots)
 
     fresh, _ = reanalyse(batch, plan, "sum")
     assert calls == [6]
@@ -219,5 +236,6 @@ def test_the_divergence_by_hand(made, stored, kl):
     batch = buffer.sample(2)
     assert all(isinstance(revisit, Revisit) for revisit in batch.revisits)
     result = SimpleNamespace(target_policy=np.array([0.5, 0.5, 0.0]), value=0.0)
-    plans = [SimpleNamespace(result=result)] * len(batch.revisits)
+    plan = SimpleNamespace(result=result, taught=result.target_policy)
+    plans = [plan] * len(batch.revisits)
     assert reanalyse(batch, lambda roots: plans, "sum")[1]["reanalyse_kl"] == pytest.approx(kl)

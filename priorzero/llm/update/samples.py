@@ -35,8 +35,8 @@ class LLMSample:
             first ones, the marker's behind them were not written.
         thought_ended: whether the LLM itself ended the thought, by writing the marker.
         action_index: which action was executed.
-        target_policy: `[A]` probabilities, what the search would play (no exploration noise);
-            `behaviour` where the LLM played alone.
+        target_policy: `[A]` probabilities, what the search would play (no exploration noise), from
+            the prior that `llm.sft.target_prior` names; `behaviour` where the LLM played alone.
         behaviour: `[A]` probabilities the executed action was drawn from.
         collected_logprobs: `[A]` tuples of token log-probabilities (natural log) the engine gave
             when the action was chosen; None where it did not answer.
@@ -106,12 +106,13 @@ def build_sample(
     if request.reasoning and not thought:
         return None
 
+    target = step.target_policy if step.llm_target is None else step.llm_target
     return LLMSample(
         request=request.with_thought(thought) if thought else request,
         thought_tokens=len(thought),
         thought_logprobs=scores.thought_logprobs if scores is not None else (),
         action_index=step.action_index,
-        target_policy=tuple(float(p) for p in step.target_policy),
+        target_policy=tuple(float(p) for p in target),
         behaviour=tuple(float(p) for p in step.behaviour),
         collected_logprobs=scores.token_logprobs if scores is not None else None,
         policy_version=scores.weights_version if scores is not None else 0,

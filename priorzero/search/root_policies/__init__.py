@@ -17,4 +17,13 @@ the roots, `inner_actions` K: nodes below a root branch over the ids 0..K-1, and
 of exploration noise, None outside collection. What it returns is asked `select` and `expand` by
 turns, once per simulation, and `results` at the end (`priorzero/search/planner.py`); `nodes` is
 asked then of the roots whose tree somebody wants to see.
+
+A root policy whose training target is an operator on the prior may offer it as one,
+
+    def targets(search: SearchTree, priors: Sequence[np.ndarray]) -> list[np.ndarray]
+
+with `search` what its `begin` returned, after the last simulation: the targets `[A]` of the roots
+with `priors[b]`, positive probabilities `[A]`, in the mixture's place. All that the search found
+stays as it is. Without it the settings `policy.target_prior` and `llm.sft.target_prior` must be
+mixture.
 """

@@ -66,6 +66,14 @@ def fused(search: GumbelSearch) -> FusedRule:
     return halving_rule(search.gumbel, search.schedule, search.settings)
 
 
+def targets(search: GumbelSearch, priors: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """See the package. Of the search stays sigma(q^) as a whole, the mixed value in it, which
+    weighs what was tried by the prior that the search drew it from: that is evidence, whoever
+    learns from it. Exchanged is log p alone.
+    """
+    return search.improve(np.concatenate(priors))
+
+
 class GumbelSearch:
     """The tree under sequential halving at the roots and the improved policy below them.
 
@@ -121,6 +129,13 @@ class GumbelSearch:
                 strict=True,
             )
         ]
+
+    def improve(self, prior: np.ndarray) -> list[np.ndarray]:
+        """The improved policy `[A]` of each root, from a `prior` `[M]` of all of them."""
+        root, actions = self.tree.root_statistics(), self._actions
+        logs = actions.spread(np.log(prior), root.prior.shape[1])
+        policy = _softmax(logs + sigma(root, self.settings, self._valid), self._valid)
+        return [p / p.sum() for p in actions.split(actions.gather(policy))]
 
     def _root_rule(self, node: NodeStatistics) -> np.ndarray:
         done = (node.total - 1).astype(np.int64)  # a node's own expansion is its first visit
@@ -203,6 +218,11 @@ def improved_policy(
     node: NodeStatistics, settings: GumbelSettings, valid: np.ndarray
 ) -> np.ndarray:
     """`[B, K]` softmax(log prior + sigma(completed Q)) over `valid`; 0 elsewhere."""
-    logits = np.where(valid, log_prior(node) + sigma(node, settings, valid), -np.inf)
+    return _softmax(log_prior(node) + sigma(node, settings, valid), valid)
+
+
+def _softmax(logits: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """`[B, K]` over `valid`; 0 elsewhere."""
+    logits = np.where(valid, logits, -np.inf)
     p = np.exp(logits - logits.max(axis=1, keepdims=True))
     return p / p.sum(axis=1, keepdims=True)

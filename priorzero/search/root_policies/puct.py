@@ -63,6 +63,13 @@ def fused(search: PuctSearch) -> FusedRule:
     return puct_rule(batch, actions, nodes - 1)
 
 
+def targets(search: PuctSearch, priors: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """See the package. Of the search stay: Q on the scale it was compared on (the node's mean value
+    where an action was not tried), `N` and `c`.
+    """
+    return search.improve(np.concatenate(priors))
+
+
 class PuctSearch:
     """The tree under the PUCT rule.
 
@@ -92,13 +99,19 @@ class PuctSearch:
         visits = actions.split(actions.gather(root.visits))
 
         if self._target == "visits":
-            targets = [visit_shares(counts) for counts in visits]
+            policies = [visit_shares(counts) for counts in visits]
         else:
-            q = actions.pad(actions.gather(normalised_q(root)))
-            factor = exploration_factor(root.total)
-            policies = regularised(actions.pad(self._prior), q, root.total - 1.0, factor)
-            targets = [policy[:n] for policy, n in zip(policies, actions.sizes, strict=True)]
+            policies = self.improve(self._prior)
         return [
-            SearchResult(counts, value, target)
-            for counts, value, target in zip(visits, root.value.tolist(), targets, strict=True)
+            SearchResult(counts, value, policy)
+            for counts, value, policy in zip(visits, root.value.tolist(), policies, strict=True)
         ]
+
+    def improve(self, prior: np.ndarray) -> list[np.ndarray]:
+        """The regularised policy `[A]` of each root, from a `prior` `[M]` of all of them."""
+        assert self._target == "regularised", "visits are no function of a prior"
+        root, actions = self.tree.root_statistics(), self._actions
+        q = actions.pad(actions.gather(normalised_q(root)))
+        factor = exploration_factor(root.total)
+        policies = regularised(actions.pad(prior), q, root.total - 1.0, factor)
+        return [policy[:n] for policy, n in zip(policies, actions.sizes, strict=True)]

@@ -47,6 +47,11 @@ def test_a_sample_is_the_step_in_numbers():
     assert (sample.value_target, sample.predicted_value, sample.advantage) == (4.0, 1.5, 2.5)
 
 
+def test_a_target_of_the_llms_own_comes_before_the_world_models():
+    sample = build_sample(step(llm_target=np.array([0.875, 0.125])), 4.0)
+    assert sample.target_policy == (0.875, 0.125)
+
+
 def test_a_step_without_an_llm_is_none():
     assert build_sample(step(request=None, scores=None), 4.0) is None
 
