@@ -34,9 +34,10 @@ from priorzero.run.metrics import Stopwatch
 from priorzero.run.randomness import generator_state, set_generator_state
 from priorzero.search.roots import SearchOutput
 from priorzero.search.targets import visit_shares
+from priorzero.settings.env import plain_name
 from priorzero.settings.policy import PolicySettings
 from priorzero.text.encoder import SentenceEncoder
-from priorzero.types import PriorZeroError
+from priorzero.types import PriorZeroError, world_text
 from priorzero_policy import PriorZeroPolicy
 
 with quiet_base():
@@ -50,6 +51,8 @@ class _Played:
     before: int
     segments: list[Segment] = field(default_factory=list)
     episodes: list[dict] = field(default_factory=list)  # `info` of each that ended
+    games: list[str] = field(default_factory=list)  # of each of these
+    steps_of: Counter[str] = field(default_factory=Counter)  # environment steps by game
     effects: list[dict[str, float]] = field(default_factory=list)  # `prior_effect` of each decision
     steps: int = 0
     begun: int = 0  # episodes
@@ -69,6 +72,7 @@ class PriorZeroCollector:
         seed: of what is drawn from the LLM where it plays alone.
         watch: where the seconds of each stage are added up.
         recorder: of decisions; None records none.
+        several_games: whether episodes are of several games, which are then told apart.
     """
 
     config = dict(type="priorzero")
@@ -90,6 +94,7 @@ class PriorZeroCollector:
         seed: int,
         watch: Stopwatch | None = None,
         recorder: Recorder | None = None,
+        several_games: bool = False,
     ) -> None:
         self._settings, self._policy, self._envs = settings, policy, envs
         self._encoder, self._prior = encoder, prior
@@ -97,6 +102,7 @@ class PriorZeroCollector:
         self._rng = np.random.default_rng(seed)
         self.watch = watch or Stopwatch()
         self._recorder = recorder
+        self._several_games = several_games
         self.counters: Counter[str] = Counter()
         self._slots: dict[int, Slot] = {}  # by environment
         self._episodes = 0
@@ -145,7 +151,7 @@ class PriorZeroCollector:
         return CollectResult(
             played.segments,
             played.steps,
-            _episode_metrics(played),
+            _episode_metrics(played) | (_by_game(played) if self._several_games else {}),
             _means(played.effects),
             begun=played.begun,
             running=len(self._slots),
@@ -205,9 +211,12 @@ class PriorZeroCollector:
             goal=env.game.goal,
             history_length=self._history_length,
             context_steps=self._settings.context_steps,
+            game=plain_name(env.game.env_id) if self._several_games else "",
         )
         if self._recorder is not None:
-            slot.tape = self._recorder.collection(episode_id, env.episode_seed)
+            slot.tape = self._recorder.collection(
+                episode_id, game=env.game.env_id, seed=env.episode_seed
+            )
         return slot
 
     async def _begin(
@@ -224,20 +233,24 @@ class PriorZeroCollector:
         """New episodes in these environments."""
         with self.watch("env"):
             first = await asyncio.to_thread(self._envs.reset, list(env_ids))
-        texts = [observation["text"] for observation in first.values()]
+        begun = [
+            self._new_slot(env_id, self._episodes + number, observation)
+            for number, (env_id, observation) in enumerate(first.items())
+        ]
+        self._episodes += len(begun)
+        texts = [slot.world_text for slot in begun]
         vectors = await asyncio.to_thread(self._encoder.encode, texts)
 
-        for (env_id, observation), vector in zip(first.items(), vectors, strict=True):
-            slot = self._new_slot(env_id, self._episodes, observation)
+        for slot, vector in zip(begun, vectors, strict=True):
             slot.see(vector)
             slot.segment = self._new_segment(slot)
-            self._slots[env_id] = slot
-            self._episodes += 1
+            self._slots[slot.env_id] = slot
 
     def _new_segment(self, slot: Slot) -> Segment:
         last, reach = slot.segment, self._settings.context_steps - 1
         before = last.history(len(last), reach) if last is not None else ()
-        return Segment(slot.env_id, slot.episode_id, self._settings.game_segment_length, before)
+        length = self._settings.game_segment_length
+        return Segment(slot.env_id, slot.episode_id, length, before, slot.game)
 
     async def _decide(self, slots: Sequence[Slot], player: Player) -> list[Decision]:
         """Decisions with what the LLM is asked and, where it is asked, its scores."""
@@ -310,7 +323,7 @@ class PriorZeroCollector:
         with self.watch("env"):
             timesteps = await asyncio.to_thread(self._envs.step, chosen)
         with self.watch("encode"):
-            texts = [timesteps[slot.env_id].obs["text"] for slot in slots]
+            texts = [world_text(timesteps[s.env_id].obs["text"], s.game) for s in slots]
             vectors = await asyncio.to_thread(self._encoder.encode, texts)
 
         ended = []
@@ -322,6 +335,7 @@ class PriorZeroCollector:
                 names = self._policy.vocabulary.action_of
                 slot.tape.write(slot.timestep, moment, decision.valid_ids, names, env_steps=now)
             played.steps += 1
+            played.steps_of[slot.game] += 1
             if outcome.info["done_kind"] == "hang":
                 # The next state is unknown: what was played before stands, this step does not enter
                 # the data.
@@ -333,6 +347,7 @@ class PriorZeroCollector:
                 ended.append(slot.env_id)
                 del self._slots[slot.env_id]
                 played.episodes.append(outcome.info)
+                played.games.append(slot.game)
             if len(slot.segment) and (outcome.done or slot.segment.is_full()):
                 played.segments.append(slot.segment)
                 if not outcome.done:
@@ -424,6 +439,30 @@ def _episode_metrics(played: _Played) -> dict[str, float]:
         "episode_length": float(np.mean([info["steps"] for info in played.episodes])),
         **{f"episodes_{k}": float(kinds[k]) for k in ("terminated", "truncated", "hang")},
     }
+
+
+def _by_game(played: _Played) -> dict[str, float]:
+    """What each game was played for, and the ended episodes' figures by game; `score_share` is the
+    mean over the games too.
+    """
+    metrics = {f"{game}/steps": float(steps) for game, steps in sorted(played.steps_of.items())}
+    shares = {}
+    for game in sorted(set(played.games)):
+        ended = [i for i, of in zip(played.episodes, played.games, strict=True) if of == game]
+        returns = [info["eval_episode_return"] for info in ended]
+        metrics |= {
+            f"{game}/episodes": float(len(ended)),
+            f"{game}/episode_return_mean": float(np.mean(returns)),
+            f"{game}/episode_return_max": float(np.max(returns)),
+            f"{game}/episode_length": float(np.mean([info["steps"] for info in ended])),
+        }
+        top = ended[0]["max_score"]
+        if top is not None and top > 0:
+            shares[game] = float(np.mean([info["score"] for info in ended])) / top
+            metrics[f"{game}/score_share"] = shares[game]
+    if shares:
+        metrics["score_share"] = float(np.mean(list(shares.values())))
+    return metrics
 
 
 def _entropy(p: np.ndarray) -> float:
