@@ -344,12 +344,8 @@ class TextGameEnv(BaseEnv):
         if state["commands"] is None:
             return None
 
-        was = state.get("game", self._game.env_id)  # older checkpoints do not tell
         try:
-            if was != self._game.env_id:
-                obs, why = None, f"it is of {was}"
-            else:
-                obs, why = self._retype(state)
+            obs, why = self._retype(state)
         except WorkerFault as fault:
             self._count_fault(fault, "the replay of a saved episode")
             obs, why = None, str(fault)

@@ -5,6 +5,7 @@ From an asyncio loop: `timesteps = await asyncio.to_thread(group.step, {env_id: 
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +18,8 @@ from priorzero.games.env import TextGameEnv
 from priorzero.games.records import GameSpec
 from priorzero.games.rota import Rota
 from priorzero.types import PriorZeroError
+
+logger = logging.getLogger(__name__)
 
 
 class GameEnvGroup:
@@ -100,13 +103,24 @@ class GameEnvGroup:
             present observations by env id, of the episodes that came back.
         """
         pairs = list(zip(self.envs, states, strict=False))
-        if self._rota is not None:
-            for env, state in pairs:
-                if (game := self._rota.named(state.get("game", ""))) is not None:
-                    env.play(game)
-        futures = {i: self._pool.submit(env.replay, state) for i, (env, state) in enumerate(pairs)}
+        futures = {
+            i: self._pool.submit(self._replay, env, state) for i, (env, state) in enumerate(pairs)
+        }
         answers = _gather("replay", futures)
         return {i: answer for i, answer in answers.items() if answer is not None}
+
+    def _replay(self, env: TextGameEnv, state: dict[str, Any]) -> dict[str, Any] | None:
+        if self._rota is not None:
+            game = self._rota.named(state.get("game", ""))
+            if game is None:
+                logger.warning(
+                    "a saved episode of %s, which is not played any more, ends here, as truncated",
+                    state.get("game", "another run"),
+                )
+                state = {**state, "commands": None}
+            else:
+                env.play(game)
+        return env.replay(state)
 
     def stats(self) -> dict[str, float]:
         """Sums of the environments' counters, with those of what lists ahead for them."""
