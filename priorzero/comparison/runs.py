@@ -134,9 +134,10 @@ def _read_run(folder: Path, metric: str | None) -> Iterator[Run]:
 
     # The settings may say "auto"; the summary knows what it was.
     known = summary.get("games", [summary["game"]] if "game" in summary else played)
-    for game, own in _headings(known, _evaluated(env, summary, known), metric).items():
+    headings = _headings(known, _evaluated(env, summary, known), metric)
+    for number, (game, own) in enumerate(headings.items()):
         points = tuple(_points(folder, summary, own))
-        if points or own == metric:
+        if points or number == 0:
             yield Run(folder, game, seed, flat, own, points, variant)
 
 
@@ -148,17 +149,19 @@ def _evaluated(
 
 
 def _headings(played: Sequence[str], evaluated: Sequence[str], metric: str) -> dict[str, str]:
-    """What a run is told under -> the metric's name there: all games that it is over, and where it
-    is of several, each of them.
+    """What a run is told under -> the metric's name there: first all games together, then, where
+    there are several, each of them.
 
     Args:
         played: games trained on. evaluated: games evaluated.
     """
     namespace, _, name = metric.partition("/")
     told = evaluated if namespace == "eval" else played
-    together = [game for game in told if game in played] or list(told)
+    together = in_words([game for game in told if game in played] or list(told))
+    if len(told) < 2:
+        return {together: metric}
     each = {game: f"{namespace}/{plain_name(game)}/{name}" for game in told}
-    return each | {in_words(together): metric} if len(told) > 1 else {together[0]: metric}
+    return {together: metric} | each
 
 
 def _as_list(env_id: str | list[str]) -> list[str]:

@@ -37,10 +37,10 @@ class CollectResult:
 class EvalResult:
     """Episodes of one mode.
 
-    returns, scores, lengths, kinds: `[n]`, one per episode, of several games one after the other.
-    max_score: of the game, or nan where it is unknown, or where there are several. by_game: the
-    results of each game by its plain name; empty where there is one. judged_by: names of those
-    games that are told together and judge the checkpoint.
+    returns, scores, lengths, kinds: `[n]`, one per episode; of several games of those that are told
+    together, one after the other. max_score: of the game, or nan where it is unknown, or where
+    there are several. by_game: the results of each game by its plain name; empty where there is
+    one. judged_by: names of those games that judge the checkpoint.
     """
 
     mode: str
@@ -56,7 +56,7 @@ class EvalResult:
         """Of one game `MODE/figure` for each of `figures`.
 
         Of several games `GAME/MODE/figure` too. `MODE/figure` is then over the games that judge,
-        `unseen/MODE/figure` over the others; where there is one kind alone, it is `MODE/figure`.
+        `unseen/MODE/figure` over the others; where none judges, `MODE/figure` is over all.
         """
         if not self.by_game:
             return {f"{self.mode}/{name}": value for name, value in self.figures().items()}
@@ -123,8 +123,9 @@ def _together(games: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def joined(mode: str, games: Mapping[str, EvalResult], judged_by: Collection[str]) -> EvalResult:
     """The results of several games in one mode, by plain name, as one."""
+    together = [one for game, one in games.items() if game in judged_by] or list(games.values())
     columns = {
-        name: tuple(chain.from_iterable(getattr(one, name) for one in games.values()))
+        name: tuple(chain.from_iterable(getattr(one, name) for one in together))
         for name in ("returns", "scores", "lengths", "kinds")
     }
     return EvalResult(

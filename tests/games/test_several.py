@@ -1,4 +1,4 @@
-"""Several games in one run: their names, the suite, whose turn it is, and episodes that come back."""
+"""Several games in one run: their names, the suite, whose turn it is, episodes that come back."""
 
 from __future__ import annotations
 
