@@ -124,13 +124,26 @@ async def test_one_game_is_told_as_it_was(make):
 
 
 @pytest.mark.parametrize("mode", ["world_model_llm", "random"])
-async def test_each_game_is_evaluated_as_if_it_were_alone(make, mode):
-    both = await evaluator(make).player.evaluate(mode, 3, 0, "it")
+async def test_each_game_is_evaluated_as_if_it_were_alone(make, mode, tmp_path):
+    """Seeds, draws and results."""
+    made = [evaluator(make)]
+    both = await made[0].player.evaluate(mode, 3, 0, "both")
     for game in GAMES:
-        alone = await evaluator(make, games=(game,)).player.evaluate(mode, 3, 0, "it")
+        made.append(evaluator(make, games=(game,)))
+        alone = await made[-1].player.evaluate(mode, 3, 0, "alone")
         name = game.env_id.removesuffix(".z5")
         assert both.by_game[name] == alone.by_game[name]
         assert alone.by_game[name].lengths == (LENGTHS[game.env_id],) * 3
+
+    for one in made:
+        one.recorder.close()
+    played = {
+        episode.name: [(step["seed"], step["commands"][step["chosen"]]) for step in episode.steps]
+        for episode in read_episodes(tmp_path)
+    }
+    for name, moves in played.items():
+        assert moves == played[name.replace("both", "alone")]
+    assert len(played) == 2 * 2 * 3
     assert both.returns == (6,) * 3 + (15,) * 3 and both.lengths == (3,) * 3 + (5,) * 3
 
 
