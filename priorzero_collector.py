@@ -35,9 +35,10 @@ from priorzero.run.metrics import Stopwatch
 from priorzero.run.randomness import generator_state, set_generator_state
 from priorzero.search.roots import SearchOutput
 from priorzero.search.targets import visit_shares
+from priorzero.settings.env import plain_name
 from priorzero.settings.policy import PolicySettings
 from priorzero.text.encoder import SentenceEncoder
-from priorzero.types import PriorZeroError
+from priorzero.types import PriorZeroError, world_text
 from priorzero_policy import PriorZeroPolicy
 
 with quiet_base():
@@ -52,6 +53,8 @@ class _Played:
     segments: list[Segment] = field(default_factory=list)
     episodes: list[Ended] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)  # steps at which episodes began that did late
+    games: list[str] = field(default_factory=list)  # of each that ended
+    steps_of: Counter[str] = field(default_factory=Counter)  # environment steps by game
     effects: list[dict[str, float]] = field(default_factory=list)  # `prior_effect` of each decision
     steps: int = 0
     begun: int = 0  # episodes
@@ -72,6 +75,7 @@ class PriorZeroCollector:
         llm_target_prior: the prior in the targets that the LLM learns from.
         watch: where the seconds of each stage are added up.
         recorder: of decisions; None records none.
+        several_games: whether episodes are of several games, which are then told apart.
     """
 
     config = dict(type="priorzero")
@@ -94,6 +98,7 @@ class PriorZeroCollector:
         llm_target_prior: str = "mixture",
         watch: Stopwatch | None = None,
         recorder: Recorder | None = None,
+        several_games: bool = False,
     ) -> None:
         self._settings, self._policy, self._envs = settings, policy, envs
         self._encoder, self._prior = encoder, prior
@@ -102,6 +107,7 @@ class PriorZeroCollector:
         self._rng = np.random.default_rng(seed)
         self.watch = watch or Stopwatch()
         self._recorder = recorder
+        self._several_games = several_games
         self.counters: Counter[str] = Counter()
         self._slots: dict[int, Slot] = {}  # by environment
         self._episodes = 0
@@ -153,6 +159,8 @@ class PriorZeroCollector:
             await self._begin(ended, played, new_episodes)
 
         metrics = _episode_metrics(played)
+        if self._several_games:
+            metrics |= _by_game(played)
         if self._restarts is not None:
             metrics |= self._restarts.metrics(played.depths, played.episodes)
         return CollectResult(
@@ -227,9 +235,12 @@ class PriorZeroCollector:
             goal=env.game.goal,
             history_length=self._history_length,
             context_steps=self._settings.context_steps,
+            game=plain_name(env.game.env_id) if self._several_games else "",
         )
         if self._recorder is not None:
-            slot.tape = self._recorder.collection(episode_id, env.episode_seed)
+            slot.tape = self._recorder.collection(
+                episode_id, game=env.game.env_id, seed=env.episode_seed
+            )
         return slot
 
     async def _begin(
@@ -252,25 +263,29 @@ class PriorZeroCollector:
             fresh = [env_id for env_id in env_ids if env_id not in begun]
             if fresh:
                 first |= await asyncio.to_thread(self._envs.reset, fresh)
-        texts = [first[env_id]["text"] for env_id in env_ids]
+        slots = [
+            self._new_slot(env_id, self._episodes + number, first[env_id])
+            for number, env_id in enumerate(env_ids)
+        ]
+        self._episodes += len(slots)
+        texts = [slot.world_text for slot in slots]
         vectors = await asyncio.to_thread(self._encoder.encode, texts)
 
-        for env_id, vector in zip(env_ids, vectors, strict=True):
-            slot = self._new_slot(env_id, self._episodes, first[env_id])
-            if env_id in begun:
-                slot.begin_at(begun[env_id].place, vector)
+        for slot, vector in zip(slots, vectors, strict=True):
+            if slot.env_id in begun:
+                slot.begin_at(begun[slot.env_id].place, vector)
                 slot.tape = None  # a record tells an episode from its first step on
                 played.depths.append(slot.timestep)
             else:
                 slot.see(vector)
             slot.segment = self._new_segment(slot)
-            self._slots[env_id] = slot
-            self._episodes += 1
+            self._slots[slot.env_id] = slot
 
     def _new_segment(self, slot: Slot) -> Segment:
         last, reach = slot.segment, self._settings.context_steps - 1
         before = last.history(len(last), reach) if last is not None else slot.before
-        return Segment(slot.env_id, slot.episode_id, self._settings.game_segment_length, before)
+        length = self._settings.game_segment_length
+        return Segment(slot.env_id, slot.episode_id, length, before, slot.game)
 
     async def _decide(self, slots: Sequence[Slot], player: Player) -> list[Decision]:
         """Decisions with what the LLM is asked and, where it is asked, its scores."""
@@ -346,7 +361,7 @@ class PriorZeroCollector:
         with self.watch("env"):
             timesteps = await asyncio.to_thread(self._envs.step, chosen)
         with self.watch("encode"):
-            texts = [timesteps[slot.env_id].obs["text"] for slot in slots]
+            texts = [world_text(timesteps[s.env_id].obs["text"], s.game) for s in slots]
             vectors = await asyncio.to_thread(self._encoder.encode, texts)
 
         ended = []
@@ -358,6 +373,7 @@ class PriorZeroCollector:
                 names = self._policy.vocabulary.action_of
                 slot.tape.write(slot.timestep, moment, decision.valid_ids, names, env_steps=now)
             played.steps += 1
+            played.steps_of[slot.game] += 1
             if outcome.info["done_kind"] == "hang":
                 # The next state is unknown: what was played before stands, this step does not enter
                 # the data.
@@ -369,6 +385,7 @@ class PriorZeroCollector:
                 ended.append(slot.env_id)
                 del self._slots[slot.env_id]
                 played.episodes.append(Ended(outcome.info, slot.began))
+                played.games.append(slot.game)
             elif self._restarts is not None:
                 self._restarts.remember(slot, self._envs.envs[slot.env_id])
             if len(slot.segment) and (outcome.done or slot.segment.is_full()):
@@ -467,6 +484,31 @@ def _episode_metrics(played: _Played) -> dict[str, float]:
         "episode_return_max": float(np.max(returns)),
         "episode_length": float(np.mean([info["steps"] for info in whole])),
     }
+
+
+def _by_game(played: _Played) -> dict[str, float]:
+    """What each game was played for, and the ended episodes' figures by game; `score_share` is the
+    mean over the games too.
+    """
+    metrics = {f"{game}/steps": float(steps) for game, steps in sorted(played.steps_of.items())}
+    shares = {}
+    for game in sorted(set(played.games)):
+        episodes = zip(played.episodes, played.games, strict=True)
+        ended = [episode.info for episode, of in episodes if of == game]
+        returns = [info["eval_episode_return"] for info in ended]
+        metrics |= {
+            f"{game}/episodes": float(len(ended)),
+            f"{game}/episode_return_mean": float(np.mean(returns)),
+            f"{game}/episode_return_max": float(np.max(returns)),
+            f"{game}/episode_length": float(np.mean([info["steps"] for info in ended])),
+        }
+        top = ended[0]["max_score"]
+        if top is not None and top > 0:
+            shares[game] = float(np.mean([info["score"] for info in ended])) / top
+            metrics[f"{game}/score_share"] = shares[game]
+    if shares:
+        metrics["score_share"] = float(np.mean(list(shares.values())))
+    return metrics
 
 
 def _entropy(p: np.ndarray) -> float:

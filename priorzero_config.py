@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from priorzero import plugins
+from priorzero.settings.env import run_name
 from priorzero.settings.experiment import ExperimentSettings
 from priorzero.settings.llm import GROUP_ADVANTAGES, LLMSettings
 from priorzero.settings.record import overlay, require
@@ -144,7 +145,7 @@ CREATE = dict(
 
 
 def get_priorzero_config(
-    env_id: str = "auto",
+    env_id: str | list[str] = "auto",
     seed: int = 0,
     exp_name: str | None = None,
     enable_llm: bool = True,
@@ -189,7 +190,7 @@ def get_priorzero_config(
 
 
 def get_priorzero_config_for_quick_test(
-    env_id: str = "auto", seed: int = 0, **settings: Any
+    env_id: str | list[str] = "auto", seed: int = 0, **settings: Any
 ) -> tuple[ExperimentSettings, dict[str, Any]]:
     """`get_priorzero_config` in debug mode."""
     return get_priorzero_config(env_id=env_id, seed=seed, debug_mode=True, **settings)
@@ -219,12 +220,11 @@ def _refuse_rft(presets: Mapping[str, Preset]) -> None:
 
 def _default_name(settings: ExperimentSettings, debug: bool) -> str:
     """Game, method and seed as a folder's name."""
-    stem = settings.env.env_id.replace("\\", "/").rsplit("/", 1)[-1].rsplit(".z", 1)[0]
-    game = "".join(c if c.isalnum() or c in "-_" else "-" for c in stem)
+    games = run_name(settings.env.env_id)
     method = "priorzero" if settings.llm.enable else "unizero"
     if settings.llm.enable and settings.llm.rft.relative:
         method = "llmonly"
-    return f"{game}_{method}{'_debug' if debug else ''}_seed{settings.seed}"
+    return f"{games}_{method}{'_debug' if debug else ''}_seed{settings.seed}"
 
 
 class HybridTrainingConfig:
@@ -308,7 +308,7 @@ class HybridTrainingConfig:
 
     def __init__(
         self,
-        env_id: str = "auto",
+        env_id: str | list[str] = "auto",
         seed: int = 0,
         exp_name: str | None = None,
         enable_llm: bool = True,

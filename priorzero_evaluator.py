@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +19,14 @@ import numpy as np
 
 from priorzero.decisions.recorder import Recorder
 from priorzero.games.group import GameEnvGroup
+from priorzero.games.records import GameSpec
 from priorzero.llm.prior import LLMPrior
 from priorzero.play.players import llm_policy
-from priorzero.play.results import EvalResult
+from priorzero.play.results import EvalResult, joined
 from priorzero.play.slot import Decision, Slot, decide
 from priorzero.run.metrics import Stopwatch
 from priorzero.search.roots import SearchOutput
+from priorzero.settings.env import plain_name
 from priorzero.settings.evaluation import LLM_MODES, MODES
 from priorzero.settings.policy import PolicySettings
 from priorzero.text.encoder import SentenceEncoder
@@ -66,6 +68,11 @@ class PriorZeroEvaluator:
             from visit counts ** (1 / temperature) (LLM alone: from softmax(log p / temperature)).
         transcripts: folder the episodes are written to, or None.
         recorder: of decisions; None records none.
+        games: what is played, one after the other; None: the one that the environments have, which
+            is the one that training has.
+        judged_by: plain names of those of `games` whose results are told together, and tell which
+            checkpoint is best.
+        several_games: whether training is of several games, which are then told apart.
     """
 
     def __init__(
@@ -82,6 +89,9 @@ class PriorZeroEvaluator:
         transcripts: Path | None,
         watch: Stopwatch | None = None,
         recorder: Recorder | None = None,
+        games: Sequence[GameSpec] | None = None,
+        judged_by: Collection[str] = (),
+        several_games: bool = False,
     ) -> None:
         self._settings, self._policy, self._envs = settings, policy, envs
         self._encoder, self._prior = encoder, prior
@@ -89,6 +99,8 @@ class PriorZeroEvaluator:
         self._seed, self._temperature = seed, temperature
         self._transcripts = transcripts
         self._recorder = recorder
+        self._games, self._judged_by = games, frozenset(judged_by)
+        self._several_games = several_games
         self.watch = watch or Stopwatch()
 
     def playing(self, policy: PriorZeroPolicy) -> PriorZeroEvaluator:
@@ -102,8 +114,8 @@ class PriorZeroEvaluator:
     async def evaluate(
         self, mode: str, episodes: int, env_steps: int, label: str = ""
     ) -> EvalResult:
-        """Play `episodes` episodes in `mode`. Every call plays the same episode seeds, so calls can
-        be compared.
+        """Play `episodes` episodes of each game in `mode`. Every call plays the same episode seeds,
+        so calls can be compared; so can those of a run of one game and of one that has more.
 
         Args:
             env_steps: of the training so far, for the mixture's schedule.
@@ -115,21 +127,45 @@ class PriorZeroEvaluator:
         assert mode in MODES, f"evaluation mode {mode!r} is unknown; there are {MODES}"
         assert mode not in LLM_MODES or self._prior is not None, f"{mode} needs an LLM"
 
+        if self._games is None:
+            return await self._one_game(mode, episodes, env_steps, label)
+
+        results = {}
+        for game in self._games:
+            await asyncio.to_thread(self._envs.play, game)
+            name = plain_name(game.env_id)
+            results[name] = await self._one_game(mode, episodes, env_steps, label, name)
+        return joined(mode, results, self._judged_by)
+
+    async def _one_game(
+        self, mode: str, episodes: int, env_steps: int, label: str, part: str = ""
+    ) -> EvalResult:
+        """See `evaluate`.
+
+        Args:
+            part: plain name of the game, where several are played.
+        """
         self._envs.seed(self._seed)
         rng = np.random.default_rng((self._seed, env_steps))
 
         with self._policy.guests():
-            done = await self._play(mode, episodes, env_steps, rng, label)
+            done = await self._play(mode, episodes, env_steps, rng, label, part)
 
         if self._recorder is not None:
             self._recorder.flush()
-        self._write_transcripts(f"{label}_{mode}", done)
+        self._write_transcripts("_".join(filter(None, (label, mode, part))), done)
         return _result(mode, [episode.info for episode in done])
 
     async def _play(
-        self, mode: str, episodes: int, env_steps: int, rng: np.random.Generator, label: str
+        self,
+        mode: str,
+        episodes: int,
+        env_steps: int,
+        rng: np.random.Generator,
+        label: str,
+        part: str,
     ) -> list[_Episode]:
-        """Whole episodes, in the order in which they end."""
+        """Whole episodes of the game that the environments have, in the order in which they end."""
         slots: dict[int, Slot] = {}  # by environment
         done: list[_Episode] = []
         started = 0
@@ -140,7 +176,13 @@ class PriorZeroEvaluator:
                 if self._recorder is not None:
                     for number, slot in enumerate(new.values(), started):
                         slot.tape = self._recorder.evaluation(
-                            label, mode, number, slot.episode_id, env_steps
+                            label,
+                            mode,
+                            number,
+                            game=self._envs.envs[slot.env_id].game.env_id,
+                            seed=slot.episode_id,
+                            env_steps=env_steps,
+                            part=part,
                         )
                 slots |= new
                 started += len(idle)
@@ -182,6 +224,7 @@ class PriorZeroEvaluator:
                 goal=env.game.goal,
                 history_length=self._history_length,
                 context_steps=self._settings.context_steps,
+                game=plain_name(env.game.env_id) if self._several_games else "",
             )
             slot.transcript = [f"[{env.game.env_id}, episode seed {env.episode_seed}]", ""]
             slots[env_id] = slot
@@ -222,7 +265,7 @@ class PriorZeroEvaluator:
         return [_planned(decision, plan) for decision, plan in zip(due, plans, strict=True)]
 
     def _decide(self, slots: Sequence[Slot]) -> list[Decision]:
-        vectors = self._encoder.encode([slot.observation["text"] for slot in slots])
+        vectors = self._encoder.encode([slot.world_text for slot in slots])
         for slot, vector in zip(slots, vectors, strict=True):
             slot.see(vector)
         return decide(slots, self._policy.register_actions)

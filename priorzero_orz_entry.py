@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from priorzero.games.catalogue import resolve_game
+from priorzero.games.catalogue import resolve_games
 from priorzero.quiet import quiet_base
 from priorzero.run.cli import calm_openmp, option_parser
 from priorzero.run.experiment import set_aside
@@ -31,6 +31,7 @@ from priorzero.run.logs import setup_logging
 from priorzero.run.orz import orz_status
 from priorzero.run.report import banner
 from priorzero.run.signals import StopRequest
+from priorzero.settings.env import one_or_several, plain_name, split_games
 from priorzero.settings.record import merge, parse_assignment
 from priorzero.types import PriorZeroError
 from priorzero_config import PRESETS, SCHEDULE, HybridTrainingConfig
@@ -93,7 +94,10 @@ async def build(config: HybridTrainingConfig, eval_only: bool = False) -> Parts:
     """
     settings, folder = config.priorzero_cfg, Path(config.priorzero_cfg.exp_name)
     # Before the imports: a wrong name should not cost the seconds they take.
-    game = resolve_game(settings.env.env_id, settings.env.games_dir)
+    games = resolve_games(settings.env.env_id, settings.env.games_dir)
+    eval_games = games
+    if settings.env.eval_env_id is not None:
+        eval_games = resolve_games(settings.env.eval_env_id, settings.env.games_dir)
 
     with quiet_base():
         from ding.envs import get_vec_env_setting
@@ -103,6 +107,7 @@ async def build(config: HybridTrainingConfig, eval_only: bool = False) -> Parts:
     from priorzero.data.archive import SegmentArchive
     from priorzero.decisions.recorder import Recorder
     from priorzero.games.group import GameEnvGroup
+    from priorzero.games.rota import Rota
     from priorzero.lightzero import compile_priorzero
     from priorzero.llm.build import build_llm
     from priorzero.loop.parts import Parts
@@ -150,10 +155,17 @@ async def build(config: HybridTrainingConfig, eval_only: bool = False) -> Parts:
             opened.push_async_callback(_close, llm.trainer)
             opened.push_async_callback(_close, llm.engine)
 
-        # The players, each with environments of its own.
+        # The players, each with environments of its own, which begin with the first game.
         make_env, collect_cfgs, eval_cfgs = get_vec_env_setting(compiled.env)
+        for cfgs, own in ((collect_cfgs, games), (eval_cfgs, eval_games)):
+            for cfg in cfgs:
+                cfg.env_id = own[0].env_id
+        rota = None
+        if len(games) > 1:
+            weights = settings.env.game_weights
+            rota = Rota(games, len(collect_cfgs), weights=weights, seed=settings.seed)
         collect_envs = GameEnvGroup(
-            [partial(make_env, cfg=cfg) for cfg in collect_cfgs], seed=settings.seed
+            [partial(make_env, cfg=cfg) for cfg in collect_cfgs], seed=settings.seed, rota=rota
         )
         opened.push_async_callback(_close, collect_envs)
         eval_envs = GameEnvGroup(
@@ -164,7 +176,6 @@ async def build(config: HybridTrainingConfig, eval_only: bool = False) -> Parts:
         recorder = Recorder(
             folder / "decisions",
             settings.decisions,
-            game=game.env_id,
             reduction=settings.policy.root_prior.reduction,
             decode=llm.engine.tokeniser.decode if llm is not None else None,
             again=eval_only,
@@ -184,7 +195,15 @@ async def build(config: HybridTrainingConfig, eval_only: bool = False) -> Parts:
             llm_target_prior=settings.llm.sft.target_prior,
             watch=watch,
             recorder=recorder,
+            several_games=settings.env.several,
         )
+        trained_on = {plain_name(g.env_id) for g in eval_games if g in games}
+        if not trained_on:
+            logger.warning(
+                "env.eval_env_id %s names no game that is trained on: no checkpoint will be marked "
+                "as the best, and --checkpoint best finds none",
+                settings.env.eval_env_id,
+            )
         evaluator = PriorZeroEvaluator(
             settings.policy,
             policy,
@@ -197,13 +216,17 @@ async def build(config: HybridTrainingConfig, eval_only: bool = False) -> Parts:
             transcripts=folder / "transcripts" if settings.eval.transcripts else None,
             watch=watch,
             recorder=recorder,
+            games=eval_games if settings.env.several or eval_games != games else None,
+            judged_by=trained_on,
+            several_games=settings.env.several,
         )
 
         logger.info(
             banner(
                 config,
                 folder=folder,
-                game=game,
+                games=games,
+                eval_games=eval_games,
                 llm=llm.name if llm is not None else "none (pure UniZero)",
                 device=device,
                 parameters=sum(p.numel() for p in policy.network.parameters()),
@@ -216,7 +239,8 @@ async def build(config: HybridTrainingConfig, eval_only: bool = False) -> Parts:
             folder=folder,
             eval_only=eval_only,
             device=device,
-            game=game,
+            games=games,
+            eval_games=eval_games,
             encoder=encoder,
             policy=policy,
             buffer=buffer,
@@ -265,6 +289,7 @@ def config_from(args: argparse.Namespace, debug_mode: bool) -> HybridTrainingCon
         ("policy.device", args.device),
         ("llm.required", args.llm_required or None),
         ("metrics.wandb", args.wandb),
+        ("env.eval_env_id", args.eval_env_id and _games(args.eval_env_id)),
     ):
         if value is not None:
             layers.append(parse_assignment(f"{path}={json.dumps(value)}"))
@@ -274,7 +299,7 @@ def config_from(args: argparse.Namespace, debug_mode: bool) -> HybridTrainingCon
     schedule = {name: value for name, value in given.items() if value is not None}
 
     return HybridTrainingConfig(
-        env_id=args.env_id,
+        env_id=_games(args.env_id),
         seed=args.seed,
         exp_name=args.exp_name,
         enable_llm=not args.no_llm,
@@ -284,6 +309,11 @@ def config_from(args: argparse.Namespace, debug_mode: bool) -> HybridTrainingCon
         overrides=merge(*layers),
         **schedule,
     )
+
+
+def _games(words: list[str]) -> str | list[str]:
+    """Games as `--env-id` has them: words, each of which may name several."""
+    return one_or_several([game for word in words for game in split_games(word)])
 
 
 async def main(arguments: list[str] | None = None) -> int:

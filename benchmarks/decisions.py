@@ -104,7 +104,6 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
             decode = parts.llm.engine.tokeniser.decode if parts.llm is not None else None
             make = dict(
                 settings=parts.settings.decisions,
-                game=args.env_id,
                 reduction=parts.settings.policy.root_prior.reduction,
                 decode=decode,
             )

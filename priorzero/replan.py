@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from priorzero.run.cli import calm_openmp
 from priorzero.run.logs import setup_logging
+from priorzero.settings.env import plain_name
 from priorzero.settings.record import parse_assignment
-from priorzero.types import HistoryItem, PriorZeroError, TextState
+from priorzero.types import HistoryItem, PriorZeroError, TextState, world_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -126,7 +127,8 @@ async def replan(
 
     # The root looks back on as many real steps as it did then.
     past = found.steps[max(step + 1 - settings.policy.context_steps, 0) : step + 1]
-    observations = agent.encode([one["text"] for one in past])
+    game = plain_name(record["game"]) if settings.env.several else ""
+    observations = agent.encode([world_text(one["text"], game) for one in past])
     actions = [agent.ids(one["commands"])[one["chosen"]] for one in past[:-1]]
     valid_ids = agent.ids(record["commands"])
     if None in valid_ids:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from priorzero.run.cli import calm_openmp
 from priorzero.run.logs import setup_logging
+from priorzero.settings.env import SUITE, plain_name
 from priorzero.settings.record import parse_assignment, require
 from priorzero.types import PriorZeroError
 
@@ -58,6 +59,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         "--checkpoint", default="latest", help="latest, best or a checkpoint folder's name"
     )
     parser.add_argument("--no-llm", action="store_true", help="advice of the world model alone")
+    parser.add_argument("--game", help="which game, as --env-id takes it; default: the run's first")
     parser.add_argument("--seed", type=int, help="of the episode; default: the run's")
     parser.add_argument(
         "--set",
@@ -103,6 +105,7 @@ class Session:
         history_length: past steps the LLM may see.
         env_steps: of the training, for the mixture's schedule.
         tell: where the text goes.
+        game: plain name of the game where the run plays several; else empty.
     """
 
     def __init__(
@@ -114,10 +117,11 @@ class Session:
         history_length: int,
         env_steps: int,
         tell: Callable[[str], None],
+        game: str = "",
     ) -> None:
         self._env, self._agent, self._prior = env, agent, prior
         self._history_length, self._env_steps = history_length, env_steps
-        self._tell = tell
+        self._tell, self._game = tell, game
 
     async def play(self, lines: Iterator[str]) -> None:
         """Play until the game ends, or the lines do.
@@ -156,13 +160,14 @@ class Session:
             goal=self._env.game.goal,
             history_length=self._history_length,
             context_steps=self._agent.settings.context_steps,
+            game=self._game,
         )
 
     async def _advise(self, slot: Slot) -> Advice:
         """Plan as an evaluation does."""
         from priorzero.play.slot import decide
 
-        slot.see(self._agent.encode([slot.observation["text"]])[0])
+        slot.see(self._agent.encode([slot.world_text])[0])
         (decision,) = decide([slot], self._agent.ids)
         if self._prior is not None:
             (decision.request,) = self._prior.requests([decision.state], [decision.valid_actions])
@@ -292,8 +297,10 @@ async def play(args: argparse.Namespace) -> None:
     settings = read_settings(args.run, *(parse_assignment(one) for one in args.assignments))
     saved = read_checkpoint(args.run, args.checkpoint, settings)
     seed = settings.seed if args.seed is None else args.seed
-    # "auto" may find another game here than it did there.
-    game = saved.meta["game"] if settings.env.env_id == "auto" else settings.env.env_id
+    game = args.game or settings.env.env_id
+    if not isinstance(game, str) or game in ("auto", SUITE):
+        # These may find other games here than they did there. Older checkpoints are of one game.
+        game = saved.meta.get("games", [saved.meta["game"]])[0]
     env = TextGameEnv(settings.env.as_dict() | {"env_id": game, "split": "eval", "seed": seed})
     prior = None
     try:
@@ -307,6 +314,7 @@ async def play(args: argparse.Namespace) -> None:
             history_length=settings.llm.prompt.history_length,
             env_steps=saved.meta["env_steps"],
             tell=lambda text: print(text, end="", flush=True),
+            game=plain_name(game) if settings.env.several else "",
         )
         print(f"{env.game.title}: {env.game.goal}\n/help tells what may be typed.")
         await session.play(typed_lines())

@@ -16,6 +16,21 @@ class PriorZeroError(Exception):
     """A fault the user can mend. The message says what is wrong, why, and what to do."""
 
 
+def world_text(text: str, game: str) -> str:
+    """What the world model sees of an observation's text.
+
+    Where a run plays several games, the game's name is its first line: "Taken." is not the same
+    state in two games, and a name that is text needs no place in the network, so that a game
+    that is not trained on is told too. It stands first, where the sentence encoder never cuts. The
+    LLM does not read it; the prompt tells the game's goal.
+
+    Args:
+        text: of the observation.
+        game: its plain name; empty where there is one game.
+    """
+    return f"Game: {game}.\n{text}" if game else text
+
+
 @dataclass(frozen=True)
 class HistoryItem:
     """One past step as the LLM reads it: what was seen, what was done, what it earned."""

@@ -499,8 +499,9 @@ def test_the_banner_tells_the_schedule():
     from priorzero.run.report import banner
 
     def mode(plan: HybridTrainingConfig) -> str:
-        game = SimpleNamespace(env_id="g", kind="k")
-        facts = dict(folder=Path("f"), game=game, llm="l", device="cpu", parameters=1)
+        games = (SimpleNamespace(env_id="g", kind="k"),)
+        facts = dict(folder=Path("f"), games=games, llm="l", device="cpu", parameters=1)
+        facts["eval_games"] = games
         lines = banner(plan, **facts, orz=(False, "")).splitlines()
         return next(line for line in lines if line.startswith("Training mode:"))[17:]
 

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from priorzero.comparison.runs import read_runs
+from priorzero.settings.env import plain_name
 from tests.test_entry import (
+    ROOT,
     SETTINGS,
     Finished,
     assert_one_error,
@@ -98,6 +101,43 @@ def test_with_an_llm_too(tiny_llm, tmp_path):
     assert computed(parts, *names) == rows
     assert sum(row["namespace"] == "llm" for row in rows) == 4
     assert any(row.get("kl_from_wm", 0) > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_with_several_games_too(tmp_path):
+    """Weights draw an episode's game; the resumed run draws the same."""
+    coin = "tw-coin:level=3,seed=2"
+    whole, parts, result = both(
+        tmp_path,
+        *("--env-id", "tw-simple", coin, "--eval-env-id", "tw-simple", coin, "tw-coin"),
+        "--set=env.game_weights=[1, 2]",
+        *EVAL,
+    )
+    names = ("collect", "prior", "wm", "eval")
+    rows = computed(whole, *names)
+    assert computed(parts, *names) == rows
+    assert "2 of 2 episodes go on" in result.output
+    assert (experiment(parts) / "ckpt" / "best").is_file()
+
+    written = {f"{row['namespace']}/{name}" for row in rows for name in row}
+    games = [game for game in ("tw-simple", plain_name(coin)) if f"collect/{game}/steps" in written]
+    assert len(games) == 2
+    for mode in ("tw-simple/world_model", "tw-coin/world_model", "unseen/world_model"):
+        assert f"eval/{mode}/return_mean" in written
+
+    # Each has a row in the manual.
+    page = (ROOT / "docs" / "METRICS.md").read_text(encoding="utf-8")
+    for name in written:
+        for game in games:
+            if name.startswith(f"collect/{game}/"):
+                assert f"`{name.replace(game, 'GAME')}`" in page, name
+
+    # And compare tells them by game.
+    told = {run.game: run for run in read_runs([experiment(whole)])}
+    together = f"tw-simple + {coin}"
+    assert set(told) == {together, "tw-simple", coin, "tw-coin"}
+    values = [told[game].points[-1].value for game in (together, "tw-simple", coin)]
+    assert values[0] == pytest.approx(sum(values[1:]) / 2)
 
 
 def test_a_full_disk_at_the_last_save_is_one_error_and_the_checkpoint_before_goes_on(tmp_path):

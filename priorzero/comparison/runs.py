@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any
 
+from priorzero.settings.env import SUITE, in_words, plain_name
 from priorzero.settings.evaluation import judging_mode
 from priorzero.types import PriorZeroError
 
@@ -56,8 +57,8 @@ class Point:
 
 @dataclass(frozen=True)
 class Run:
-    """One run. `settings`: those of its config.json by dotted name; `points`: in their order;
-    `variant`: its name in a sweep, empty for other runs.
+    """One run, or what it says of one of its games. `settings`: those of its config.json by dotted
+    name; `points`: in their order; `variant`: its name in a sweep, empty for other runs.
     """
 
     folder: Path
@@ -89,7 +90,8 @@ class Group:
 
 
 def read_runs(folders: Sequence[Path], metric: str | None = None) -> list[Run]:
-    """Read every folder once, in the order given.
+    """Read every folder once, in the order given. A run of several games gives one of each of them,
+    and one of all together.
 
     Args:
         metric: `namespace/name` as in metrics.jsonl; None: the mean return of each run's judging
@@ -110,14 +112,15 @@ def read_runs(folders: Sequence[Path], metric: str | None = None) -> list[Run]:
             f"no run is in {', '.join(strange)}: there is no config.json; give the folders of "
             "experiments, such as data_priorzero/NAME"
         )
-    return [_read_run(folder, metric) for folder in unique]
+    return [run for folder in unique for run in _read_run(folder, metric)]
 
 
-def _read_run(folder: Path, metric: str | None) -> Run:
+def _read_run(folder: Path, metric: str | None) -> Iterator[Run]:
     path, config = folder / "config.json", _json(folder / "config.json")
     try:
         settings = config["settings"]
-        game, seed = settings["env"]["env_id"], settings["seed"]
+        env, seed = settings["env"], settings["seed"]
+        played = _as_list(env["env_id"])
         metric = metric or f"eval/{judging_mode(settings['eval']['modes'])}/return_mean"
         flat = dict(_flat(config))
     except (KeyError, TypeError, AttributeError) as error:
@@ -126,16 +129,50 @@ def _read_run(folder: Path, metric: str | None) -> Run:
         ) from error
 
     summary = _json(folder / "summary.json") if (folder / "summary.json").is_file() else {}
-    for lines in (folder / "log" / "metrics.jsonl", folder / "metrics.jsonl"):
-        if lines.is_file():
-            points = _from_metrics(lines, metric)
-            break
-    else:
-        points = _from_summary(summary, metric)
     kept = _json(folder / "run.json") if (folder / "run.json").is_file() else {}
     variant = str(kept.get("variant", ""))
+
     # The settings may say "auto"; the summary knows what it was.
-    return Run(folder, summary.get("game", game), seed, flat, metric, tuple(points), variant)
+    known = summary.get("games", [summary["game"]] if "game" in summary else played)
+    headings = _headings(known, _evaluated(env, summary, known), metric)
+    for number, (game, own) in enumerate(headings.items()):
+        points = tuple(_points(folder, summary, own))
+        if points or number == 0:
+            yield Run(folder, game, seed, flat, own, points, variant)
+
+
+def _evaluated(
+    env: Mapping[str, Any], summary: Mapping[str, Any], played: Sequence[str]
+) -> Sequence[str]:
+    named = env.get("eval_env_id")
+    return summary.get("eval_games", played if named is None else _as_list(named))
+
+
+def _headings(played: Sequence[str], evaluated: Sequence[str], metric: str) -> dict[str, str]:
+    """What a run is told under -> the metric's name there: first all games together, then, where
+    there are several, each of them.
+
+    Args:
+        played: games trained on. evaluated: games evaluated.
+    """
+    namespace, _, name = metric.partition("/")
+    told = evaluated if namespace == "eval" else played
+    together = in_words([game for game in told if game in played] or list(told))
+    if len(told) < 2:
+        return {together: metric}
+    each = {game: f"{namespace}/{plain_name(game)}/{name}" for game in told}
+    return {together: metric} | each
+
+
+def _as_list(env_id: str | list[str]) -> list[str]:
+    return [env_id] if isinstance(env_id, str) else env_id
+
+
+def _points(folder: Path, summary: Mapping[str, Any], metric: str) -> list[Point]:
+    for lines in (folder / "log" / "metrics.jsonl", folder / "metrics.jsonl"):
+        if lines.is_file():
+            return _from_metrics(lines, metric)
+    return _from_summary(summary, metric)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -208,14 +245,22 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def _from_summary(summary: Mapping[str, Any], metric: str) -> list[Point]:
     """The curve without times, where only the summary was kept."""
-    namespace, mode, name = (metric.split("/") + ["", ""])[:3]
-    if namespace != "eval" or name not in _OF_SUMMARY:
+    namespace, *path, name = metric.split("/")
+    if namespace != "eval" or not path or name not in _OF_SUMMARY:
         return []
+    *game, mode = path
     return [
-        Point(one["env_steps"], None, float(_OF_SUMMARY[name](one[mode])))
+        Point(one["env_steps"], None, float(_OF_SUMMARY[name](episodes)))
         for one in summary.get("evaluations", ())
-        if mode in one
+        if (episodes := _episodes(one.get(mode, {}), game))
     ]
+
+
+def _episodes(of_mode: Mapping[str, Any], game: Sequence[str]) -> Mapping[str, list[float]]:
+    """Returns and lengths of a mode, or of one of its games; empty where there are none."""
+    for name in game:
+        of_mode = of_mode.get("games", {}).get(name, {})
+    return of_mode
 
 
 # ---- groups --------------------------------------------------------------------------------------
@@ -243,7 +288,12 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Group]]:
 
 
 def _compared(run: Run) -> dict[str, Any]:
-    return {name: value for name, value in run.settings.items() if name not in _SAME_GROUP}
+    compared = {name: value for name, value in run.settings.items() if name not in _SAME_GROUP}
+    env_id = run.settings["settings.env.env_id"]
+    if env_id == SUITE or isinstance(env_id, list):
+        # Under a game's heading, what else the agent was trained on tells runs apart.
+        compared["settings.env.env_id"] = env_id
+    return compared
 
 
 def _names(firsts: Sequence[Run]) -> list[str]:

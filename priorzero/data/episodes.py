@@ -18,9 +18,11 @@ class Episode:
 
     Attributes:
         steps: all of them, `n` >= 1.
+        game: plain name of its game where the run plays several; else empty.
     """
 
     steps: tuple[StepRecord, ...]
+    game: str = ""
 
     @property
     def rewards(self) -> np.ndarray:
@@ -39,13 +41,15 @@ def whole_episodes(segments: Iterable[Segment]) -> list[Episode]:
         segments: those of an episode in the order in which they were played.
     """
     played: dict[int, list[StepRecord]] = {}
+    games: dict[int, str] = {}
     for segment in segments:
         played.setdefault(segment.episode_id, []).extend(segment.steps)
+        games[segment.episode_id] = segment.game
 
     found = []
-    for _, steps in sorted(played.items()):
+    for episode_id, steps in sorted(played.items()):
         # Steps count from 0, so an episode of which a part is missing is shorter than its count.
         complete = len(steps) == steps[-1].timestep + 1
         if complete and steps[-1].done_kind in ("terminated", "truncated"):
-            found.append(Episode(tuple(steps)))
+            found.append(Episode(tuple(steps), games[episode_id]))
     return found

@@ -60,7 +60,7 @@ def pack(segments: Sequence[Segment]) -> Arrays:
     arrays = _pack_steps(steps, vectors)
     arrays |= _pack_states([step.state for step in steps], [s.valid_actions for s in steps], texts)
     arrays |= _pack_llm(steps)
-    arrays |= _pack_segments(segments, vectors)
+    arrays |= _pack_segments(segments, vectors, texts)
 
     arrays["texts"] = np.frombuffer(json.dumps(list(texts)).encode("ascii"), dtype=np.uint8)
     flat = np.frombuffer(b"".join(vectors), dtype=np.float32)
@@ -68,7 +68,7 @@ def pack(segments: Sequence[Segment]) -> Arrays:
     return arrays
 
 
-def _pack_segments(segments: Sequence[Segment], vectors: _Table) -> Arrays:
+def _pack_segments(segments: Sequence[Segment], vectors: _Table, texts: _Table) -> Arrays:
     final = [s.final_observation for s in segments]
     return {
         "segment_env": np.array([s.env_id for s in segments], dtype=np.int64),
@@ -76,6 +76,9 @@ def _pack_segments(segments: Sequence[Segment], vectors: _Table) -> Arrays:
         "segment_length": np.array([s.length for s in segments], dtype=np.int64),
         "segment_before": np.array([len(s.before) for s in segments], dtype=np.int64),
         "segment_steps": np.array([len(s) for s in segments], dtype=np.int64),
+        "segment_game": np.array(
+            [texts.add(s.game) if s.game else _NONE for s in segments], dtype=np.int64
+        ),
         "segment_final": np.array(
             [_NONE if v is None else vectors.add(_bytes(v)) for v in final], dtype=np.int64
         ),
@@ -178,16 +181,20 @@ def unpack(arrays: Mapping[str, np.ndarray], pool: Pool | None = None) -> list[S
             and requests become one object each.
     """
     pool = {} if pool is None else pool
-    steps = _unpack_steps(arrays, pool)
+    texts = [_pooled(pool, t) for t in json.loads(arrays["texts"].tobytes().decode("ascii"))]
+    steps = _unpack_steps(arrays, texts, pool)
     vectors = arrays["vectors"]
+    # Earlier files do not tell.
+    games = arrays.get("segment_game", np.full(len(arrays["segment_env"]), _NONE)).tolist()
 
     segments, start = [], 0
     columns = ("env", "episode", "length", "before", "steps", "final")
-    for env, episode, length, before, count, final in zip(
-        *(arrays[f"segment_{c}"].tolist() for c in columns), strict=True
+    for env, episode, length, before, count, final, game in zip(
+        *(arrays[f"segment_{c}"].tolist() for c in columns), games, strict=True
     ):
         first = start + before
-        segment = Segment(env, episode, length, steps[start:first])
+        name = "" if game == _NONE else texts[game]
+        segment = Segment(env, episode, length, steps[start:first], name)
         segment.steps = steps[first : first + count]
         segment.final_observation = None if final == _NONE else vectors[final]
         segments.append(segment)
@@ -196,8 +203,9 @@ def unpack(arrays: Mapping[str, np.ndarray], pool: Pool | None = None) -> list[S
     return segments
 
 
-def _unpack_steps(arrays: Mapping[str, np.ndarray], pool: Pool) -> list[StepRecord]:
-    texts = [_pooled(pool, t) for t in json.loads(arrays["texts"].tobytes().decode("ascii"))]
+def _unpack_steps(
+    arrays: Mapping[str, np.ndarray], texts: Sequence[str], pool: Pool
+) -> list[StepRecord]:
     states = _unpack_states(arrays, texts, pool)
     requests = _unpack_requests(arrays, pool)
     scores = _unpack_scores(arrays, pool)

@@ -96,18 +96,25 @@ class Segment:
         length: steps it holds when it is full.
         before: the episode's steps right before the first one here, oldest first: as many as a root
             looks back on, or as the episode has.
+        game: plain name of the game where the run plays several; else empty.
 
     Attributes:
-        env_id, episode_id, length: as given.
+        env_id, episode_id, length, game: as given.
         steps: the full records.
         final_observation: `[E]` embedding of the state after the last step; None without steps.
         successor: the next segment of the episode, once the buffer holds it.
     """
 
     def __init__(
-        self, env_id: int, episode_id: int, length: int, before: Sequence[StepRecord] = ()
+        self,
+        env_id: int,
+        episode_id: int,
+        length: int,
+        before: Sequence[StepRecord] = (),
+        game: str = "",
     ) -> None:
         self.env_id = env_id
+        self.game = game
         self.episode_id = episode_id
         self.before = tuple(before)
         self.steps: list[StepRecord] = []

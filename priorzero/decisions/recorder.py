@@ -50,7 +50,6 @@ class Recorder:
     Args:
         folder: `<exp>/decisions`, made when the first record is written.
         settings: what is recorded.
-        game: name of the game.
         reduction: how the LLM's token log-probabilities become one number per command.
         decode: token ids -> text; None without an LLM.
         again: the run only evaluates a checkpoint; its episodes get names of their own beside the
@@ -62,13 +61,12 @@ class Recorder:
         folder: Path,
         settings: DecisionSettings,
         *,
-        game: str,
         reduction: str,
         decode: Decode | None = None,
         again: bool = False,
     ) -> None:
         self._folder, self._settings = folder, settings
-        self._game, self._reduction = game, reduction
+        self._reduction = reduction
         self._decode = lru_cache(_PROMPTS)(decode) if decode and settings.prompts else None
         self._prefix = "again_" if again else ""
 
@@ -85,36 +83,48 @@ class Recorder:
     # ---- players ---------------------------------------------------------------------------------
 
     def evaluation(
-        self, label: str, mode: str, number: int, seed: int, env_steps: int
+        self,
+        label: str,
+        mode: str,
+        number: int,
+        *,
+        game: str,
+        seed: int,
+        env_steps: int,
+        part: str = "",
     ) -> Tape | None:
         """The tape of an evaluation episode.
 
         Args:
             label: of the evaluation, such as iter000050.
             mode: who plays.
-            number: of the episode in this evaluation and mode, from 0.
+            number: of the episode in this evaluation, mode and part, from 0.
+            game: name of the game.
             seed: the interpreter's.
             env_steps: of the training so far.
+            part: name of the game within the episode's own name, where an evaluation plays several.
         """
         if not self._settings.evaluation:
             return None
         label = f"{self._prefix}{label}"
+        whose = f"{mode}/{part}" if part else mode
         facts = {
-            "episode": f"{label}/{mode}/{number}",
+            "episode": f"{label}/{whose}/{number}",
             "source": "eval",
             "label": label,
             "mode": mode,
-            "game": self._game,
+            "game": game,
             "seed": seed,
             "env_steps": env_steps,
         }
         return Tape(self, f"eval_{label}_{mode}", facts)
 
-    def collection(self, number: int, seed: int) -> Tape | None:
+    def collection(self, number: int, *, game: str, seed: int) -> Tape | None:
         """The tape of a training episode, or None for one that does not belong to the share.
 
         Args:
             number: of the episode in the run, from 0.
+            game: name of the game.
             seed: the interpreter's.
         """
         # A rule, not a draw: a resumed run records the same episodes, and no generator is touched.
@@ -126,7 +136,7 @@ class Recorder:
             "source": "collect",
             "label": "collect",
             "mode": "collect",
-            "game": self._game,
+            "game": game,
             "seed": seed,
         }
         return Tape(self, "collect", facts)

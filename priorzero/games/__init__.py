@@ -3,7 +3,8 @@
 Role of each module, parent process first:
 
 - `catalogue`: turns an `env_id` into a `GameSpec`, by asking every kind of game.
-- `env`: one game as a DI-engine environment; `group`: several of them stepped at once.
+- `env`: one game as a DI-engine environment; `group`: several of them stepped at once; `rota`:
+  which game each plays next, in a run of several; `judging`: the games nothing is trained on.
 - `process`: the parent's end of an interpreter process.
 - `valid_actions`: what is known of a world state, shared and on disk; `ahead`: finds it out before
   it is needed; `cache` and `cache_file`: carry it from machine to machine.

@@ -120,10 +120,12 @@ class TextGameEnv(BaseEnv):
         assert set(self._cfg.observation_parts) <= set(OBSERVATION_PARTS), self._cfg
         assert self._cfg.split in SPLITS and self._cfg.fallback_actions, self._cfg
 
+        assert isinstance(self._cfg.env_id, str), "an environment plays one game at a time"
         self._game = resolve_game(self._cfg.env_id, self._cfg.games_dir)
         self._max_steps = int(self._cfg.max_steps or self._game.max_steps)
 
         self._process = GameProcess(self._game.kind, self._game.path)
+        self._ended_respawns, self._ended_spawn_s = 0, 0.0  # of other games' processes
         self._cache: ValidActionCache | None = None
         self._ahead: ListingAhead | None = None
         self._counts: dict[str, float] = dict.fromkeys(_COUNTERS, 0)
@@ -154,6 +156,11 @@ class TextGameEnv(BaseEnv):
         return self._episode_seed
 
     @property
+    def next_episode(self) -> int:
+        """The number of the episode that the next `reset` starts, from 0 since `seed`."""
+        return self._episode + 1
+
+    @property
     def ahead(self) -> ListingAhead | None:
         """What lists the states behind the present one; None where nothing does."""
         return self._ahead
@@ -162,6 +169,22 @@ class TextGameEnv(BaseEnv):
         """Take known states from `cache` instead of this process's shared one."""
         self._leave_ahead()
         self._cache = cache
+
+    def play(self, game: GameSpec) -> None:
+        """Play this game from the next `reset` on; episode seeds do not depend on it. Where it is
+        another one, the present episode is over and its interpreter ends.
+        """
+        if game == self._game:
+            return
+        self._leave_ahead()
+        self._ended_respawns += max(0, self._process.spawns - 1)
+        self._ended_spawn_s += self._process.spawn_s
+        self._process.close()
+
+        self._game = game
+        self._max_steps = int(self._cfg.max_steps or game.max_steps)
+        self._process = GameProcess(game.kind, game.path)
+        self._obs, self._running = None, False
 
     def seed(self, seed: int, dynamic_seed: bool = True, env_index: int | None = None) -> None:
         """Set the run's seed and start counting episodes anew; takes effect at the next `reset`.
@@ -298,6 +321,7 @@ class TextGameEnv(BaseEnv):
         """
         running = self._obs is not None and self._running
         return {
+            "game": self._game.env_id,
             "episode": self._episode,
             "episode_seed": self._episode_seed,
             "commands": list(self._typed) if running else None,
@@ -487,8 +511,8 @@ class TextGameEnv(BaseEnv):
         """
         return {
             **self._counts,
-            "respawns": max(0, self._process.spawns - 1),
-            "spawn_s": self._process.spawn_s,
+            "respawns": self._ended_respawns + max(0, self._process.spawns - 1),
+            "spawn_s": self._ended_spawn_s + self._process.spawn_s,
         }
 
     def interrupt(self) -> None:

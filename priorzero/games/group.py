@@ -5,6 +5,7 @@ From an asyncio loop: `timesteps = await asyncio.to_thread(group.step, {env_id: 
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,14 +15,21 @@ from ding.envs import BaseEnvTimestep
 
 from priorzero.games.ahead import COUNTERS as AHEAD_COUNTERS
 from priorzero.games.env import TextGameEnv
+from priorzero.games.records import GameSpec
+from priorzero.games.rota import Rota
 from priorzero.types import PriorZeroError
+
+logger = logging.getLogger(__name__)
 
 
 class GameEnvGroup:
     """Environments by id 0..n-1. One thread may use a group at a time."""
 
     def __init__(
-        self, envs: Sequence[Callable[[], TextGameEnv] | TextGameEnv], seed: int | None = None
+        self,
+        envs: Sequence[Callable[[], TextGameEnv] | TextGameEnv],
+        seed: int | None = None,
+        rota: Rota | None = None,
     ) -> None:
         """Starts no interpreter yet.
 
@@ -29,9 +37,11 @@ class GameEnvGroup:
             envs: the environments, or functions that make them.
             seed: the run's. Environment i gets `(seed, i)`, so its episodes depend on nothing
                 else. None leaves the seeds as they are.
+            rota: which game an environment's next episode plays; None: always the one it has.
         """
         assert envs, "a GameEnvGroup needs at least one environment"
         self.envs: list[TextGameEnv] = [env if hasattr(env, "step") else env() for env in envs]
+        self._rota = rota
         self._pool = ThreadPoolExecutor(max_workers=len(self.envs), thread_name_prefix="game-env")
         if seed is not None:
             self.seed(seed)
@@ -54,7 +64,19 @@ class GameEnvGroup:
             PriorZeroError: some could not be started; raised after all have answered.
         """
         ids = range(len(self.envs)) if env_ids is None else list(env_ids)
-        return _gather("reset", {i: self._pool.submit(self.envs[i].reset) for i in ids})
+        return _gather("reset", {i: self._pool.submit(self._reset, i) for i in ids})
+
+    def _reset(self, i: int) -> dict[str, Any]:
+        env = self.envs[i]
+        if self._rota is not None:
+            env.play(self._rota.game(i, env.next_episode))
+        return env.reset()
+
+    def play(self, game: GameSpec) -> None:
+        """Let all environments play this game from their next `reset` on."""
+        assert self._rota is None, "the rota says what is played"
+        for env in self.envs:
+            env.play(game)
 
     def step(self, actions: Mapping[int, str]) -> dict[int, BaseEnvTimestep]:
         """Type one action in each named environment, all at once. No automatic reset.
@@ -81,9 +103,24 @@ class GameEnvGroup:
             present observations by env id, of the episodes that came back.
         """
         pairs = list(zip(self.envs, states, strict=False))
-        futures = {i: self._pool.submit(env.replay, state) for i, (env, state) in enumerate(pairs)}
+        futures = {
+            i: self._pool.submit(self._replay, env, state) for i, (env, state) in enumerate(pairs)
+        }
         answers = _gather("replay", futures)
         return {i: answer for i, answer in answers.items() if answer is not None}
+
+    def _replay(self, env: TextGameEnv, state: dict[str, Any]) -> dict[str, Any] | None:
+        if self._rota is not None:
+            game = self._rota.named(state.get("game", ""))
+            if game is None:
+                logger.warning(
+                    "a saved episode of %s, which is not played any more, ends here, as truncated",
+                    state.get("game", "another run"),
+                )
+                state = {**state, "commands": None}
+            else:
+                env.play(game)
+        return env.replay(state)
 
     def stats(self) -> dict[str, float]:
         """Sums of the environments' counters, with those of what lists ahead for them."""

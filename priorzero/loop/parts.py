@@ -136,7 +136,8 @@ class Parts:
 
     config: the schedule. settings: of all parts. folder: where everything of the run is written.
     eval_only: the run evaluates a checkpoint and leaves the training run's files alone. device: of
-    the world model. llm: None for pure UniZero.
+    the world model. games, eval_games: that are trained on, and evaluated. llm: None for pure
+    UniZero.
     """
 
     config: Schedule
@@ -144,7 +145,8 @@ class Parts:
     folder: Path
     eval_only: bool
     device: str
-    game: GameSpec
+    games: tuple[GameSpec, ...]
+    eval_games: tuple[GameSpec, ...]
 
     encoder: SentenceEncoder
     policy: Policy
@@ -166,6 +168,16 @@ class Parts:
     background: Background = field(default_factory=Background)
     memory: PeakMemory = field(default_factory=PeakMemory)
     started: float = field(default_factory=time.time)
+
+    @property
+    def game(self) -> GameSpec:
+        """The first of the games; in most runs the only one."""
+        return self.games[0]
+
+    @property
+    def game_names(self) -> list[str]:
+        """What the games are asked for by."""
+        return [game.env_id for game in self.games]
 
     @property
     def llm_name(self) -> str:

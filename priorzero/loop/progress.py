@@ -19,7 +19,8 @@ class Progress:
         env_steps: played in collection, those of unfinished segments and of hangs included.
         updates: of the world model.
         llm_version: of the LLM's weights, 0 for the untrained ones.
-        best_return: of the evaluations so far, under the mode that judges.
+        best_return: of the evaluations so far, under the mode that judges, as
+            `EvalResult.judgement` tells it.
         segments: pushed into the buffer since the run's start.
         transitions: in those segments.
         turns: finished ones, in schedules that have turns (`turns.py`).

@@ -15,6 +15,7 @@ from priorzero.loop.clocks import Every
 from priorzero.loop.parts import Parts
 from priorzero.play.results import CollectResult
 from priorzero.run.report import first_and_last
+from priorzero.settings.env import in_words
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +133,9 @@ def write_summary(parts: Parts) -> dict[str, Any]:
     first, last = first_and_last(parts.history.losses)
     summary = {
         "experiment": str(parts.folder),
-        "game": parts.game.env_id,
+        "game": in_words(parts.game_names),
+        "games": parts.game_names,
+        "eval_games": [game.env_id for game in parts.eval_games],
         "seed": parts.settings.seed,
         "iterations": parts.progress.iteration,
         "env_steps": parts.progress.env_steps,

@@ -12,6 +12,7 @@ from typing import Any
 from priorzero.loop.parts import Parts
 from priorzero.loop.progress import History, Progress
 from priorzero.run.randomness import global_states, set_global_states
+from priorzero.settings.env import in_words
 from priorzero.types import PriorZeroError
 
 logger = logging.getLogger(__name__)
@@ -112,7 +113,8 @@ def _write(parts: Parts, best: bool) -> Path:
 
 def _facts(parts: Parts) -> dict[str, Any]:
     return {
-        "game": parts.game.env_id,
+        "game": in_words(parts.game_names),
+        "games": parts.game_names,
         "encoder": parts.settings.text.encoder,
         "llm": parts.llm_name,
     }

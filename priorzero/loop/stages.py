@@ -176,6 +176,8 @@ async def play(
             values = played[mode].metrics()
             parts.metrics.scalars("eval", values, env_steps)
             logger.info(evaluation_line(iteration, mode, values))
+            for game in played[mode].by_game:
+                logger.info(evaluation_line(iteration, f"{game}/{mode}", values))
     return played
 
 
@@ -183,14 +185,20 @@ def note_evaluation(
     parts: Parts, played: Mapping[str, EvalResult], iteration: int, env_steps: int
 ) -> float:
     """Add an evaluation to what the summary tells: iteration, env_steps, and per mode its returns
-    and lengths.
+    and lengths, of several games also by game.
 
     Returns:
-        the mean return that judges it.
+        what judges it, see `EvalResult.judgement`.
     """
     record: dict[str, Any] = {"iteration": iteration, "env_steps": env_steps}
     for mode in parts.settings.eval.modes:
-        record[mode] = dict(returns=played[mode].returns, lengths=played[mode].lengths)
+        record[mode] = _told(played[mode])
+        if played[mode].by_game:
+            record[mode]["games"] = {n: _told(one) for n, one in played[mode].by_game.items()}
     parts.history.evaluations.append(record)
     parts.metrics.flush()
-    return float(np.mean(played[judging_mode(parts.settings.eval.modes)].returns))
+    return played[judging_mode(parts.settings.eval.modes)].judgement()
+
+
+def _told(result: EvalResult) -> dict[str, Any]:
+    return dict(returns=result.returns, lengths=result.lengths)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 
@@ -35,8 +37,10 @@ class CollectResult:
 class EvalResult:
     """Episodes of one mode.
 
-    returns, scores, lengths, kinds: `[n]`, one per episode. max_score: of the game, or nan where it
-    is unknown.
+    returns, scores, lengths, kinds: `[n]`, one per episode; of several games of those that are told
+    together, one after the other. max_score: of the game, or nan where it is unknown, or where
+    there are several. by_game: the results of each game by its plain name; empty where there is
+    one. judged_by: names of those games that judge the checkpoint.
     """
 
     mode: str
@@ -45,10 +49,47 @@ class EvalResult:
     lengths: tuple[int, ...]
     kinds: tuple[str, ...]
     max_score: float
+    by_game: Mapping[str, EvalResult] = field(default_factory=dict)
+    judged_by: Collection[str] = ()
 
     def metrics(self) -> dict[str, float]:
-        """mean, std, best, worst, length, share of the maximal score, and episodes per way of
-        ending.
+        """Of one game `MODE/figure` for each of `figures`.
+
+        Of several games `GAME/MODE/figure` too. `MODE/figure` is then over the games that judge,
+        `unseen/MODE/figure` over the others; where none judges, `MODE/figure` is over all.
+        """
+        if not self.by_game:
+            return {f"{self.mode}/{name}": value for name, value in self.figures().items()}
+
+        figures = {game: one.figures() for game, one in self.by_game.items()}
+        told = {
+            f"{game}/{self.mode}/{name}": value
+            for game, own in figures.items()
+            for name, value in own.items()
+        }
+        judging = [own for game, own in figures.items() if game in self.judged_by]
+        others = [own for game, own in figures.items() if game not in self.judged_by]
+        told |= {f"{self.mode}/{n}": v for n, v in _together(judging or others).items()}
+        if judging and others:
+            told |= {f"unseen/{self.mode}/{n}": v for n, v in _together(others).items()}
+        return told
+
+    def judgement(self) -> float:
+        """What tells which checkpoint is best: the mean return; of several games, whose points
+        differ, the mean over those that judge of the share of the maximal score, where it is known
+        of all of them. nan where no game judges.
+        """
+        if not self.by_game:
+            return float(np.mean(self.returns))
+        judging = [self.by_game[game].figures() for game in self.by_game if game in self.judged_by]
+        if not judging:
+            return float("nan")
+        told = "score_share" if all("score_share" in own for own in judging) else "return_mean"
+        return float(np.mean([own[told] for own in judging]))
+
+    def figures(self) -> dict[str, float]:
+        """Of one game: mean, std, best, worst, length, share of the maximal score, and episodes
+        per way of ending.
         """
         values = {
             "return_mean": float(np.mean(self.returns)),
@@ -62,4 +103,31 @@ class EvalResult:
         }
         if np.isfinite(self.max_score) and self.max_score > 0:
             values["score_share"] = float(np.mean(self.scores)) / self.max_score
-        return {f"{self.mode}/{name}": value for name, value in values.items()}
+        return values
+
+
+_COUNTS = ("episodes", "terminated", "hangs")  # are summed over games
+
+
+def _together(games: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Means over the games that have a figure; counts are sums."""
+    rows: dict[str, list[float]] = {}
+    for own in games:
+        for name, value in own.items():
+            rows.setdefault(name, []).append(value)
+    return {
+        name: float(np.sum(values) if name in _COUNTS else np.mean(values))
+        for name, values in rows.items()
+    }
+
+
+def joined(mode: str, games: Mapping[str, EvalResult], judged_by: Collection[str]) -> EvalResult:
+    """The results of several games in one mode, by plain name, as one."""
+    together = [one for game, one in games.items() if game in judged_by] or list(games.values())
+    columns = {
+        name: tuple(chain.from_iterable(getattr(one, name) for one in together))
+        for name in ("returns", "scores", "lengths", "kinds")
+    }
+    return EvalResult(
+        mode, **columns, max_score=float("nan"), by_game=dict(games), judged_by=judged_by
+    )

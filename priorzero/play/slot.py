@@ -13,7 +13,7 @@ from priorzero.data.segment import Segment, StepRecord
 from priorzero.decisions.record import Moment
 from priorzero.search.context import EpisodeContext
 from priorzero.search.roots import Root, SearchOutput
-from priorzero.types import ActionScores, HistoryItem, TextState, TokenisedRequest
+from priorzero.types import ActionScores, HistoryItem, TextState, TokenisedRequest, world_text
 
 if TYPE_CHECKING:
     from priorzero.decisions.recorder import Tape
@@ -36,6 +36,7 @@ class Slot:
         before: the steps that the collector's first segment follows; none at a game's start.
         began: steps and score of the visited state at which the episode began; None at a game's
             start.
+        game: plain name of the game where the run plays several; else empty.
 
     Args:
         goal: line of the game's goal for the prompts.
@@ -52,8 +53,10 @@ class Slot:
         goal: str,
         history_length: int,
         context_steps: int,
+        game: str = "",
     ) -> None:
         self.env_id, self.episode_id = env_id, episode_id
+        self.game = game
         self.observation = observation
         self.vector: np.ndarray | None = None
         self.context = EpisodeContext(context_steps)
@@ -76,6 +79,11 @@ class Slot:
             self._goal,
             float(self.observation["score"]),
         )
+
+    @property
+    def world_text(self) -> str:
+        """What the world model sees of the present state, before it is encoded."""
+        return world_text(self.observation["text"], self.game)
 
     def state_dict(self) -> dict[str, Any]:
         """The episode as its player remembers it: plain values and arrays. The environment's own

@@ -18,8 +18,17 @@ def option_parser(description: str, presets: Sequence[str]) -> argparse.Argument
     # The run: game, seed, length, name.
     parser.add_argument(
         "--env-id",
-        default="auto",
-        help="zork1.z5, detective.z5, tw-simple, tw-cooking, tw-coin, a path, auto",
+        nargs="+",
+        default=["auto"],
+        metavar="GAME",
+        help="zork1.z5, detective.z5, tw-simple, tw-cooking, tw-coin, a path, auto; one agent for "
+        "several, or for jericho-suite: all story files found",
+    )
+    parser.add_argument(
+        "--eval-env-id",
+        nargs="+",
+        metavar="GAME",
+        help="games that are evaluated instead of those trained on",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--iterations", type=int, help="iterations of collect and train")

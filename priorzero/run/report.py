@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from priorzero.games.catalogue import GameSpec
@@ -12,7 +12,8 @@ def banner(
     config,
     *,
     folder: Path,
-    game: GameSpec,
+    games: Sequence[GameSpec],
+    eval_games: Sequence[GameSpec],
     llm: str,
     device: str,
     parameters: int,
@@ -23,7 +24,7 @@ def banner(
     Args:
         config: schedule and settings (`HybridTrainingConfig`).
         folder: of the experiment.
-        game: the resolved game.
+        games: those trained on. eval_games: those evaluated; told where they are others.
         llm: model and engine in words.
         device: of the world model.
         parameters: of the world model, their number.
@@ -31,6 +32,10 @@ def banner(
     """
     settings = config.priorzero_cfg
     line = "=" * 78
+    head = "Game:            " if len(games) == 1 else "Games:           "
+    told = [f"{head}{_in_words(games)}, seed {settings.seed}"]
+    if eval_games != games:
+        told.append(f"Evaluated on:    {_in_words(eval_games)}")
 
     return "\n".join(
         [
@@ -42,12 +47,16 @@ def banner(
             f"Experiment:      {folder}",
             f"Iterations:      {config.iterations}",
             f"Training mode:   {_training_mode(config)}",
-            f"Game:            {game.env_id} ({game.kind}), seed {settings.seed}",
+            *told,
             f"LLM:             {llm}",
             f"World model:     {_world_model(config, device, parameters)}",
             line,
         ]
     )
+
+
+def _in_words(games: Sequence[GameSpec]) -> str:
+    return ", ".join(f"{game.env_id} ({game.kind})" for game in games)
 
 
 def _world_model(config, device: str, parameters: int) -> str:

@@ -57,6 +57,11 @@ class ExperimentSettings(Settings):
             not alone or not self.policy.restarts.share,
             f"llm.rft.advantage is {self.llm.rft.advantage}, which compares whole episodes",
         )
+        yield Rule(
+            "policy.restarts.share",
+            not self.env.several or not self.policy.restarts.share,
+            "env.env_id names several games, and visited states are remembered of one",
+        )
         yield from self._target_rules()
 
     def _target_rules(self) -> Iterator[Rule]:

@@ -54,7 +54,7 @@ class SweepSettings(Settings):
     """The file that `python -m priorzero.sweep` reads."""
 
     games: list[str] = field(default_factory=lambda: ["auto"])
-    """As --env-id of the main job."""
+    """As --env-id of the main job; one with commas in it is a run of several games."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """As --seed."""
     arguments: str | list[str] = ""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from priorzero.run.provenance import ROOT
+from priorzero.settings.env import run_name, split_games
 from priorzero.settings.record import overlay
 from priorzero.settings.sweep import SweepSettings, words
 from priorzero.types import PriorZeroError
@@ -45,9 +46,8 @@ class PlannedRun:
     @property
     def name(self) -> str:
         """Of its folders."""
-        stem = Path(self.game).name.rsplit(".z", 1)[0]
-        plain = "".join(c if c.isalnum() or c in "-_" else "-" for c in stem)
-        return f"{plain}_{self.variant}_seed{self.seed}"
+        games = run_name(split_games(self.game))
+        return f"{games}_{self.variant}_seed{self.seed}"
 
     def command(self, folder: str, resume: bool = False) -> list[str]:
         """The main job's command line behind the interpreter's name.

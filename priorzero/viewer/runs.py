@@ -11,6 +11,7 @@ from statistics import mean
 from typing import Any
 
 from priorzero.decisions.reader import RecordedEpisode, read_episodes
+from priorzero.settings.env import in_words
 from priorzero.types import PriorZeroError
 from priorzero.viewer.curves import read_curves
 from priorzero.viewer.findings import find, returns_to_go
@@ -57,7 +58,7 @@ def read_run(folder: Path, most: int) -> ShownRun:
     shown = [recorded[number] for number in numbers]
     told = {
         "name": folder.resolve().name,
-        "game": shown[0].steps[0]["game"],
+        "game": in_words(list(dict.fromkeys(episode.steps[0]["game"] for episode in recorded))),
         "llm": summary.get("llm"),
         "reduction": reduction,
         "discount": discount,
@@ -111,6 +112,7 @@ def _heading(number: int, episode: RecordedEpisode) -> dict[str, Any]:
     return {
         "name": episode.name,
         "number": number,
+        "game": first["game"],
         "mode": first["mode"],
         "label": first["label"],
         "env_steps": first["env_steps"],
@@ -132,19 +134,23 @@ def _steps(episode: RecordedEpisode, discount: float) -> list[dict[str, Any]]:
 
 
 def _evaluations(episodes: Sequence[RecordedEpisode]) -> list[dict[str, Any]]:
-    """Evaluations in their order: label, mode, environment steps, and their finished episodes."""
-    rows: dict[tuple[str, str], list[RecordedEpisode]] = {}
+    """Evaluations in their order, by game: label, mode, environment steps, and their finished
+    episodes.
+    """
+    rows: dict[tuple[str, str, str], list[RecordedEpisode]] = {}
     for episode in episodes:
         first, last = episode.steps[0], episode.steps[-1]
         if first["source"] == "eval" and last["end"] != "running":
-            rows.setdefault((first["label"], first["mode"]), []).append(episode)
+            key = first["label"], first["mode"], first["game"]
+            rows.setdefault(key, []).append(episode)
     return [
         {
             "label": label,
             "mode": mode,
+            "game": game,
             "env_steps": own[0].steps[0]["env_steps"],
             "returns": [episode.steps[-1]["return"] for episode in own],
             "length": mean(len(episode.steps) for episode in own),
         }
-        for (label, mode), own in rows.items()
+        for (label, mode, game), own in rows.items()
     ]

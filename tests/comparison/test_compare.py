@@ -195,6 +195,45 @@ def test_a_resumed_run_stays_in_its_group(tmp_path):
     assert len(group_runs(read_runs([one, other]))["tw-simple"]) == 1
 
 
+def test_a_run_of_several_games_stands_under_each_of_them(tmp_path):
+    """Beside runs of that game alone, and in no group with them."""
+    both = ["zork1.z5", "tw-simple"]
+    write_config(tmp_path / "both", 0, game=both)
+    metrics = MetricsWriter(tmp_path / "both" / "log")
+    told = {f"zork1/{MODE}": 40.0, f"tw-simple/{MODE}": 2.0, MODE: 21.0}
+    metrics.scalars("eval", {f"{name}/return_mean": v for name, v in told.items()}, 100)
+    metrics.close()
+    alone = make_run(tmp_path / "alone", 1, (0.0, 5.0), game="tw-simple")
+
+    games = group_runs(read_runs([tmp_path / "both", alone]))
+    assert list(games) == ["zork1.z5 + tw-simple", "zork1.z5", "tw-simple"]
+    values = {name: [g.runs[0].points[-1].value for g in groups] for name, groups in games.items()}
+    assert values == {
+        "zork1.z5": [40.0],
+        "tw-simple": [2.0, 5.0],
+        "zork1.z5 + tw-simple": [21.0],
+    }
+    labels = [group.label for group in games["tw-simple"]]
+    assert labels == ['env.env_id=["zork1.z5", "tw-simple"]', "env.env_id=(not there)"]
+
+
+def test_games_that_are_evaluated_only_stand_under_their_names(tmp_path):
+    """From a summary alone."""
+    write_config(tmp_path / "run", 0)
+    games = {"tw-simple": 3.0, "tw-coin": 1.0}
+    told = {n: {"returns": [v], "lengths": [1]} for n, v in games.items()}
+    row = {"env_steps": 8, MODE: {"returns": [3.0, 1.0], "lengths": [1, 1], "games": told}}
+    summary = {
+        "game": "tw-simple",
+        "games": ["tw-simple"],
+        "eval_games": list(games),
+        "evaluations": [row],
+    }
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    found = {run.game: run.points[0].value for run in read_runs([tmp_path / "run"])}
+    assert found == games
+
+
 def test_a_summary_alone_gives_no_times(tmp_path):
     write_config(tmp_path / "run", 0, game="auto")
     episodes = {"returns": [1.0, 4.0], "lengths": [3, 5]}

@@ -52,7 +52,6 @@ def play(compiled_cfg, encoder, one_thread, tmp_path):
             recorder = Recorder(
                 tmp_path / "decisions",
                 DecisionSettings(**record),
-                game="script",
                 reduction=cfg.policy.settings.root_prior.reduction,
                 decode=decode,
             )
@@ -219,7 +218,6 @@ def recorder(tmp_path):
         one = Recorder(
             tmp_path / "decisions",
             DecisionSettings(collect_share=1.0, **settings),
-            game="g",
             reduction="sum",
         )
         made.append(one)
@@ -231,7 +229,7 @@ def recorder(tmp_path):
 
 
 def write(recorder: Recorder, steps, *, episode: int = 0, text: str = "", bad: bool = False):
-    tape = recorder.collection(episode, 1000)
+    tape = recorder.collection(episode, game="g", seed=1000)
     for step in steps:
         info = {} if bad else {"done_kind": "running", "score": 0.0}
         outcome = SimpleNamespace(info=info, reward=0.0, done=False)

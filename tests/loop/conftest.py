@@ -118,7 +118,8 @@ class Made:
             folder=folder,
             eval_only=eval_only,
             device="cpu",
-            game=SimpleNamespace(env_id="made-up", max_score=10.0),
+            games=(SimpleNamespace(env_id="made-up", max_score=10.0),),
+            eval_games=(SimpleNamespace(env_id="made-up", max_score=10.0),),
             encoder=nothing,
             policy=SimpleNamespace(
                 learn_mode=SimpleNamespace(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -59,21 +60,31 @@ def plan_of(rng: np.random.Generator, step: int) -> SearchOutput:
     )
 
 
-def make_run(folder: Path, *, episodes: int = 6, length: int = 10, llm: bool = True) -> Path:
-    """A finished run; half its episodes are of an evaluation, `llm` with the LLM and without."""
+def make_run(
+    folder: Path,
+    *,
+    episodes: int = 6,
+    length: int = 10,
+    llm: bool = True,
+    games: Sequence[str] = ("made <up>",),
+) -> Path:
+    """A finished run; half its episodes are of an evaluation, `llm` with the LLM and without. Of
+    two games training plays the first, evaluation the second.
+    """
     rng = np.random.default_rng(0)
     recorder = Recorder(
         folder / "decisions",
         DecisionSettings(collect_share=1.0),
-        game="made <up>",
         reduction="sum",
         decode=lambda ids: f"What the LLM reads at {ids[0]}. {LONG}",
     )
     for episode in range(episodes):
         if episode % 2:
-            tape = recorder.evaluation("iter000010", "world_model_llm", episode // 2, 1001, 400)
+            facts = dict(game=games[1 % len(games)], seed=1001, env_steps=400)
+            mode = "world_model_llm"
+            tape = recorder.evaluation("iter000010", mode, episode // 2, **facts)
         else:
-            tape = recorder.collection(episode // 2, 1000)
+            tape = recorder.collection(episode // 2, game=games[0], seed=1000)
         score = 0.0
         for step in range(length):
             done = step == length - 1

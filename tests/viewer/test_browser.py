@@ -29,7 +29,7 @@ def browser(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Runs, and the pages of one and of both: one.html, two.html."""
+    """Runs, and pages: one.html of one, two.html of both, games.html of a run of two games."""
     folder = tmp_path_factory.mktemp("runs")
     runs = [
         make_run(folder / "with_llm", episodes=200, length=30),
@@ -37,6 +37,8 @@ def folder(tmp_path_factory) -> Path:
     ]
     write_page(runs[:1], folder / "one.html", 200)
     write_page(runs, folder / "two.html", 200)
+    several = make_run(folder / "several", episodes=6, length=4, games=("a.z5", "b.z5"))
+    write_page([several], folder / "games.html", 200)
     return folder
 
 
@@ -117,6 +119,25 @@ def test_a_decision_is_shown_as_it_was_recorded(browser, show, folder):
     assert "What the LLM reads at 2" in browser.js(
         f"{MOVE}.querySelector('.prompt pre').textContent"
     )
+
+
+def test_episodes_are_filtered_by_game(browser, show):
+    games = "document.querySelector('#view-episodes select[aria-label^=Game]')"
+    listed = "document.querySelectorAll('#view-episodes select[aria-label^=Episode] option')"
+    show("one.html", "#tab=episodes")
+    browser.until(MOVE)
+    assert browser.js(f"{games}.offsetWidth") == 0  # one game: nothing to choose
+
+    show("games.html", "#tab=episodes&0=0.0")
+    browser.until(MOVE)
+    names = browser.js(f"[...{games}.options].map(o => o.textContent).join()")
+    assert sorted(names.split(",")) == ["a.z5", "all games", "b.z5"]
+    assert browser.js(f"{listed}.length") == 6
+    for game, kind in (("b.z5", "world_model_llm"), ("a.z5", "collect")):
+        browser.js(f"{games}.value = '{game}', {games}.dispatchEvent(new Event('change'))")
+        browser.until(f"{listed}.length === 3")
+        told = browser.js(f"[...{listed}].map(o => o.textContent).join()")
+        assert told.count(kind) == 3
 
 
 def test_keys_lead_everywhere(browser, show):

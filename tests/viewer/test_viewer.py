@@ -111,6 +111,14 @@ def test_a_run_is_told_with_its_newest_evaluations_first(tmp_path):
     assert evaluation["returns"] == [2.0] * 4 and evaluation["length"] == 4
 
 
+def test_games_are_told_apart(tmp_path):
+    run = read_run(make_run(tmp_path / "run", episodes=4, length=4, games=("a.z5", "b.z5")), 9)
+    assert run.summary["game"] == "a.z5 + b.z5"
+    told = {(e["mode"], e["game"]) for e in run.summary["episodes"]}
+    assert told == {("collect", "a.z5"), ("world_model_llm", "b.z5")}
+    assert [row["game"] for row in run.summary["evaluations"]] == ["b.z5"]
+
+
 def test_the_command_tells_what_is_wrong(tmp_path, capsys):
     assert main([str(tmp_path / "nothing")]) == 2
     (tmp_path / "config.json").write_text(json.dumps({"settings": {}}))

@@ -1,8 +1,8 @@
 """Decisions of the LLM playing alone, rated within groups of episodes: what reinforcement has in
 place of a value function (GRPO, arXiv:2402.03300).
 
-A group is the episodes that the same weights played to their end. A run has one game, so they are
-answers to one question; what the game's own dice did differently is noise.
+A group is the episodes of one game that the same weights played to their end, so they are answers
+to one question; what the game's own dice did differently is noise.
 
 Letters: `n` episodes of a group, `T` steps of its longest one.
 """
@@ -145,19 +145,19 @@ class GroupDraw:
         return rated
 
     def _groups(self, episodes: Sequence[Episode]) -> list[list[Episode]]:
-        """Episodes by the weights that played their last step, oldest first. Left out are those
-        that are too old, and those in which the LLM did not play alone: their returns are not its
-        own.
+        """Episodes by the weights that played their last step, oldest first, and by game. Left out
+        are those that are too old, and those in which the LLM did not play alone: their returns are
+        not its own.
         """
         limit = self._settings.max_staleness
-        groups: dict[int, list[Episode]] = {}
+        groups: dict[tuple[int, str], list[Episode]] = {}
         for episode in episodes:
             if any(step.searched for step in episode.steps):
                 continue
             version = episode.steps[-1].scores.weights_version
             if limit is None or self._version - version <= limit:
-                groups.setdefault(version, []).append(episode)
-        return [groups[version] for version in sorted(groups)]
+                groups.setdefault((version, episode.game), []).append(episode)
+        return [groups[key] for key in sorted(groups)]
 
 
 def _rated(group: Sequence[Episode], compared: Compared) -> list[Rated]:

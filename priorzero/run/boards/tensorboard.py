@@ -17,6 +17,10 @@ LAYOUT = {
     "Result": {
         "Return of the evaluation, by mode": [r"^eval/\w+/return_mean$"],
         "Return of training episodes": [r"^collect/episode_return_(mean|max)$"],
+        "The same by game, where there are several": [
+            r"^eval/[\w-]+/\w+/return_mean$",
+            r"^collect/[\w-]+/episode_return_mean$",
+        ],
     },
     "Effect of the LLM's prior": {
         "KL(mixture, world model)": [r"^prior/kl_from_wm$"],
@@ -152,6 +156,8 @@ def chosen_settings(config: Mapping[str, Any]) -> dict[str, bool | float | str]:
         place: Any = config
         for part in path.split("."):
             place = place.get(part) if isinstance(place, Mapping) else None
+        if isinstance(place, list):
+            place = ", ".join(map(str, place))
         if place is not None:  # another program's schedule may lack one
             chosen[path.split(".", 1)[1]] = place
     return chosen

@@ -1,10 +1,12 @@
 // The first view: evaluations as a table, metrics as curves, both runs in one plot.
 
 const FIRST_CURVES = [
-  /^eval\/.*\/return_mean$/, /^collect\/episode_return_mean$/, /^wm\/wm_loss$/, /^wm\/value_loss$/,
+  /^eval\/[^/]+\/return_mean$/, /^eval\/[^/]+\/[^/]+\/return_mean$/, /^collect\/episode_return_mean$/, /^wm\/wm_loss$/, /^wm\/value_loss$/,
   /^llm\/sft_loss$/, /^llm\/rft_loss$/, /^prior\/llm_overridden$/, /^prior\/kl_from_wm$/,
   /^perf\/seconds_iteration$/,
 ];
+
+const MOST_AT_ONCE = 12; // curves of one kind, such as those of many games; "Add a curve" has the others
 
 function layout(title, bottom) {
   return {
@@ -55,15 +57,16 @@ function curve(name) {
 }
 
 function evaluations(pane, run) {
+  const several = new Set(run.evaluations.map((row) => row.game)).size > 1;
   const body = run.evaluations.map((row) => {
     const mean = row.returns.reduce((sum, one) => sum + one, 0) / row.returns.length;
     const cells = [
-      row.label, row.mode, row.env_steps, short(mean), short(Math.max(...row.returns)), row.returns.length,
+      row.label, ...(several ? [row.game] : []), row.mode, row.env_steps, short(mean), short(Math.max(...row.returns)), row.returns.length,
       short(row.length, 1),
     ];
     return make("tr", {}, ...cells.map((cell) => make("td", {}, String(cell))));
   });
-  const heads = ["evaluation", "mode", "steps", "mean return", "best", "episodes", "length"];
+  const heads = ["evaluation", ...(several ? ["game"] : []), "mode", "steps", "mean return", "best", "episodes", "length"];
   pane.append(
     make("p.note", {}, run.llm ? `LLM: ${run.llm}` : "The run goes on, or ended without a summary."),
     make("div.scroll", {}, make("table", {},
@@ -74,7 +77,7 @@ function evaluations(pane, run) {
 
 views.curves = (section) => {
   const names = [...new Set(data.runs.flatMap((run) => Object.keys(run.curves)))].sort();
-  const first = FIRST_CURVES.flatMap((wanted) => names.filter((name) => wanted.test(name)));
+  const first = FIRST_CURVES.flatMap((wanted) => names.filter((name) => wanted.test(name)).slice(0, MOST_AT_ONCE));
   const plots = make("div.plots", {}, ...first.map(curve));
   const more = make("select", { "aria-label": "Add a curve" }, make("option", { value: "" }, "Add a curve …"));
   more.append(...names.filter((name) => !first.includes(name)).map((name) => make("option", {}, name)));

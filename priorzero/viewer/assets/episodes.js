@@ -13,10 +13,14 @@ function episodePane(pane, run, at) {
   const chooser = make("select", { "aria-label": `Episode of ${run.name}` });
   const mode = make("select", { "aria-label": `Whose episodes of ${run.name}` }, make("option", { value: "" }, "all modes"));
   mode.append(...[...new Set(run.episodes.map((e) => e.mode))].map((name) => make("option", {}, name)));
+  const games = [...new Set(run.episodes.map((e) => e.game))];
+  const game = make("select", { "aria-label": `Game of ${run.name}`, hidden: games.length < 2 }, make("option", { value: "" }, "all games"));
+  game.append(...games.map((name) => make("option", {}, name)));
+  const chosen = (e) => (!mode.value || e.mode === mode.value) && (!game.value || e.game === game.value);
   const body = make("div");
   const left = run.recorded - run.episodes.length;
   pane.append(
-    make("div.controls", {}, mode, chooser),
+    make("div.controls", {}, game, mode, chooser),
     left ? make("p.note", {}, `${left} further recorded episodes are not on this page (--episodes).`) : "",
     body,
   );
@@ -24,7 +28,7 @@ function episodePane(pane, run, at) {
   const state = { episode: 0, step: 0, asked: 0, shown: run.episodes.map((_, index) => index) };
   paneStates[at] = state;
   const list = () => {
-    state.shown = run.episodes.flatMap((e, index) => (!mode.value || e.mode === mode.value ? [index] : []));
+    state.shown = run.episodes.flatMap((e, index) => (chosen(e) ? [index] : []));
     chooser.replaceChildren(...state.shown.map((index) => {
       const e = run.episodes[index];
       const text = `${e.number}: ${e.name} · ${e.length} moves · return ${short(e.return)}`;
@@ -36,8 +40,8 @@ function episodePane(pane, run, at) {
     const asked = ++state.asked;
     const steps = await stepsOf(at, episode);
     if (asked !== state.asked) return; // somebody went on while it was unpacked
-    if (mode.value && run.episodes[episode].mode !== mode.value) {
-      mode.value = "";
+    if (!chosen(run.episodes[episode])) {
+      mode.value = game.value = "";
       list();
     }
     chooser.value = episode;
@@ -52,10 +56,12 @@ function episodePane(pane, run, at) {
   };
 
   chooser.addEventListener("change", () => state.show(Number(chooser.value), 0));
-  mode.addEventListener("change", () => {
-    list();
-    state.show(state.shown[0], 0);
-  });
+  for (const filter of [mode, game]) {
+    filter.addEventListener("change", () => {
+      list();
+      if (state.shown.length) state.show(state.shown[0], 0);
+    });
+  }
   pane.addEventListener("focusin", () => (active = at));
   pane.addEventListener("pointerdown", () => (active = at));
   list();

@@ -157,6 +157,20 @@ def test_older_groups_are_drawn_from_where_the_limit_allows_it():
         assert by_episode.get(2, -1.0) == -1.0 and by_episode[0] == 2.0
 
 
+def test_episodes_of_different_games_are_not_compared():
+    buffer = empty(settings())
+    rich = alone(2, [70.0, 0.0]), alone(3, [90.0, 0.0])
+    for game, episodes in (("poor", (GOOD, BAD)), ("rich", rich)):
+        for episode in episodes:
+            for segment in episode.segments():
+                segment.game = game
+                buffer.push_game_segments([segment])
+    drawn, metrics = draw(buffer)
+    by_episode = {number: s.advantage for (number, _), s in drawn.items()}
+    assert by_episode == {0: 2.0, 1: -2.0, 2: -10.0, 3: 10.0}
+    assert (metrics["rft_groups"], metrics["rft_group_return"]) == (2.0, (3.0 + 80.0) / 2)
+
+
 def test_groups_that_teach_nothing_are_counted_and_not_drawn_from():
     one, equal = alone(2, [1.0, 1.0], version=1), alone(4, [5.0, 0.0], version=2)
     buffer = holding(one, equal, alone(5, [0.0, 5.0, 0.0], version=2), GOOD, BAD)
