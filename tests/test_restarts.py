@@ -225,3 +225,11 @@ def test_groups_of_the_llm_need_whole_episodes():
     with pytest.raises(PriorZeroError, match=r"policy.restarts.share is 0.5.*whole episodes"):
         get_priorzero_config(presets=("llm_only",), overrides=overrides)
     assert get_priorzero_config(overrides=overrides)[0].policy.restarts.share == 0.5
+
+
+def test_visited_states_are_of_one_game():
+    overrides = dict(
+        policy=dict(restarts=dict(share=0.5)), env=dict(env_id=["tw-simple", "tw-coin"])
+    )
+    with pytest.raises(PriorZeroError, match=r"policy.restarts.share is 0.5.*several games"):
+        get_priorzero_config(presets=("pure_unizero",), overrides=overrides)
