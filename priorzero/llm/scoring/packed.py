@@ -17,9 +17,15 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
 from priorzero.llm.scoring.items import LayerKV, TreeItem
-from priorzero.llm.scoring.layers import multiplying_dtype, only_layers, sliding_window
+from priorzero.llm.scoring.layers import (
+    last_product,
+    multiplying_dtype,
+    only_layers,
+    sliding_window,
+)
 
 _NAME = "priorzero_packed"
+_WRITTEN_OUT = 1 << 18  # pairs of tokens up to which attention with gradients is written out
 
 
 @dataclass
@@ -77,28 +83,80 @@ def _attend(
         )
     packed.calls += 1
     groups = getattr(module, "num_key_value_groups", 1)
-    attention = torch.nn.functional.scaled_dot_product_attention
     outputs = []
 
     # The head, in the line or computed before.
     before = packed.head_kv[module.layer_idx] if packed.head_kv is not None else None
     if packed.head:
         before = (key[:, :, : packed.head], value[:, :, : packed.head])
-        keys, values = (repeat_kv(x, groups) for x in before)
-        outputs.append(
-            attention(query[:, :, : packed.head], keys, values, is_causal=True, scale=scaling)
-        )
+        outputs.append(_attention(query[:, :, : packed.head], *before, None, scaling, groups))
 
     # Each state: its head and itself.
     for (start, end), mask in zip(packed.spans, packed.masks, strict=True):
         own = (key[:, :, start:end], value[:, :, start:end])
         if before is not None:
             own = tuple(torch.cat([x, y], 2) for x, y in zip(before, own, strict=True))
-        keys, values = (repeat_kv(x, groups) for x in own)
-        outputs.append(
-            attention(query[:, :, start:end], keys, values, attn_mask=mask, scale=scaling)
-        )
+        outputs.append(_attention(query[:, :, start:end], *own, mask, scaling, groups))
     return torch.cat([o.to(query.dtype) for o in outputs], 2).transpose(1, 2), None
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+    groups: int,
+) -> torch.Tensor:
+    """Attention of one state.
+
+    Args:
+        query: `[1, heads, S, d]`; `key` and `value` `[1, heads / groups, T, d]`.
+        mask: additive `[S, T]`; None: causal, with S = T.
+        scale: of the products; None: 1 / sqrt(d).
+
+    Returns:
+        `[1, heads, S, d]`.
+    """
+    # Queries and keys may be float32 where values are not: positions are turned in float32.
+    dtype, size = value.dtype, query.shape[2] * key.shape[2]
+    trains = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
+    small = query.device.type == "cpu" and size <= _WRITTEN_OUT
+    if trains and small and dtype != torch.float32:
+        return _written_out(query, key, value, mask, scale)
+
+    query, key = query.to(dtype), repeat_kv(key.to(dtype), groups)
+    value = repeat_kv(value, groups)
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale
+    )
+
+
+def _written_out(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+) -> torch.Tensor:
+    """`_attention` as two products in float32. torch's kernel for 16 bits on a CPU takes far longer
+    for its backward than for its forward.
+    """
+    _, heads, length, width = query.shape
+    _, few, total, _ = key.shape
+    if mask is None:
+        mask = torch.full((length, total), float("-inf")).triu_(1)
+
+    with torch.autocast("cpu", enabled=False):
+        # The heads of a group share keys, so they are rows of one product.
+        rows = query.float().reshape(few, -1, width)
+        scores = torch.baddbmm(
+            mask.float().repeat(heads // few, 1)[None],
+            rows,
+            key[0].float().transpose(1, 2),
+            alpha=width**-0.5 if scale is None else scale,
+        )
+        return torch.bmm(scores.softmax(-1), value[0].float()).view(1, heads, length, width)
 
 
 AttentionInterface.register(_NAME, _attend)
@@ -164,11 +222,14 @@ def run_packed(
     first: int = 0,
     last: int | None = None,
     hidden: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Hidden states `[tokens, D]` behind the layers from `first` to before `last`.
 
     Args:
         hidden: `[tokens, D]` before layer `first`; None: the tokens' embeddings, for `first` 0.
+        rows: the tokens `[R]` whose outputs matter; what the others give is undefined then. None:
+            all.
     """
     decoder, line = causal_lm.get_decoder(), inputs.line
     total = causal_lm.config.num_hidden_layers
@@ -178,7 +239,8 @@ def run_packed(
     some = (first, last) != (0, total)
     part = only_layers(decoder, first, last) if some else contextlib.nullcontext()
 
-    with part, _packed_attention(decoder):
+    asked = contextlib.nullcontext() if rows is None else last_product(decoder, rows)
+    with asked, part, _packed_attention(decoder):
         # The mask is a stand-in: one with four dimensions keeps transformers from building its own.
         out = decoder(
             **source,
@@ -193,13 +255,18 @@ def run_packed(
 
 
 def packed_pass(
-    causal_lm: torch.nn.Module, items: Sequence[TreeItem], head_kv: LayerKV | None
+    causal_lm: torch.nn.Module,
+    items: Sequence[TreeItem],
+    head_kv: LayerKV | None,
+    all_tokens: bool = False,
 ) -> torch.Tensor:
     """Hidden states `[R, D]` of the rows (`TreeItem.rows`), state after state.
 
     Args:
         head_kv: keys and values of the items' common head; None: it is computed at the line's
             start, with gradients where they are on.
+        all_tokens: compute the last layer as a whole too, not only what the rows need of it.
     """
     inputs = lay_out(causal_lm, items, head_kv, next(causal_lm.parameters()).device)
-    return run_packed(causal_lm, inputs)[inputs.places]
+    rows = None if all_tokens else inputs.places
+    return run_packed(causal_lm, inputs, rows=rows)[inputs.places]
