@@ -37,6 +37,9 @@ class PackedLine:
         masks: per state additive `[S, H + S]` (0 or -inf), its head first.
         head: tokens of the states' common head at the line's start, 0 without.
         head_kv: keys and values of the common head where it is not in the line.
+        known: per state keys and values of the body's first tokens where these are not in the line;
+            an empty list where all are.
+        recorded: per state keys and values of its own tokens, layer after layer; None: nobody asks.
         calls: layers that attended through this line.
     """
 
@@ -44,6 +47,8 @@ class PackedLine:
     masks: list[torch.Tensor]
     head: int = 0
     head_kv: LayerKV | None = None
+    known: Sequence[LayerKV] = ()
+    recorded: list[LayerKV] | None = None
     calls: int = 0
 
 
@@ -91,11 +96,15 @@ def _attend(
         before = (key[:, :, : packed.head], value[:, :, : packed.head])
         outputs.append(_attention(query[:, :, : packed.head], *before, None, scaling, groups))
 
-    # Each state: its head and itself.
-    for (start, end), mask in zip(packed.spans, packed.masks, strict=True):
+    # Each state: its head, what is known of it, and itself.
+    for i, ((start, end), mask) in enumerate(zip(packed.spans, packed.masks, strict=True)):
         own = (key[:, :, start:end], value[:, :, start:end])
-        if before is not None:
-            own = tuple(torch.cat([x, y], 2) for x, y in zip(before, own, strict=True))
+        if packed.recorded is not None:
+            packed.recorded[i].append(tuple(x.to(value.dtype, copy=True) for x in own))
+        known = packed.known[i][module.layer_idx] if packed.known and packed.known[i] else None
+        parts = [x for x in (before, known, own) if x is not None]
+        if len(parts) > 1:
+            own = tuple(torch.cat(some, 2) for some in zip(*parts, strict=True))
         outputs.append(_attention(query[:, :, start:end], *own, mask, scaling, groups))
     return torch.cat([o.to(query.dtype) for o in outputs], 2).transpose(1, 2), None
 
@@ -190,21 +199,29 @@ def lay_out(
     items: Sequence[TreeItem],
     head_kv: LayerKV | None,
     device: torch.device,
+    known: Sequence[int] | None = None,
 ) -> PackedInputs:
-    """Put the states one after another; without `head_kv` their common head comes first."""
+    """Put the states one after another; without `head_kv` their common head comes first.
+
+    Args:
+        known: per state how many of its first tokens are left out of the line; `PackedLine.known`
+            has them. Rows among them have no place.
+    """
+    known = [0] * len(items) if known is None else known
     inside = [] if head_kv is not None else list(items[0].request.head_ids)
     dtype = multiplying_dtype(causal_lm, device)
 
     ids, positions, spans, places, masks = list(inside), list(range(len(inside))), [], [], []
-    for item in items:
+    for item, out in zip(items, known, strict=True):
         start, body, nodes = len(ids), item.request.body_ids, item.trie.tokens
         first = len(item.request.head_ids)
-        ids += [*body, *nodes]
-        positions += range(first, first + len(body))
-        positions += (first + len(body) + depth for depth in item.trie.depths)
+        own = [*range(first, first + len(body))]
+        own += (first + len(body) + depth for depth in item.trie.depths)
+        ids += [*body, *nodes][out:]
+        positions += own[out:]
         spans.append((start, len(ids)))
-        places += (start + row for row in item.rows())
-        allowed = item.mask()
+        places += (start + row - out for row in item.rows() if row >= out)
+        allowed = item.mask()[out:]
         mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, float("-inf"))
         masks.append(mask.to(device))
 
