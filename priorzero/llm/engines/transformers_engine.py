@@ -102,7 +102,8 @@ class TransformersEngine(LLMEngine):
             device = next(self.model.parameters()).device
             with self._lock, torch.no_grad(), computing(device, self.compute_dtype):
                 was_training = self.model.training
-                self.model.eval()
+                if was_training:
+                    self.model.eval()
                 try:
                     return work()
                 except (RuntimeError, MemoryError) as error:
@@ -110,7 +111,8 @@ class TransformersEngine(LLMEngine):
                         raise
                     raise LLMEngineError(f"out of memory: {error}") from None
                 finally:
-                    self.model.train(was_training)
+                    if was_training:
+                        self.model.train()
                     self.counters["busy_ms"] += int(1000 * (time.perf_counter() - started))
 
         return await asyncio.get_running_loop().run_in_executor(self._thread, guarded)

@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from priorzero.llm.model import base_model
+from priorzero.llm.scoring.adapters import plain_adapters
 from priorzero.llm.scoring.head_cache import HeadCache, head_key_values
 from priorzero.llm.scoring.items import LayerKV, TreeItem, headless, prepare
 from priorzero.llm.scoring.layers import (
@@ -102,10 +103,10 @@ def tree_logprobs(
         assert heads is None and way != "two_pass", "computed again, keys and values come twice"
         items = [headless(item) for item in items] if way == "padded" else items
 
-    with checkpointed_layers(model) if checkpointing else contextlib.nullcontext():
+    with checkpointed_layers(model) if checkpointing else plain_adapters(model):
         if way == "plain":
             return plain_logprobs(causal_lm, items)
-        hidden = _row_states(model, items, way, heads, trunk)
+        hidden = _row_states(model, items, way, heads, trunk, all_tokens=checkpointing)
     return token_logprobs(causal_lm, hidden, items, logit_rows, checkpointing)
 
 
@@ -115,8 +116,14 @@ def _row_states(
     way: str,
     heads: HeadCache | None,
     trunk: TrunkCache | None,
+    all_tokens: bool,
 ) -> torch.Tensor:
-    """Hidden states `[R, D]` of the rows, state after state."""
+    """Hidden states `[R, D]` of the rows, state after state.
+
+    Args:
+        all_tokens: leave out nothing that rows do not need: a layer that is computed again must
+            come out as before.
+    """
     causal_lm = base_model(model)
     head_ids, head_kv = items[0].request.head_ids, None
 
@@ -129,9 +136,9 @@ def _row_states(
     if way == "two_pass":
         return two_pass(causal_lm, items)
     if way == "packed" and trunk is not None:
-        return _packed_on_trunk(causal_lm, items, head_kv, trunk)
+        return _packed_on_trunk(causal_lm, items, head_kv, trunk, all_tokens)
     if way == "packed":
-        return packed_pass(causal_lm, items, head_kv)
+        return packed_pass(causal_lm, items, head_kv, all_tokens)
     if head_ids and head_kv is None:
         head_kv = head_key_values(model, head_ids)
     return padded_pass(causal_lm, items, head_kv)
@@ -142,12 +149,14 @@ def _packed_on_trunk(
     items: Sequence[TreeItem],
     head_kv: LayerKV | None,
     trunk: TrunkCache,
+    all_tokens: bool,
 ) -> torch.Tensor:
     """As `packed_pass`, with the frozen lower layers' outputs from the trunk where it has them."""
     device = next(causal_lm.parameters()).device
     inputs = lay_out(causal_lm, items, head_kv, device)
     below = trunk.hidden(causal_lm, items, head_kv is None, device)
-    return run_packed(causal_lm, inputs, trunk.depth, hidden=below)[inputs.places]
+    rows = None if all_tokens else inputs.places
+    return run_packed(causal_lm, inputs, trunk.depth, hidden=below, rows=rows)[inputs.places]
 
 
 def choose_way(model: torch.nn.Module, items: Sequence[TreeItem], passes: int = 2) -> str:

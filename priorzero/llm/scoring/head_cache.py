@@ -26,9 +26,12 @@ class HeadCache:
         self.misses = 0
         self._stamp: tuple = ()
         self._heads: OrderedDict[tuple[int, ...], LayerKV] = OrderedDict()
+        self._weights: tuple[int, list[torch.nn.Parameter]] = (0, [])
 
     def clear(self) -> None:
+        """Forget all heads, and which weights the model has."""
         self._heads.clear()
+        self._weights = (0, [])
 
     def get(
         self,
@@ -42,9 +45,11 @@ class HeadCache:
         dtype.
         """
         dtype = multiplying_dtype(base_model(model), next(model.parameters()).device)
-        stamp = (id(model), weights_stamp(model), dtype)
+        if self._weights[0] != id(model):  # looking through all modules takes as long as a layer
+            self._weights = (id(model), list(model.parameters()))
+        stamp = (id(model), weights_stamp(self._weights[1]), dtype)
         if stamp != self._stamp:
-            self.clear()
+            self._heads.clear()
             self._stamp = stamp
 
         if head_ids in self._heads:

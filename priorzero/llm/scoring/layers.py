@@ -1,4 +1,5 @@
-"""What scoring asks of a model's layers: windows, number formats, running some of them only,
+"""What scoring asks of a model's layers: windows, number formats, running some of them only, or
+for some tokens only,
 computing them a second time instead of keeping what they gave, whether their weights have changed,
 and whether memory ran out in them.
 """
@@ -6,7 +7,7 @@ and whether memory ran out in them.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -47,6 +48,32 @@ def only_layers(decoder: torch.nn.Module, first: int, last: int):
         yield
     finally:
         decoder.layers, decoder.norm = layers, norm
+
+
+@contextlib.contextmanager
+def last_product(decoder: torch.nn.Module, rows: torch.Tensor) -> Iterator[None]:
+    """Let the feed-forward part of the last layer run for the tokens `rows` [R] of `[1, tokens, D]`
+    only, for a while: nobody attends to what it gives. The other tokens get zeros from it.
+    """
+    network = getattr(decoder.layers[-1], "mlp", None)
+    if network is None:  # a layer that is built otherwise runs as a whole
+        yield
+        return
+    whole, own = network.forward, network.__dict__.get("forward")  # usually the class's, so nothing
+
+    def some(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        asked = whole(hidden[:, rows], *args, **kwargs)
+        result = asked.new_zeros(*hidden.shape[:-1], asked.shape[-1])
+        return result.index_copy(1, rows, asked)
+
+    network.forward = some
+    try:
+        yield
+    finally:
+        if own is None:
+            del network.forward
+        else:
+            network.forward = own
 
 
 def checkpointable_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -125,11 +152,11 @@ def _sdpa_kernels() -> list:
     return [kernel for kernel, on in allowed.items() if on]
 
 
-def weights_stamp(model: torch.nn.Module) -> int:
+def weights_stamp(weights: Iterable[torch.nn.Parameter]) -> int:
     """A number that changes whenever a weight is written in place (PyTorch's tensor version
     counters).
     """
-    return sum(p._version for p in model.parameters())
+    return sum(p._version for p in weights)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -16,14 +17,18 @@ from priorzero.llm.scoring.items import TreeItem
 from priorzero.llm.scoring.layers import run_checkpointed
 from priorzero.types import TokenisedRequest
 
+# Rows of logits whose normaliser is computed together: on a CPU as many as its cache holds, on a
+# GPU all.
+_TOGETHER = {"cpu": 8}
+
 
 def logits_of(causal_lm: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits `[R, N]`, float32, of hidden states `[R, D]` as they come out of the decoder.
+    """Logits `[R, N]` of hidden states `[R, D]` as they come out of the decoder.
 
     Gradients flow. Not safe from two threads at once on one model: hold its lock.
     """
     with _decoder_gives(causal_lm.get_decoder(), hidden[None]):
-        return causal_lm(inputs_embeds=hidden[None], use_cache=False).logits[0].float()
+        return causal_lm(inputs_embeds=hidden[None], use_cache=False).logits[0]
 
 
 @contextlib.contextmanager
@@ -86,8 +91,42 @@ def _picked(
     causal_lm: torch.nn.Module, hidden: torch.Tensor, row: torch.Tensor, token: torch.Tensor
 ) -> torch.Tensor:
     """Log-probability of each `token` behind its `row` of `hidden` [R, D]."""
-    logits = logits_of(causal_lm, hidden)
-    return logits[row, token] - logits.logsumexp(-1)[row]
+    return _LogProbabilities.apply(logits_of(causal_lm, hidden), row, token)
+
+
+class _LogProbabilities(torch.autograd.Function):
+    """`logits[row, token] - logsumexp(logits[row])` in float32.
+
+    What autograd would do takes a pass over `[R, N]` float32 numbers for each operation, which on a
+    CPU costs as much as the product that made the logits. Here a few rows at a time go through all
+    of it, forward and backward, and nothing of that size is kept but the logits as they are.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, row: torch.Tensor, token: torch.Tensor
+    ) -> torch.Tensor:
+        """`[K]` of logits `[R, N]`, rows `[K]` and tokens `[K]`."""
+        parts = logits.split(_TOGETHER.get(logits.device.type, max(1, len(logits))))
+        normaliser = torch.cat([part.float().logsumexp(-1) for part in parts])
+        ctx.save_for_backward(logits, normaliser, row, token)
+        return logits[row, token].float() - normaliser[row]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """d/d logits[r] = (those of r's tokens, each at its token) - (their sum) softmax."""
+        logits, normaliser, row, token = ctx.saved_tensors
+        sums = torch.zeros_like(normaliser).index_add_(0, row, gradient)
+        result = torch.empty_like(logits)
+
+        step = _TOGETHER.get(logits.device.type, max(1, len(logits)))
+        for start in range(0, len(logits), step):
+            some = slice(start, start + step)
+            part = (logits[some].float() - normaliser[some, None]).exp_().mul_(-sums[some, None])
+            inside = ((row >= start) & (row < start + step)).nonzero()[:, 0]
+            part.index_put_((row[inside] - start, token[inside]), gradient[inside], accumulate=True)
+            result[some] = part
+        return result, None, None
 
 
 def split_actions(flat: torch.Tensor, request: TokenisedRequest) -> list[torch.Tensor]:

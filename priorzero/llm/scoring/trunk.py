@@ -18,9 +18,11 @@ from priorzero.llm.model import base_model
 from priorzero.llm.scoring.items import LayerKV, TreeItem, headless, key_values
 from priorzero.llm.scoring.layers import only_layers
 from priorzero.llm.scoring.packed import lay_out, run_packed, supports_packing
+from priorzero.llm.scoring.prefixes import PrefixCache
 from priorzero.types import PriorZeroError
 
 _HEADS = 8  # heads kept; a run has one or two
+_PREFIX_SHARE = 4  # of the memory bound, one in so many bytes is for prompts that begin alike
 # Of the check against a forward through all layers, relative to the largest hidden value.
 _TOLERANCE = 1e-3
 
@@ -52,8 +54,9 @@ class TrunkCache:
 
     Args:
         depth: layers that never change (`frozen_layers`), at least 1.
-        max_bytes: memory bound for states (the few heads come on top); those not asked for the
-            longest go first.
+        max_bytes: memory bound for states (the few heads come on top), those not asked for the
+            longest go first; of which a part is for keys and values of prompts that others begin
+            like.
         dtype: autocast dtype of all who use it, None for none.
     """
 
@@ -65,8 +68,11 @@ class TrunkCache:
         self.bytes = 0
         self.hits = 0
         self.misses = 0
+        self.tokens = 0
+        self.tokens_spared = 0
         self._states: OrderedDict[tuple, torch.Tensor] = OrderedDict()
         self._heads: OrderedDict[tuple[int, ...], tuple[torch.Tensor, LayerKV]] = OrderedDict()
+        self._prefixes = PrefixCache(max_bytes // _PREFIX_SHARE)
         self._checked = False
 
     def hidden(
@@ -120,11 +126,37 @@ class TrunkCache:
     ) -> list[torch.Tensor]:
         if not items:
             return []
-        inputs = lay_out(causal_lm, items, None if head is None else head[1], device)
-        hidden = run_packed(causal_lm, inputs, 0, self.depth)
         if not self._checked:
             self._check(causal_lm, items[0], device)
-        return [hidden[start:end].clone() for start, end in inputs.line.spans]
+
+        # What is known of each state: the beginning of one that was read before.
+        found = [
+            self._prefixes.find(item.request.head_ids, item.request.body_ids, item.num_tokens - 1)
+            for item in items
+        ]
+        lengths = [0 if prefix is None else prefix.length for prefix in found]
+        inputs = lay_out(causal_lm, items, None if head is None else head[1], device, lengths)
+        inputs.line.known = [[] if prefix is None else prefix.kv for prefix in found]
+        inputs.line.recorded = [[] for _ in items]
+        hidden = run_packed(causal_lm, inputs, 0, self.depth)
+
+        results = []
+        for i, (item, prefix) in enumerate(zip(items, found, strict=True)):
+            own, kv = hidden[slice(*inputs.line.spans[i])].clone(), inputs.line.recorded[i]
+            if prefix is not None:
+                own = torch.cat([prefix.hidden, own])
+                kv = [_joined(*layers) for layers in zip(prefix.kv, kv, strict=True)]
+            self._remember(item, own, kv)
+            results.append(own)
+        self.tokens += sum(item.num_tokens for item in items)
+        self.tokens_spared += sum(lengths)
+        return results
+
+    def _remember(self, item: TreeItem, hidden: torch.Tensor, kv: LayerKV) -> None:
+        """Keep a state's body as a beginning of others; `kv` is of all its tokens."""
+        body = item.request.body_ids
+        of_body = [tuple(x[:, :, : len(body)].clone() for x in layer) for layer in kv]
+        self._prefixes.keep(item.request.head_ids, body, hidden[: len(body)], of_body)
 
     def _check(self, causal_lm, item: TreeItem, device: torch.device) -> None:
         """Once: both parts one after the other against all layers at once, on one state.
@@ -149,18 +181,30 @@ class TrunkCache:
         self._checked = True
 
     def _keep(self, key: tuple, hidden: torch.Tensor) -> None:
-        if hidden.numel() * hidden.element_size() > self.max_bytes:
+        room = self.max_bytes - self.max_bytes // _PREFIX_SHARE
+        if hidden.numel() * hidden.element_size() > room:
             return
         self._states[key] = hidden
         self.bytes += hidden.numel() * hidden.element_size()
-        while self.bytes > self.max_bytes:
+        while self.bytes > room:
             _, gone = self._states.popitem(last=False)
             self.bytes -= gone.numel() * gone.element_size()
 
     def stats(self) -> dict[str, float]:
-        """Hits, misses and size since the start, for logging."""
+        """Hits, misses and size since the start, and the share of the missed states' tokens that
+        other states begin with, for logging.
+        """
         return {
             "trunk_hits": float(self.hits),
             "trunk_misses": float(self.misses),
-            "trunk_mib": self.bytes / 2**20,
+            "trunk_mib": (self.bytes + self._prefixes.bytes) / 2**20,
+            "trunk_tokens_spared": self.tokens_spared / self.tokens if self.tokens else 0.0,
         }
+
+
+def _joined(
+    first: tuple[torch.Tensor, torch.Tensor], second: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of tokens behind others."""
+    keys, values = (torch.cat(pair, 2) for pair in zip(first, second, strict=True))
+    return keys, values

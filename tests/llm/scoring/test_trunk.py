@@ -124,7 +124,7 @@ def test_trunk_is_bounded_and_forgets_the_oldest(deep):
     trainer = _trainer(deep, 1)
     trunk = trainer.trunk
     one = prepare(REQUESTS[:1])[0].num_tokens * 32 * 4
-    trunk.max_bytes = 3 * one  # later states are longer
+    trunk.max_bytes = 4 * one  # a quarter is for beginnings; later states are longer
     want = _totals(_trainer(deep, 0).score(REQUESTS))
     assert _totals(trainer.score(REQUESTS)) == pytest.approx(want, abs=1e-4)
     assert 0 < trunk.bytes <= 3 * one
