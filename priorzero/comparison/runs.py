@@ -135,7 +135,10 @@ def _read_run(folder: Path, metric: str | None) -> Run:
     kept = _json(folder / "run.json") if (folder / "run.json").is_file() else {}
     variant = str(kept.get("variant", ""))
     # The settings may say "auto"; the summary knows what it was.
-    return Run(folder, summary.get("game", game), seed, flat, metric, tuple(points), variant)
+    game = summary.get("game", game)
+    if not isinstance(game, str):
+        game = ", ".join(map(str, game))  # a run of several games
+    return Run(folder, game, seed, flat, metric, tuple(points), variant)
 
 
 def _json(path: Path) -> dict[str, Any]:
