@@ -9,7 +9,7 @@ const FIRST_CURVES = [
 function layout(title, bottom) {
   return {
     title: { text: title, font: { size: 13 }, x: 0.02 },
-    margin: { l: 48, r: 12, t: 30, b: 42 },
+    margin: { l: 48, r: 12, t: 30, b: 50 },
     xaxis: { title: { text: bottom, font: { size: 11 } }, tickfont: { size: 10 }, gridcolor: "#edf0f4" },
     yaxis: { tickfont: { size: 10 }, gridcolor: "#edf0f4", zerolinecolor: "#d8dee6" },
     showlegend: false,
