@@ -124,6 +124,18 @@ LLM_ONLY = Preset(
 
 LORA = Preset(dict(llm=dict(lora=dict(enable=True), train=dict(learning_rate=2e-4))))
 
+# What published scores of Jericho's games were allowed: 8 environments, 100,000 steps each,
+# episodes of 100 steps (the defaults of DRRN and TDQN, github.com/microsoft/tdqn).
+# `priorzero.compare` prints them beside ours.
+JERICHO_PROTOCOL = Preset(
+    settings=dict(
+        env=dict(max_steps=100, collector_env_num=8, evaluator_env_num=5, n_evaluator_episode=10),
+        policy=dict(num_segments=8, game_segment_length=20),
+    ),
+    # 5,000 times 160 steps; an evaluation every 40,000 steps.
+    schedule=dict(iterations=5000, eval_freq=250, save_freq=250),
+)
+
 PRESETS = dict(
     debug=DEBUG,
     pure_unizero=PURE_UNIZERO,
@@ -132,6 +144,7 @@ PRESETS = dict(
     frozen=FROZEN,
     llm_only=LLM_ONLY,
     lora=LORA,
+    jericho_protocol=JERICHO_PROTOCOL,
 )
 
 # Class names for DI-engine's registries, and the modules that register them.

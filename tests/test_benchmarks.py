@@ -447,3 +447,27 @@ def test_background_benchmark_refuses_what_is_no_variant(capsys):
     with pytest.raises(SystemExit):
         parse_arguments(["--variants", "0 two"])
     assert "variant 'two' is not like" in capsys.readouterr().err
+
+
+# ---- recording of decisions ----------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_decisions_benchmark_of_whole_runs(capsys, monkeypatch):
+    """What is recorded changes nothing of the run but what it writes."""
+    from benchmarks import decisions
+
+    whole = "evaluations and 100 %"
+    kept = {name: decisions.RECORDED[name] for name in ("nothing", whole)}
+    monkeypatch.setattr(decisions, "RECORDED", kept)
+    sizes = "--whole-run 1 --rounds 1 --simulations 4 --embed-dim 32 --no-llm"
+    assert decisions.main([*sizes.split(), "--env-id", GAME]) == 0
+
+    told = last_line(capsys)
+    (nothing,), (everything,) = told["rounds"]["nothing"], told["rounds"][whole]
+    assert nothing["decisions"] == 0 and nothing["env_steps"] == everything["env_steps"] == 40
+    # 40 of the collection, and two evaluations of two episodes of at most 25 moves each.
+    assert 40 < everything["decisions"] <= 40 + 100
+    assert everything["thread_cpu_s"] > nothing["thread_cpu_s"] >= 0
+    cost = told["cost"][whole]
+    assert cost["share"] == pytest.approx(everything["cpu_s"] / nothing["cpu_s"] - 1, abs=1e-3)

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-README, MANUAL, METRICS, ALGORITHM, DECISIONS = (
+README, MANUAL, METRICS, ALGORITHM, DECISIONS, GAMES = (
     ROOT / name
     for name in (
         "README.md",
@@ -28,9 +28,10 @@ README, MANUAL, METRICS, ALGORITHM, DECISIONS = (
         "docs/METRICS.md",
         "docs/ALGORITHM.md",
         "docs/DECISIONS.md",
+        "docs/GAMES.md",
     )
 )
-DOCUMENTS = [README, MANUAL, METRICS, ALGORITHM, DECISIONS]
+DOCUMENTS = [README, MANUAL, METRICS, ALGORITHM, DECISIONS, GAMES]
 SOURCES = [*ROOT.glob("*.py"), *(ROOT / "priorzero").rglob("*.py"), ROOT / "run_priorzero_orz.sh"]
 LAUNCHER_OPTIONS = {"--help"}
 
@@ -125,7 +126,7 @@ def test_options_exist(document):
     known |= options_in(help_of("priorzero.sweep"))
     for module in ("priorzero.view", "priorzero.replan", "priorzero.play.__main__"):
         known |= options_in(help_of(module))
-    known |= LAUNCHER_OPTIONS | {"--logdir"}
+    known |= LAUNCHER_OPTIONS | {"--logdir", "--no-deps"}  # of TensorBoard, of pip
     assert options_in(text_of(document)) <= known
 
 

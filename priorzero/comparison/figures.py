@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from priorzero.comparison.published import beside
 from priorzero.comparison.runs import Group, Run
 from priorzero.comparison.statistics import estimate, probability_of_improvement
 from priorzero.types import PriorZeroError
@@ -34,8 +35,12 @@ def curve(run: Run, axis: str) -> Curve:
 
 
 def common_place(curves: Sequence[Curve]) -> float | None:
-    """The last evaluation that every run has reached; None where no curve has one."""
-    ends = [one[-1][0] for one in curves if one]
+    """The last evaluation that every run has reached; None where no curve has one.
+
+    Runs that ended before a second evaluation have no say, where there are others: they would
+    have all of them compared at the start.
+    """
+    ends = [one[-1][0] for one in curves if len(one) > 1] or [one[-1][0] for one in curves if one]
     if not ends:
         return None
     return max(x for one in curves for x, _ in one if x * (1 - SLACK) <= min(ends))
@@ -76,7 +81,8 @@ def compare(
             reached.
 
     Returns:
-        Plain values. `games`: per game its name, `steps`, `minutes`, `groups`, `pairs`, `notes`.
+        Plain values. `games`: per game its name, `steps`, `minutes`, `groups`, `pairs`, `notes`,
+        and `published` (see `published.beside`).
 
     Raises:
         PriorZeroError: no run has the metric.
@@ -100,13 +106,14 @@ def _game(
         common = common_place([curve(run, axis) for run in runs])
         # Without any times there is no place to compare at, whatever was asked for.
         places[axis] = common if at is None or common is None else at
-    return {
+    told = {
         "game": name,
         **places,
         "groups": [_group(group, places) for group in groups],
         "pairs": [_pair(a, b, places) for a, b in combinations(groups, 2)],
         "notes": _notes(groups, places),
     }
+    return told | {"published": beside(name, groups, told)}
 
 
 def _group(group: Group, places: Mapping[str, float | None]) -> dict[str, Any]:
@@ -191,10 +198,11 @@ def _notes_of(run: Run, group: str, places: Mapping[str, float | None]) -> list[
         if not one:
             notes.append(f"{name} left no times and is not compared at equal time.")
         elif not reached(one, place):
-            notes.append(
-                f"{name} is not compared at {in_words(place, axis)}: its evaluations lie between "
-                f"{in_words(one[0][0], axis)} and {in_words(one[-1][0], axis)}."
-            )
+            first, last = in_words(one[0][0], axis), in_words(one[-1][0], axis)
+            own = f"evaluations lie between {first} and {last}"
+            if len(one) == 1:
+                own = f"only evaluation is at {first}"
+            notes.append(f"{name} is not compared at {in_words(place, axis)}: its {own}.")
     return notes
 
 

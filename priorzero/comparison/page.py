@@ -14,6 +14,9 @@ from priorzero.comparison.runs import Group
 
 Row = Mapping[str, Any]
 
+_IN_LINES = 4  # groups: more of them have too many pairs for a line each
+_PROTOCOL = ("env_steps", "max_steps", "seeds")
+
 _EXPLAINED = (
     "Interquartile mean over runs (with three or fewer the mean) and in brackets its 95 % "
     "percentile bootstrap interval (arXiv:2108.13264); a single run has no interval, and with "
@@ -66,6 +69,8 @@ def page(report: Row) -> str:
             ]
         if game["notes"]:
             parts.append("\n".join(f"- {note}" for note in game["notes"]))
+        if game["published"]:
+            parts += _published(game["published"])
     return "\n\n".join(parts) + "\n"
 
 
@@ -97,7 +102,10 @@ def _counts(group: Row, axes: Iterable[str]) -> str:
 
 
 def _pairs(game: Row) -> str:
+    """A line per pair; of many groups a table per place, the first group of a pair by line."""
     places = _places(game)
+    if len(game["groups"]) > _IN_LINES:
+        return "\n\n".join(_matrix(game, axis, place) for axis, place in places.items())
     rows = [
         [f"P({pair['ours']} > {pair['theirs']})", *(_told(pair[axis]) for axis in places)]
         for pair in game["pairs"]
@@ -105,15 +113,54 @@ def _pairs(game: Row) -> str:
     return _table(["groups", *(f"at {place}" for place in places.values())], rows)
 
 
+def _matrix(game: Row, axis: str, place: str) -> str:
+    names = [group["name"] for group in game["groups"]]
+    told = {(pair["ours"], pair["theirs"]): _told(pair[axis]) for pair in game["pairs"]}
+    rows = [[f"P({a} > …)", *(told.get((a, b), "") for b in names[1:])] for a in names[:-1]]
+    return _table([f"at {place}", *names[1:]], rows)
+
+
+def _published(found: Row) -> list[str]:
+    """Parts of the page: ours and theirs in one table, best first, the differences, the sources."""
+    both = sorted(found["ours"] + found["theirs"], key=lambda row: -(row["share"] or row["score"]))
+    header = ["who", "score", "of the maximum", "env steps", "steps an episode", "seeds"]
+    maximum = found["max_score"]
+    return [
+        "### Beside published scores",
+        f"Maximum: {maximum:g}." if maximum else "Of single games nothing was found.",
+        _table([*header, "protocol", "source"], [_published_row(found, row) for row in both]),
+        "\n".join(f"- {line}" for line in found["differences"]),
+        "\n".join(
+            f"- {name}: {source['cite']}. {source['found'].capitalize()}."
+            for name, source in found["sources"].items()
+        ),
+    ]
+
+
+def _published_row(found: Row, row: Row) -> list[str]:
+    share = "–" if row["share"] is None else f"{row['share']:.1f} %"
+    is_theirs = "source" in row
+    protocol = found["protocols"][row["protocol"]] if is_theirs else row
+    cells = [share, *("–" if (n := protocol[key]) is None else f"{n:,}" for key in _PROTOCOL)]
+    if not is_theirs:
+        return [f"**{row['who']}**", _told(row | {"value": row["score"]}), *cells, "ours", ""]
+    score = _number(row["score"]) + ("" if row["std"] is None else f" ± {_number(row['std'])}")
+    return [row["who"], score, *cells, f"`{row['protocol']}`", row["source"]]
+
+
 def _told(estimate: Row | None) -> str:
     """`value [low, high]`, or a dash where no run was compared."""
     if estimate is None:
         return "–"
     value, low, high = (
-        None if x is None else f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}"
+        None if x is None else _number(x)
         for x in (estimate["value"], estimate["low"], estimate["high"])
     )
     return value if low is None else f"{value} [{low}, {high}]"
+
+
+def _number(x: float) -> str:
+    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}"
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

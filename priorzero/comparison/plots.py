@@ -13,6 +13,7 @@ from priorzero.comparison.runs import Group
 from priorzero.comparison.statistics import estimate
 
 _LABEL = 60  # characters in a legend; the page has the rest
+_COLOURS = 10  # of tab10
 _PLACES = 200  # of a curve that are drawn; losses have one per iteration and run
 _NAMES = {"steps": "environment steps", "minutes": "minutes of iterations"}
 
@@ -32,25 +33,38 @@ def plot_curves(
     axes = [axis for axis in AXES if any(game[axis] is not None for game in report["games"])]
     size = (6 * len(axes), 4 * len(games))
     figure, panels = pyplot.subplots(len(games), len(axes), figsize=size, squeeze=False)
+    many = max(len(groups) for groups in games.values()) > _COLOURS
+    colours = pyplot.get_cmap("tab20" if many else "tab10").colors
 
     for row, game in zip(panels, report["games"], strict=True):
         for panel, axis in zip(row, axes, strict=True):
-            for group in games[game["game"]]:
-                _draw(panel, group, axis)
+            for number, group in enumerate(games[game["game"]]):
+                _draw(panel, group, axis, colours[number % len(colours)])
             if game[axis] is not None:
                 panel.axvline(game[axis], color="tab:gray", linestyle=":")
             panel.set(title=game["game"], xlabel=_NAMES[axis], ylabel=_metrics(game))
             panel.grid(True, alpha=0.3)
-            if panel.get_legend_handles_labels()[0]:
-                panel.legend(fontsize="x-small")
-            else:  # no run of this game has this axis
+            if not panel.get_legend_handles_labels()[0]:  # no run of this game has this axis
                 panel.set_axis_off()
+        _name_groups(row)
     figure.tight_layout()
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=100, bbox_inches="tight")
     pyplot.close(figure)
 
 
-def _draw(panel, group: Group, axis: str) -> None:
+def _name_groups(row: Sequence[Any]) -> None:
+    """One legend for a game, beside its panels: on them it would hide what it names."""
+    named = {
+        label: line
+        for panel in row
+        for line, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    if named:
+        where = dict(loc="center left", bbox_to_anchor=(1.02, 0.5))
+        row[-1].legend(named.values(), named.keys(), fontsize="x-small", **where)
+
+
+def _draw(panel, group: Group, axis: str, colour: Sequence[float]) -> None:
     curves = [one for one in (curve(run, axis) for run in group.runs) if one]
     if not curves:
         return
@@ -59,10 +73,13 @@ def _draw(panel, group: Group, axis: str) -> None:
     if not x:  # no place where all its runs are
         return
 
-    label = f"{group.name} ({len(curves)}): {group.label}"
+    label = f"{group.name} ({len(group.runs)})"
+    if group.name != group.runs[0].variant:  # a variant's name says enough
+        label += f": {group.label}"
     if len(label) > _LABEL:
         label = label[: _LABEL - 1] + "…"
-    (line,) = panel.plot(x, [one.value for one in estimates], marker=".", label=label)
+    values = [one.value for one in estimates]
+    (line,) = panel.plot(x, values, marker=".", color=colour, label=label)
     if estimates[0].low is not None:
         band = [one.low for one in estimates], [one.high for one in estimates]
         panel.fill_between(x, *band, color=line.get_color(), alpha=0.15, linewidth=0)

@@ -11,7 +11,7 @@ import pytest
 
 from priorzero.compare import main
 from priorzero.comparison.figures import area_under, common_place, compare, reached, value_at
-from priorzero.comparison.plots import joined
+from priorzero.comparison.plots import joined, plot_curves
 from priorzero.comparison.runs import group_runs, read_runs
 from priorzero.run.metrics import MetricsWriter
 from priorzero.settings.experiment import ExperimentSettings
@@ -343,6 +343,35 @@ def test_runs_that_are_nowhere_together_can_be_drawn(tmp_path, capsys):
     assert "| at 100 steps | up to 100 steps |" in page and "| 2 (steps: 1, minutes: 2) |" in page
     assert "late (G1, seed 1) is not compared at 100 steps" in page
     assert "none (G1, seed 0) has no" in page and "No run left times" not in page
+
+
+def test_every_group_has_a_colour_of_its_own_and_one_legend_names_them(tmp_path, monkeypatch):
+    """With eleven groups, of which the first has no times and so no curve over them."""
+    from matplotlib import pyplot
+
+    closed = []
+    monkeypatch.setattr(pyplot, "close", closed.append)
+    folders = [make_run(tmp_path / f"a{i}", 0, (0, i), weight=i / 100) for i in range(1, 11)]
+    timeless = tmp_path / "timeless"
+    write_config(timeless, 0, weight=0.99)
+    write_lines(timeless, [("eval", 0, 1), ("eval", 100, 2)])
+
+    games = group_runs(read_runs([timeless, *folders]))
+    plot_curves(tmp_path / "curves.png", games, compare(games))
+    over_steps, over_minutes = closed[0].axes
+    colours = {
+        panel: {
+            line.get_label(): tuple(line.get_color())
+            for line in panel.get_lines()
+            if not line.get_label().startswith("_")  # the dotted line
+        }
+        for panel in (over_steps, over_minutes)
+    }
+    assert len(set(colours[over_steps].values())) == 11 and len(colours[over_minutes]) == 10
+    assert colours[over_minutes].items() <= colours[over_steps].items()
+    assert over_steps.get_legend() is None
+    named = [text.get_text() for text in over_minutes.get_legend().get_texts()]
+    assert len(named) == 11 and named[0].startswith("G1 (1): policy.root_prior.weight=0.99")
 
 
 def test_faults_are_told(folders, tmp_path, caplog):

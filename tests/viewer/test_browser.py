@@ -141,7 +141,7 @@ def test_episodes_are_filtered_by_game(browser, show):
 
 
 def test_keys_lead_everywhere(browser, show):
-    show("one.html", "#tab=curves")
+    show("one.html", "#tab=curves&0=0.0")
     browser.js("document.getElementById('tab-curves').focus()")
     for name in ("episodes", "findings", "settings"):
         browser.key("ArrowRight")
@@ -160,6 +160,24 @@ def test_keys_lead_everywhere(browser, show):
     browser.key("j")
     browser.until(f"{at} === '0.1' && {MOVE}.querySelector('details.tree').open")
     assert "step 1." in browser.js(f"{MOVE}.querySelector('pre').textContent")
+
+
+def test_the_page_begins_where_most_is_to_be_seen(browser, show):
+    """The last evaluation of the search with the LLM; a kind of finding that there is."""
+    show("two.html", "#tab=episodes")
+    at = "new URLSearchParams(location.hash.slice(1))"
+    browser.until(f"{at}.get('0') && {at}.get('1')")
+    for run in (0, 1):
+        modes = browser.js(f"data.runs[{run}].episodes.map(e => e.mode)")
+        assert len(set(modes)) > 1
+        last = max(i for i, mode in enumerate(modes) if mode == "world_model_llm")
+        assert browser.js(f"{at}.get('{run}')") == f"{last}.0"
+
+    browser.js("data.runs.forEach(run => run.findings.overruled = [])")
+    open_tab(browser, "findings")
+    kind = "document.querySelector('#view-findings select')"
+    assert browser.js(f"{kind}.value") != "overruled"
+    assert browser.js(f"{kind}.options[0].textContent").endswith("was right (0)")
 
 
 def test_a_finding_leads_to_its_decision(browser, show):

@@ -28,7 +28,9 @@ class GameKind(ABC):
 
     Seeds: two games that are reset with the same seed and given the same actions answer the same,
     state hashes included, in whatever process they run. A game without randomness may ignore the
-    seed. Seeds are at least 1,000, but for a walkthrough's own.
+    seed. Seeds are at least 1,000, but for a walkthrough's own. A game that comes in variations
+    may draw the episode's from the seed, and then keeps those that it is evaluated on apart
+    (`for_evaluation`).
 
     Hashes: Two states with equal `state_hash` have equal `describe`, whatever random numbers were
     drawn on the way, since details are cached by hash, across processes and runs.
@@ -142,6 +144,11 @@ class GameKind(ABC):
             found.append(self.step(action))
         come_back()
         return found
+
+
+def for_evaluation(seed: int) -> bool:
+    """Whether an episode's seed is one of evaluation (`priorzero.games.env.episode_seed`)."""
+    return seed % 2 == 1
 
 
 def names() -> tuple[str, ...]:

@@ -11,7 +11,7 @@ const MOST_AT_ONCE = 12; // curves of one kind, such as those of many games; "Ad
 function layout(title, bottom) {
   return {
     title: { text: title, font: { size: 13 }, x: 0.02 },
-    margin: { l: 48, r: 12, t: 30, b: 42 },
+    margin: { l: 48, r: 12, t: 30, b: 50 },
     xaxis: { title: { text: bottom, font: { size: 11 } }, tickfont: { size: 10 }, gridcolor: "#edf0f4" },
     yaxis: { tickfont: { size: 10 }, gridcolor: "#edf0f4", zerolinecolor: "#d8dee6" },
     showlegend: false,

@@ -65,8 +65,18 @@ function episodePane(pane, run, at) {
   pane.addEventListener("focusin", () => (active = at));
   pane.addEventListener("pointerdown", () => (active = at));
   list();
-  const [episode, step] = (place().get(String(at)) ?? "0.0").split(".").map(Number);
-  state.show(episode < run.episodes.length ? episode : 0, step || 0);
+  const first = firstEpisode(run);
+  const [episode, step] = (place().get(String(at)) ?? `${first}.0`).split(".").map(Number);
+  state.show(episode < run.episodes.length ? episode : first, step || 0);
+}
+
+// The last one of the search with the LLM, else of the search: where most is to be seen.
+function firstEpisode(run) {
+  for (const mode of ["world_model_llm", "world_model", "collect"]) {
+    const found = run.episodes.findLastIndex((e) => e.mode === mode);
+    if (found >= 0) return found;
+  }
+  return 0;
 }
 
 function drawEpisode(body, run, at, steps, episode) {
@@ -105,7 +115,9 @@ async function drawCourse(element, steps, show) {
     line("value of the search", "value", "#2f855a"),
     line("network's own", "predicted_value", "#2b6cb0", "dot"),
   ];
-  const look = { ...layout("", "move"), showlegend: true, legend: { orientation: "h", y: 1.2, font: { size: 11 } } };
+  // Above the plot, and see-through: it must not hide a curve that is as high.
+  const legend = { orientation: "h", y: 1, yanchor: "bottom", bgcolor: "rgba(0,0,0,0)", font: { size: 11 } };
+  const look = { ...layout("", "move"), showlegend: true, legend };
   await plot(element, traces, look);
   element.on("plotly_click", (event) => show(event.points[0].x));
   markMove(element);

@@ -11,8 +11,10 @@ const FINDINGS = {
 const SHOWN = 100;
 
 views.findings = (section) => {
+  const count = (name) => data.runs.reduce((sum, run) => sum + run.findings[name].length, 0);
   const kind = make("select", { "aria-label": "Kind of finding" },
-    ...Object.entries(FINDINGS).map(([name, [title]]) => make("option", { value: name }, title)));
+    ...Object.entries(FINDINGS).map(([name, [title]]) => make("option", { value: name }, `${title} (${count(name)})`)));
+  kind.value = Object.keys(FINDINGS).find(count) ?? kind.value; // the first of which there are any
   const meaning = make("p.note");
   const body = make("div");
   const show = () => {
