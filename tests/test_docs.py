@@ -279,6 +279,8 @@ def test_every_metric_of_a_run_is_explained(tiny_llm, tmp_path):
             "--save-freq=1",
             "--rft",
             "--set=llm.lora.last_layers=1",
+            "--set=policy.annealing.duration=100",
+            "--set=policy.restarts.share=1.0",
             *assignments,
         ],
         cwd=tmp_path,

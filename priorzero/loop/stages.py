@@ -38,7 +38,7 @@ async def collect(
     """
     progress, policy = parts.progress, parts.settings.policy
     told = {}
-    if policy.annealing.env_steps:
+    if policy.annealing.duration:
         told["temperature"] = temperature_at(policy, progress.env_steps)
         told["root_noise"] = noise_weight_at(policy, progress.env_steps)
     logger.info("[Iter %d] Collecting data...", progress.iteration)

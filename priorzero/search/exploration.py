@@ -22,23 +22,23 @@ def linear(start: float, end: float, steps: int, env_steps: int) -> float:
 def temperature_at(settings: PolicySettings, env_steps: int) -> float:
     """Temperature of a collect call that begins after so many environment steps of the training."""
     annealing = settings.annealing
-    if not annealing.env_steps:
+    if not annealing.duration:
         return settings.fixed_temperature_value
     start, end = annealing.temperature_start, annealing.temperature_end
-    return linear(start, end, annealing.env_steps, env_steps)
+    return linear(start, end, annealing.duration, env_steps)
 
 
 def noise_weight_at(settings: PolicySettings, env_steps: int) -> float:
     """Share of the root noise in a decision's prior, after so many environment steps."""
     annealing = settings.annealing
-    if not annealing.env_steps:
+    if not annealing.duration:
         return settings.root_noise_weight
-    return linear(annealing.noise_start, annealing.noise_end, annealing.env_steps, env_steps)
+    return linear(annealing.noise_start, annealing.noise_end, annealing.duration, env_steps)
 
 
 def with_noise_at(settings: PolicySettings, env_steps: int) -> PolicySettings:
     """The settings as root policies are to read them: `root_noise_weight` is the scheduled one."""
-    if not settings.annealing.env_steps:
+    if not settings.annealing.duration:
         return settings
     scheduled = copy.copy(settings)
     scheduled.root_noise_weight = noise_weight_at(settings, env_steps)

@@ -123,7 +123,7 @@ class AnnealingSettings(Settings):
     fixed_temperature_value and root_noise_weight; linear in environment steps, then constant.
     """
 
-    env_steps: int = 0
+    duration: int = 0
     """Environment steps from start to end; 0: no schedule."""
     temperature_start: float = 2.0
     """Temperature of visit counts at the beginning; above 1 it flattens them."""
@@ -136,7 +136,7 @@ class AnnealingSettings(Settings):
 
     def rules(self) -> Iterator[Rule]:
         """See `Settings.rules`."""
-        yield from not_negative(self, "env_steps")
+        yield from not_negative(self, "duration")
         yield from positive(self, "temperature_start", "temperature_end")
         yield from in_unit_interval(self, "noise_start", "noise_end")
 
@@ -292,8 +292,8 @@ class PolicySettings(Settings):
         yield from one_of(self, "policy_target", "regularised", "visits")
         yield from one_of(self, "target_prior", "mixture", "world_model", "llm")
         yield Rule(
-            "annealing.env_steps",
-            not self.annealing.env_steps or self.root_policy != "gumbel",
+            "annealing.duration",
+            not self.annealing.duration or self.root_policy != "gumbel",
             "root_policy gumbel draws by itself: it knows neither temperature nor Dirichlet noise",
         )
         yield Rule("target_prior", self.takes_target_prior(self.target_prior), NO_OPERATOR)

@@ -13,7 +13,7 @@ from priorzero.settings.policy import AnnealingSettings, PolicySettings
 from priorzero.types import PriorZeroError
 
 FALLING = AnnealingSettings(
-    env_steps=1000, temperature_start=2.0, temperature_end=0.5, noise_start=0.1, noise_end=0.6
+    duration=1000, temperature_start=2.0, temperature_end=0.5, noise_start=0.1, noise_end=0.6
 )
 
 
@@ -50,7 +50,7 @@ def test_the_scheduled_noise_enters_the_root(make_policy, root_policy):
     policy = make_policy(
         root_policy=root_policy,
         num_simulations=1 if root_policy == "puct" else 8,
-        annealing=dict(env_steps=100, noise_start=0.0, noise_end=1.0),
+        annealing=dict(duration=100, noise_start=0.0, noise_end=1.0),
     )
     roots = [Root(np.zeros((1, 6), np.float32), np.array([]), np.arange(8))] * 30
 
@@ -65,5 +65,5 @@ def test_the_scheduled_noise_enters_the_root(make_policy, root_policy):
 
 
 def test_a_root_policy_that_draws_by_itself_has_no_schedule():
-    with pytest.raises(PriorZeroError, match=re.escape("annealing.env_steps is 1000")):
+    with pytest.raises(PriorZeroError, match=re.escape("annealing.duration is 1000")):
         PolicySettings(annealing=FALLING, root_policy="gumbel")
