@@ -176,3 +176,13 @@ def test_the_manual_has_a_sweep_that_can_be_run(tmp_path):
     runs = planned_runs(read_sweep(write(tmp_path, text)))
     assert len(runs) == 2 * 3 * 3
     check_commands(runs)
+
+
+def test_a_run_of_several_games_is_one_entry_with_commas():
+    games = ["tw-simple,tw-coin:level=3,seed=2", "tw-simple"]
+    runs = planned_runs(sweep_from({"games": games, "seeds": [0]}, "file"))
+    assert [run.name for run in runs] == [
+        "tw-simple-and-tw-coin-level-3-seed-2_default_seed0",
+        "tw-simple_default_seed0",
+    ]
+    check_commands(runs)
