@@ -150,6 +150,7 @@ def test_the_folder_says_where_it_comes_from(run, tmp_path, tiny_llm):
         "llm_version": 2,
         "game": "tw-simple",
         "form": "merged",
+        "seen": [{"game": "tw-simple", "family": "tw-simple", "by": str(run)}],
     }
     assert {"config.json", "generation_config.json", "model.safetensors"} < listing(
         tmp_path / "out"

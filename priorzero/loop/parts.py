@@ -22,8 +22,10 @@ from priorzero.data.batch import WorldModelBatch
 from priorzero.data.segment import Segment
 from priorzero.decisions.recorder import Recorder
 from priorzero.games.catalogue import GameSpec
+from priorzero.games.families import kinship
 from priorzero.games.group import GameEnvGroup
 from priorzero.llm.build import LLMParts
+from priorzero.llm.seen import Seen, SeenGame
 from priorzero.llm.update.groups import Rate
 from priorzero.llm.update.samples import LLMSample
 from priorzero.loop.background import Background
@@ -172,6 +174,20 @@ class Parts:
         """Model and engine in words."""
         return self.llm.name if self.llm is not None else "none (pure UniZero)"
 
+    @property
+    def llm_warning(self) -> str:
+        """That the LLM had been trained on this game, or on relatives, before the run; else ""."""
+        return seen_warning(self.game, self.llm.seen) if self.llm is not None else ""
+
+    @property
+    def llm_seen(self) -> Seen:
+        """Games the LLM has been trained on by now."""
+        if self.llm is None:
+            return Seen()
+        kin = kinship(self.game)
+        own = SeenGame(kin.game, kin.family, str(self.folder.resolve()))
+        return self.llm.seen | Seen((own,)) if self.progress.llm_version else self.llm.seen
+
     async def close(self) -> None:
         """End engine, interpreters and writers, newest first."""
         await self.closing.aclose()
@@ -181,3 +197,9 @@ class Parts:
 
     async def __aexit__(self, *_) -> None:
         await self.close()
+
+
+def seen_warning(game: GameSpec, seen: Seen) -> str:
+    """See `Seen.warning`."""
+    kin = kinship(game)
+    return seen.warning(kin.game, kin.family)

@@ -115,6 +115,7 @@ def _facts(parts: Parts) -> dict[str, Any]:
         "game": parts.game.env_id,
         "encoder": parts.settings.text.encoder,
         "llm": parts.llm_name,
+        "llm_seen": parts.llm_seen.as_list(),
     }
 
 

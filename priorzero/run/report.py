@@ -17,6 +17,7 @@ def banner(
     device: str,
     parameters: int,
     orz: tuple[bool, str],
+    warning: str = "",
 ) -> str:
     """What is about to run.
 
@@ -28,6 +29,7 @@ def banner(
         device: of the world model.
         parameters: of the world model, their number.
         orz: whether Open-Reasoner-Zero was found, which trains nothing yet; and where, or why not.
+        warning: that the LLM saw this game or a relative of it, `Seen.warning`.
     """
     settings = config.priorzero_cfg
     line = "=" * 78
@@ -45,6 +47,7 @@ def banner(
             f"Game:            {game.env_id} ({game.kind}), seed {settings.seed}",
             f"LLM:             {llm}",
             f"World model:     {_world_model(config, device, parameters)}",
+            *([f"WARNING:         {warning}"] if warning else []),
             line,
         ]
     )
