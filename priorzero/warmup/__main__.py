@@ -94,6 +94,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--plan", action="store_true", help="tell which games are used and left out, and stop"
     )
+    parser.add_argument(
+        "--collect", action="store_true", help="collect the decisions into the cache, and stop"
+    )
     parser.add_argument("--commit", help="commit of this copy where it is no git checkout")
     return parser.parse_args(arguments)
 
@@ -190,7 +193,7 @@ def warm_up(
         held_walks,
         choice.left_out | without,
         {
-            "base": identity.as_dict() | {"llm": resolved.name},
+            "base": identity.as_dict() | {"name": resolved.name},
             "form": "all weights" if all_weights else "adapter" if adapter else "merged",
             **source,
         },
@@ -219,10 +222,14 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     try:
         settings = settings_from(args)
-        if args.plan:
+        if args.plan or args.collect:
+            from priorzero.warmup.collect import collect
             from priorzero.warmup.games import choose_games
 
-            tell_choice(choose_games(settings))
+            choice = choose_games(settings)
+            tell_choice(choice)
+            if args.collect:
+                collect(choice.games, settings)
             return 0
 
         from priorzero.run.provenance import find_commit, machine_facts

@@ -54,7 +54,7 @@ def test_the_folder_is_an_llm_and_says_what_it_saw(warm, tiny_llm):
     }
     assert facts["commit"] == "abc" and "--textworld 2" in facts["command"]
     assert facts["settings"]["exclude"] == ["zork1.z5", "detective.z5"]
-    assert facts["base"]["name"] == tiny_llm and facts["form"] == "all weights"
+    assert facts["base"]["name"] == Path(tiny_llm).name and facts["form"] == "all weights"
     assert facts["reduction"] == "sum" and facts["families"].keys() == {"tw-coin"}
 
 
@@ -89,3 +89,41 @@ def test_what_is_impossible_is_refused_at_once(tmp_path, arguments, told, caplog
     command = f"--out {tmp_path / 'out'} --commit abc {arguments}"
     assert main(shlex.split(command)) == 2
     assert told in caplog.text and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_run_with_it_says_so_and_hands_it_on(warm, tmp_path, monkeypatch, caplog):
+    """From the warm-up over a run on a relative to the LLM that another run takes from there."""
+    from priorzero.export import trained_llm
+    from priorzero_config import HybridTrainingConfig
+    from priorzero_orz_entry import train_priorzero_orz
+
+    monkeypatch.setenv("PRIORZERO_CACHE", str(tmp_path / "cache"))
+    config = HybridTrainingConfig(
+        env_id="tw-coin:level=1,seed=1",
+        debug_mode=True,
+        iterations=1,
+        llm_train_freq=1,
+        eval_freq=0,
+        overrides=dict(
+            env=dict(max_steps=4, collector_env_num=1),
+            policy=dict(device="cpu", embed_dim=32, num_layers=1, num_heads=2, num_simulations=2),
+            llm=dict(model=str(warm), lora=dict(last_layers=1)),
+        ),
+    )
+    folder = config.priorzero_cfg.exp_name = str(tmp_path / "run")
+    with caplog.at_level(logging.INFO):
+        summary = asyncio.run(train_priorzero_orz(config))
+    told = summary["llm_warning"]
+    assert "2 RELATIVES" in told and f"WARNING:         {told}" in caplog.text
+    assert json.loads((Path(folder) / "config.json").read_text())["llm_warning"] == told
+    assert caplog.messages[-1] == told
+
+    taken = trained_llm(Path(folder))
+    assert trained_llm(Path(folder)) == taken  # written once
+    own = kinship(resolve_game("tw-coin:level=1,seed=1")).game
+    assert f"THIS GAME, {own} (by {Path(folder).resolve()})" in read_seen(taken).warning(
+        own, "tw-coin"
+    )
+    assert len(read_seen(taken).games) == 3
+    resolve_llm(str(taken))
