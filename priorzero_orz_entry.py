@@ -37,7 +37,7 @@ from priorzero.types import PriorZeroError
 from priorzero_config import PRESETS, SCHEDULE, HybridTrainingConfig
 
 if TYPE_CHECKING:
-    from priorzero.loop.parts import Parts, seen_warning
+    from priorzero.loop.parts import Parts
 
 logger = logging.getLogger("priorzero_orz_entry")
 
@@ -106,7 +106,7 @@ async def build(config: HybridTrainingConfig, eval_only: bool = False) -> Parts:
     from priorzero.games.group import GameEnvGroup
     from priorzero.lightzero import compile_priorzero
     from priorzero.llm.build import build_llm
-    from priorzero.loop.parts import Parts
+    from priorzero.loop.parts import Parts, seen_warning
     from priorzero.run.boards.wandb import open_wandb
     from priorzero.run.checkpoint import CheckpointStore
     from priorzero.run.metrics import MetricsWriter, Stopwatch
