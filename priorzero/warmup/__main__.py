@@ -248,7 +248,7 @@ def main(arguments: list[str] | None = None) -> int:
     figures, name = facts["figures"], settings.reduction
     logger.info(
         "✓ Wrote %s: on games held out MRR %.3f → %.3f, log loss %.3f → %.3f; plain English "
-        "%.2f → %.2f nats per token. Take it with --llm %s",
+        "%.2f → %.2f nats per token.%s",
         args.out,
         figures["before"][name]["mrr"],
         figures["after"][name]["mrr"],
@@ -256,7 +256,7 @@ def main(arguments: list[str] | None = None) -> int:
         figures["after"][name]["log_loss"],
         figures["before"]["text_loss"],
         figures["after"]["text_loss"],
-        args.out,
+        "" if args.adapter else f" Take it with --llm {args.out}",
     )
     return 0
 
