@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from priorzero.export import trained_llm
 from priorzero.games.catalogue import resolve_games
 from priorzero.quiet import quiet_base
 from priorzero.run.cli import calm_openmp, option_parser
@@ -110,7 +111,7 @@ async def build(config: HybridTrainingConfig, eval_only: bool = False) -> Parts:
     from priorzero.games.rota import Rota
     from priorzero.lightzero import compile_priorzero
     from priorzero.llm.build import build_llm
-    from priorzero.loop.parts import Parts
+    from priorzero.loop.parts import Parts, seen_warning
     from priorzero.run.boards.wandb import open_wandb
     from priorzero.run.checkpoint import CheckpointStore
     from priorzero.run.metrics import MetricsWriter, Stopwatch
@@ -221,6 +222,7 @@ async def build(config: HybridTrainingConfig, eval_only: bool = False) -> Parts:
             several_games=settings.env.several,
         )
 
+        seen = seen_warning(games + eval_games, llm.seen) if llm is not None else ""
         logger.info(
             banner(
                 config,
@@ -231,6 +233,7 @@ async def build(config: HybridTrainingConfig, eval_only: bool = False) -> Parts:
                 device=device,
                 parameters=sum(p.numel() for p in policy.network.parameters()),
                 orz=orz_status(),
+                warning=seen,
             )
         )
         return Parts(
@@ -281,6 +284,8 @@ def config_from(args: argparse.Namespace, debug_mode: bool) -> HybridTrainingCon
     Raises:
         PriorZeroError: an unknown or impossible setting.
     """
+    if args.llm_from is not None and (args.llm is not None or args.no_llm):
+        raise PriorZeroError("--llm-from names the LLM; leave out --llm and --no-llm")
     layers = [parse_assignment(a) for a in args.assignments]
     for path, value in (
         ("llm.model", args.llm),
@@ -328,6 +333,8 @@ async def main(arguments: list[str] | None = None) -> int:
     debug_mode = os.environ.get("DEBUG_MODE", "").lower() in ("1", "true", "yes")
     try:
         config = config_from(args, debug_mode)
+        if args.llm_from is not None:
+            config.priorzero_cfg.llm.model = str(trained_llm(Path(args.llm_from)))
         folder = Path(config.priorzero_cfg.exp_name)
         if not (config.resume or args.eval_only):
             set_aside(folder)  # before this run's log is opened in it

@@ -9,6 +9,7 @@ Usage: ./run_priorzero_orz.sh MODE [arguments]
   debug   a short run with small models, to see everything work
   train   a full run
   eval    evaluate the latest checkpoint of an experiment
+  warmup  fine-tune an LLM to walkthroughs of games it will not be judged on: warmup --out FOLDER
   export  write the trained LLM of an experiment as a Hugging Face folder: export RUN OUT
   export-samples
           write what its LLM learns from as data of TRL or verl: export-samples RUN OUT --format trl|verl
@@ -118,7 +119,7 @@ install_lock() {
 mode=${1:-help}
 (($# == 0)) || shift
 case $mode in
-    debug | train | eval | export | export-samples | test | check) ;;
+    debug | train | eval | warmup | export | export-samples | test | check) ;;
     help | -h | --help) usage && exit 0 ;;
     *) usage >&2 && die "mode '$mode' is unknown." ;;
 esac
@@ -136,6 +137,7 @@ case $mode in
     debug) DEBUG_MODE=True exec "$python" -m priorzero_orz_entry "$@" ;;
     train) exec "$python" -m priorzero_orz_entry "$@" ;;
     eval) exec "$python" -m priorzero_orz_entry --eval-only "$@" ;;
+    warmup) exec "$python" -m priorzero.warmup "$@" ;;
     export) exec "$python" -m priorzero.export "$@" ;;
     export-samples) exec "$python" -m priorzero.export_samples "$@" ;;
     test)

@@ -10,14 +10,17 @@ float32, or written apart in PEFT's format. OUT appears by rename when it is who
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from priorzero.llm.seen import FACTS, Seen, SeenGame, seen_of
 from priorzero.run.cli import calm_openmp
 from priorzero.run.experiment import saved_settings
 from priorzero.run.logs import setup_logging
@@ -30,8 +33,6 @@ if TYPE_CHECKING:
     from priorzero.llm.weights.export import Weights
 
 logger = logging.getLogger("priorzero.export")  # also where this module is __main__
-
-FACTS = "priorzero.json"
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -139,12 +140,60 @@ def export(
         "game": meta.get("game"),
         "base": trained_from.as_dict() if trained_from else {"name": base or llm.model},
         "form": "adapter" if adapter else "merged" if has_adapters(state) else "all weights",
+        "seen": _seen(run, meta).as_list(),
     }
-    _write(weights, tokenizer, facts, out, adapter)
+    write_llm(weights, tokenizer, facts, out, adapter)
     return facts
 
 
-def _write(weights: Weights, tokenizer, facts: dict[str, Any], out: Path, adapter: bool) -> None:
+def trained_llm(run: Path, checkpoint: str = "latest") -> Path:
+    """The trained LLM of a run as a folder in the cache, for `llm.model` of another run. Written
+    once per checkpoint.
+
+    Args:
+        run: the experiment's folder.
+        checkpoint: latest, best or a checkpoint folder's name.
+
+    Raises:
+        PriorZeroError: as `export`.
+    """
+    from priorzero.llm.model import cache_dir
+    from priorzero.run.checkpoint import CheckpointStore
+
+    read_run(run)
+    saved = CheckpointStore(run / "ckpt").path_of(checkpoint)
+    meta = (saved / "meta.json").stat()
+    told = f"{saved.resolve()} {meta.st_size} {meta.st_mtime_ns}"
+    digest = hashlib.sha256(told.encode()).hexdigest()[:12]
+    folder = cache_dir() / f"from-{run.resolve().name}-{saved.name}-{digest}"
+    if not (folder / FACTS).is_file():
+        logger.info("Writing the LLM of %s to %s once", run, folder)
+        export(run, folder, checkpoint=saved.name, base=None)
+    return folder
+
+
+def _seen(run: Path, meta: Mapping[str, Any]) -> Seen:
+    """Games this LLM was trained on; checkpoints of early versions name the run's game alone."""
+    if "llm_seen" in meta:
+        return seen_of(meta["llm_seen"])
+    game = str(meta.get("game"))
+    return Seen((SeenGame(game, game, str(run.resolve())),))
+
+
+def write_llm(
+    weights: Weights, tokenizer, facts: dict[str, Any], out: Path, adapter: bool = False
+) -> None:
+    """Write an LLM as a Hugging Face folder, whole or not at all.
+
+    Args:
+        weights, tokenizer: of the LLM.
+        facts: what `priorzero.json` says.
+        out: new, or an empty folder.
+        adapter: the low-rank adapters apart, in PEFT's format.
+
+    Raises:
+        PriorZeroError: it cannot be written.
+    """
     from safetensors import SafetensorError
 
     with new_folder(out, SafetensorError) as whole:

@@ -18,7 +18,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from priorzero.export import FACTS, read_settings
+from priorzero.export import read_settings
+from priorzero.llm.seen import FACTS
 from priorzero.quiet import quiet_base
 from priorzero.run.cli import calm_openmp
 from priorzero.run.logs import setup_logging

@@ -79,6 +79,12 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         default=["sum", "mean"],
         help="of the LLM's players",
     )
+    parser.add_argument(
+        "--run", type=Path, help="an experiment: what its search makes of its prior, on its game"
+    )
+    parser.add_argument(
+        "--checkpoint", default="latest", help="of --run: latest, best or a folder's name"
+    )
     parser.add_argument("--engine", choices=["auto", "vllm", "transformers"], default="auto")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--seed", type=int, default=0, help="of episodes and draws")
@@ -129,6 +135,8 @@ def plan_from(args: argparse.Namespace) -> Plan:
         engine=args.engine,
         device=args.device,
         seed=args.seed,
+        run=args.run,
+        checkpoint=args.checkpoint,
     )
 
 

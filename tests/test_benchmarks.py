@@ -471,3 +471,38 @@ def test_decisions_benchmark_of_whole_runs(capsys, monkeypatch):
     assert everything["thread_cpu_s"] > nothing["thread_cpu_s"] >= 0
     cost = told["cost"][whole]
     assert cost["share"] == pytest.approx(everything["cpu_s"] / nothing["cpu_s"] - 1, abs=1e-3)
+
+
+# ---- warm prior ----------------------------------------------------------------------------------
+
+
+def test_warm_prior_leaves_families_out_and_tells_before_and_after(monkeypatch, tmp_path):
+    """The numbers by hand; training and report stand aside, which have tests of their own."""
+    from benchmarks import warm_prior
+
+    trained = []
+
+    def one_family(args, family, games, also, source):
+        trained.append((family, games, also))
+        rows = [
+            {"game": g, "llm": llm, "reduction": r, "mrr": mrr, "mrr_error": 0.1, "log_loss": loss}
+            for g in games + also
+            for llm, mrr, loss in (("cold", 0.25, 3.0), ("cold", 0.25, 2.0), ("warm", 0.5, 1.0))
+            for r in ("sum", "mean")
+        ]
+        return {"uniform": [{"game": g, "mrr": 0.2} for g in games + also], "prior": rows}
+
+    monkeypatch.setattr(warm_prior, "one_family", one_family)
+    command = ["--judge", "tw-coin:seed=1", "tw-simple:seed=2", "tw-coin:seed=3", "--commit", "abc"]
+    command += ["--also", "tw-cooking:seed=4", "--out", str(tmp_path)]
+    assert warm_prior.main(command) == 0
+    assert trained == [
+        ("tw-coin", ["tw-coin:seed=1", "tw-coin:seed=3"], ["tw-cooking:seed=4"]),
+        ("tw-simple", ["tw-simple:seed=2"], []),
+    ]
+    table = (tmp_path / "table.md").read_text()
+    assert "sum: MRR +0.250 in the mean, better on 4 of 4 games" in table
+    assert "| tw-coin:seed=3 | sum | 0.200 | 0.250 ± 0.100 | 0.500 ± 0.100 | 2.00 | 1.00 |" in table
+
+    # A second start does nothing again.
+    assert warm_prior.main(command) == 0 and len(trained) == 2

@@ -80,7 +80,11 @@ def test_commands_exist_and_their_options_are_accepted():
             assert words[1] in re.findall(
                 r"^  ([\w-]+)(?: |$)", text_of(ROOT / "run_priorzero_orz.sh"), re.M
             ), words
-            writes = {"export": "priorzero.export", "export-samples": "priorzero.export_samples"}
+            writes = {
+                "export": "priorzero.export",
+                "export-samples": "priorzero.export_samples",
+                "warmup": "priorzero.warmup.__main__",
+            }
             module = writes.get(words[1], "priorzero_orz_entry")
             rest = words[2:] if words[1] in ("debug", "train", "eval", *writes) else []
         elif words[:2] == [".venv/bin/python", "-m"]:
@@ -124,7 +128,12 @@ def test_options_exist(document):
     known |= options_in(help_of("priorzero.export_samples"))
     known |= options_in(help_of("priorzero.compare"))
     known |= options_in(help_of("priorzero.sweep"))
-    for module in ("priorzero.view", "priorzero.replan", "priorzero.play.__main__"):
+    for module in (
+        "priorzero.view",
+        "priorzero.replan",
+        "priorzero.play.__main__",
+        "priorzero.warmup.__main__",
+    ):
         known |= options_in(help_of(module))
     known |= LAUNCHER_OPTIONS | {"--logdir", "--no-deps"}  # of TensorBoard, of pip
     assert options_in(text_of(document)) <= known

@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from priorzero.export import main
+from priorzero.export import main, trained_llm
 from priorzero.llm.build import build_llm
 from priorzero.llm.model import load_llm, resolve_llm
 from priorzero.llm.scoring.requests import Tokeniser
 from priorzero.llm.update.trainers import builtin
 from priorzero.run.checkpoint import CheckpointStore
 from priorzero.settings.llm import LLMSettings, LLMTrainSettings, LoraSettings
+from priorzero.types import PriorZeroError
+from priorzero_orz_entry import config_from, parse_arguments
 from priorzero_prompts import ACTION_MARKER, prompt_builder
 from tests.llm.conftest import reference_logprobs
 from tests.llm.decisions import sample
@@ -150,6 +152,7 @@ def test_the_folder_says_where_it_comes_from(run, tmp_path, tiny_llm):
         "llm_version": 2,
         "game": "tw-simple",
         "form": "merged",
+        "seen": [{"game": "tw-simple", "family": "tw-simple", "by": str(run)}],
     }
     assert {"config.json", "generation_config.json", "model.safetensors"} < listing(
         tmp_path / "out"
@@ -310,3 +313,30 @@ def test_the_real_llm(tmp_path):
     assert main([str(tmp_path / "run"), str(tmp_path / "out")]) == 0
     model = load_llm(resolve_llm(str(tmp_path / "out")))[0]
     assert answers(model, requests) == pytest.approx(trained(trainer, requests), abs=1e-3)
+
+
+def test_another_run_takes_the_llm_by_the_runs_folder(run, adapted, monkeypatch, tmp_path):
+    """--llm-from: what the trainer answers, written once per checkpoint."""
+    _, trainer, requests = adapted
+    monkeypatch.setenv("PRIORZERO_CACHE", str(tmp_path / "cache"))
+    # The base model lies in the cache of the test session, the folder in this one.
+    folder = trained_llm(run)
+    model, _ = load_llm(resolve_llm(str(folder)))
+    assert answers(model, requests) == pytest.approx(trained(trainer, requests), abs=2e-5)
+    written = (folder / "model.safetensors").stat().st_mtime_ns
+    assert trained_llm(run) == folder == trained_llm(run, "iter_00000007")
+    assert (folder / "model.safetensors").stat().st_mtime_ns == written
+    save(run, trainer, 9)
+    assert trained_llm(run) != folder
+
+    with pytest.raises(PriorZeroError, match="no run's folder"):
+        trained_llm(tmp_path)
+    with pytest.raises(PriorZeroError, match="no checkpoint 'iter_1'"):
+        trained_llm(run, "iter_1")
+
+
+def test_an_llm_is_named_once():
+    for other in (["--llm", "embedded"], ["--no-llm"]):
+        arguments = parse_arguments(["--llm-from", "run", *other])
+        with pytest.raises(PriorZeroError, match="--llm-from names the LLM"):
+            config_from(arguments, debug_mode=True)

@@ -125,6 +125,7 @@ def test_python_is_found_under_pyenv(tmp_path):
         ("debug", ["-m", "priorzero_orz_entry"]),
         ("train", ["-m", "priorzero_orz_entry"]),
         ("eval", ["-m", "priorzero_orz_entry", "--eval-only"]),
+        ("warmup", ["-m", "priorzero.warmup"]),
         ("export", ["-m", "priorzero.export"]),
         ("export-samples", ["-m", "priorzero.export_samples"]),
         ("test", ["-m", "pytest"]),

@@ -7,6 +7,7 @@
 | `variants` | the prompts an LLM is asked with |
 | `scores` | what an LLM says to every step of a walk |
 | `play` | whole episodes of the LLM alone, and of uniform play |
+| `search` | what a run's search makes of the prior |
 | `choice` | which reduction and temperature do best, by family of games |
 | `measure` | all of it, game by game and LLM by LLM |
 | `page`, `plots` | tables, one page, pictures |

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from priorzero.compute import resolve_device
@@ -22,9 +23,11 @@ from priorzero.evidence.metrics import (
 )
 from priorzero.evidence.play import Player, play, play_figures
 from priorzero.evidence.scores import Asker, Scored
+from priorzero.evidence.search import measure_search
 from priorzero.evidence.walk import Walk, walk
 from priorzero.games.catalogue import resolve_game
 from priorzero.games.env import TextGameEnv
+from priorzero.games.families import kinship
 from priorzero.games.group import GameEnvGroup
 from priorzero.games.judging import judging_only
 from priorzero.games.records import GameSpec
@@ -32,6 +35,7 @@ from priorzero.llm.engines.base import LLMEngine
 from priorzero.llm.engines.choice import create_engine
 from priorzero.llm.model import resolve_llm
 from priorzero.llm.prompts import ACTION_MARKER
+from priorzero.llm.seen import Seen, read_seen
 from priorzero.settings.llm import LLMSettings, PromptSettings
 from priorzero.types import PriorZeroError
 
@@ -56,6 +60,8 @@ class Plan:
         episodes: per player; 0: nothing is played. play_steps: commands per episode.
         play_reductions: how the LLM's players reduce token log-probabilities.
         engine: as `llm.engine`. device: auto, cpu or cuda. seed: of episodes and draws.
+        run: experiment whose search is measured on its own game; None: no search.
+        checkpoint: of that run: latest, best or a folder's name.
     """
 
     llms: tuple[str, ...]
@@ -70,6 +76,8 @@ class Plan:
     engine: str
     device: str
     seed: int
+    run: Path | None = None
+    checkpoint: str = "latest"
 
 
 async def measure(plan: Plan) -> dict[str, Any]:
@@ -77,13 +85,15 @@ async def measure(plan: Plan) -> dict[str, Any]:
 
     Returns:
         lists of rows: `games` (what was walked), `uniform` and `prior` (ranks and calibration),
-        `reliability` (curves), `mass`, `play`, `best`, `held_out`.
+        `reliability` (curves), `mass`, `play`, `search`, `seen` (games and relatives an LLM had
+        been trained on), `best`, `held_out`.
 
     Raises:
         PriorZeroError: a game or model cannot be had, nothing can be judged, or an engine fails.
     """
     games = [resolve_game(name) for name in plan.games]
-    report = {name: [] for name in ("games", "uniform", "prior", "reliability", "mass", "play")}
+    names = ("games", "uniform", "prior", "reliability", "mass", "play", "search", "seen")
+    report = {name: [] for name in names}
 
     walks = [await asyncio.to_thread(_walk, game, plan) for game in games]
     for walked in walks:
@@ -94,6 +104,8 @@ async def measure(plan: Plan) -> dict[str, Any]:
     report["play"] += await _play_all([Player()], "-", walks, plan)
     for name in plan.llms:
         await _measure_llm(name, walks, plan, report)
+    if plan.run is not None:
+        report["search"] = await measure_search(plan.run, plan.checkpoint, plan.steps)
 
     report["best"] = best_settings(report["prior"])
     report["held_out"] = held_out(report["prior"])
@@ -150,7 +162,8 @@ async def _measure_llm(
     name: str, walks: Sequence[Walk], plan: Plan, report: dict[str, list[Row]]
 ) -> None:
     """One LLM on all walks, and its play."""
-    engine, title = await _start(name, plan)
+    engine, title, seen = await _start(name, plan)
+    report["seen"] += _told(title, seen, walks)
     try:
         askers = {
             variant: Asker(engine, variant, plan.prompt)
@@ -181,8 +194,20 @@ async def _measure_llm(
         await engine.close()
 
 
-async def _start(name: str, plan: Plan) -> tuple[LLMEngine, str]:
-    """The LLM's engine, and the LLM's name in the report."""
+def _told(llm: str, seen: Seen, walks: Sequence[Walk]) -> list[Row]:
+    """Games of the report that the LLM had been trained on, or relatives of; logged too."""
+    rows = []
+    for walked in walks:
+        kin = kinship(walked.game)
+        warning = seen.warning(kin.game, kin.family)
+        if warning:
+            rows.append({"llm": llm, "game": walked.game.env_id, "warning": warning})
+            logger.warning("%s, %s: %s", llm, walked.game.env_id, warning)
+    return rows
+
+
+async def _start(name: str, plan: Plan) -> tuple[LLMEngine, str, Seen]:
+    """The LLM's engine, the LLM's name in the report, and what it was trained on."""
     settings = LLMSettings(model=name, engine=plan.engine, required=True)
     settings.prompt.use_cot = "thought" in plan.variants
     resolved = await asyncio.to_thread(resolve_llm, name)
@@ -193,7 +218,7 @@ async def _start(name: str, plan: Plan) -> tuple[LLMEngine, str]:
         marker=ACTION_MARKER,
         seed=plan.seed,
     )
-    return engine, resolved.name
+    return engine, resolved.name, read_seen(resolved.path)
 
 
 async def _score(asker: Asker, walked: Walk, place: Row) -> list[Scored]:

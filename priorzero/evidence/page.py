@@ -45,6 +45,7 @@ def page(report: Mapping[str, Any]) -> str:
         f"{machine['gpu'] or 'no GPU'}; Python {machine['python']}, torch {machine['torch']}. "
         "Nothing was trained, and no default was changed. `docs/METRICS.md` explains the figures; "
         "`report.json` has all of them, `table.md` those of every temperature.",
+        *_seen(report["seen"]),
         "## Best settings by family of games",
         *_best(report),
         "## What was walked",
@@ -62,10 +63,35 @@ def page(report: Mapping[str, Any]) -> str:
         *_missing(report["games"]),
     ]
 
-    # Play is left out where it was not asked for.
+    # Search and play are left out where they were not asked for.
+    if report["search"]:
+        parts += ["## What the search makes of the prior", *_search(report["search"])]
     if report["play"]:
         parts += ["## Play without a search", _play(report["play"]), "![play](play.png)"]
     return "\n\n".join(parts) + "\n"
+
+
+def _seen(rows: Sequence[Row]) -> list[str]:
+    """Loud where an LLM had been trained on what it is judged on."""
+    if not rows:
+        return []
+    lines = (f"- **{row['llm']}, {row['game']}: {row['warning']}**" for row in rows)
+    return ["## Trained on what is judged here\n\n" + "\n".join(lines)]
+
+
+def _search(rows: Sequence[Row]) -> list[str]:
+    first = rows[0]
+    dropped = f", {first['dropped']} more have no place in the vocabulary" * bool(first["dropped"])
+    words = (
+        f"The agent of {first['run']} ({first['checkpoint']}, {first['env_steps']} environment "
+        f"steps) along the walkthrough of {_game(first)}; {first['decisions']} decisions{dropped}. "
+        "Each row is a distribution over the same commands, from the LLM to what is played."
+    )
+    table = _table(
+        ("distribution", "top-1", "top-3", "top-5", "MRR", "probability", "log loss"),
+        ((row["stage"], *_ranks(row)) for row in rows),
+    )
+    return [words, table]
 
 
 def _best(report: Mapping[str, Any]) -> list[str]:

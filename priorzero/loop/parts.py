@@ -22,8 +22,10 @@ from priorzero.data.batch import WorldModelBatch
 from priorzero.data.segment import Segment
 from priorzero.decisions.recorder import Recorder
 from priorzero.games.catalogue import GameSpec
+from priorzero.games.families import kinship
 from priorzero.games.group import GameEnvGroup
 from priorzero.llm.build import LLMParts
+from priorzero.llm.seen import Seen, SeenGame
 from priorzero.llm.update.groups import Rate
 from priorzero.llm.update.samples import LLMSample
 from priorzero.loop.background import Background
@@ -184,6 +186,22 @@ class Parts:
         """Model and engine in words."""
         return self.llm.name if self.llm is not None else "none (pure UniZero)"
 
+    @property
+    def llm_warning(self) -> str:
+        """That the LLM had been trained on these games, or on relatives, before the run; else ""."""
+        games = self.games + self.eval_games
+        return seen_warning(games, self.llm.seen) if self.llm is not None else ""
+
+    @property
+    def llm_seen(self) -> Seen:
+        """Games the LLM has been trained on by now."""
+        if self.llm is None:
+            return Seen()
+        if not self.progress.llm_version:
+            return self.llm.seen
+        kin, source = map(kinship, self.games), str(self.folder.resolve())
+        return self.llm.seen | Seen(tuple(SeenGame(k.game, k.family, source) for k in kin))
+
     async def close(self) -> None:
         """End engine, interpreters and writers, newest first."""
         await self.closing.aclose()
@@ -193,3 +211,10 @@ class Parts:
 
     async def __aexit__(self, *_) -> None:
         await self.close()
+
+
+def seen_warning(games: Iterable[GameSpec], seen: Seen) -> str:
+    """See `Seen.warning`: what it says of these games, each thing once."""
+    kin = map(kinship, games)
+    told = dict.fromkeys(seen.warning(k.game, k.family) for k in kin)
+    return "; ".join(warning for warning in told if warning)

@@ -122,7 +122,7 @@ def write_config(parts: Parts) -> None:
 
     Only after a checkpoint was loaded: it may not fit these settings, and then the old ones stay.
     """
-    config = parts.config.as_dict()
+    config = parts.config.as_dict() | {"llm_warning": parts.llm_warning}
     text = json.dumps(config, indent=1, default=str)
     (parts.folder / "config.json").write_text(text, encoding="utf-8")
     parts.metrics.settings(config)
@@ -145,6 +145,7 @@ def write_summary(parts: Parts) -> dict[str, Any]:
         "last_losses": last,
         "seconds_per_stage": {k: round(v, 2) for k, v in parts.watch.seconds.items()},
         "llm": parts.llm_name,
+        "llm_warning": parts.llm_warning,
         "evaluations": parts.history.evaluations,
     }
     path = parts.folder / ("evaluation.json" if parts.eval_only else "summary.json")
@@ -161,4 +162,6 @@ def write_summary(parts: Parts) -> dict[str, Any]:
         summary["memory_gb"],
         ", ".join(f"{k} {first[k]:.4f} → {last[k]:.4f}" for k in last),
     )
+    if parts.llm_warning:
+        logger.warning("%s", parts.llm_warning)
     return summary

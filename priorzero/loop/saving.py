@@ -117,6 +117,7 @@ def _facts(parts: Parts) -> dict[str, Any]:
         "games": parts.game_names,
         "encoder": parts.settings.text.encoder,
         "llm": parts.llm_name,
+        "llm_seen": parts.llm_seen.as_list(),
     }
 
 

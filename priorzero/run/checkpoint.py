@@ -207,13 +207,25 @@ class CheckpointStore:
         """
         return self._load_part(which, "state.pt")
 
-    def _load_part(self, which: str, file: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    def path_of(self, which: str = "latest") -> Path:
+        """The folder of one checkpoint.
+
+        Args:
+            which: as of `load_state`.
+
+        Raises:
+            PriorZeroError: there is none.
+        """
         name = self._read_pointer(which) if which in _POINTERS else which
         if name is None or name not in self._names():
             raise PriorZeroError(
                 f"no checkpoint {which!r} in {self._folder}. Checkpoints here: {self._others()}"
             )
-        path = self._folder / name
+        return self._folder / name
+
+    def _load_part(self, which: str, file: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        path = self.path_of(which)
+        name = path.name
         try:
             # Mapped files are not checked while they are read.
             with zipfile.ZipFile(path / file) as whole:

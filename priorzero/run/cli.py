@@ -35,7 +35,10 @@ def option_parser(description: str, presets: Sequence[str]) -> argparse.Argument
     parser.add_argument("--exp-name", help="folder under data_priorzero/")
 
     # Models, and where they run.
-    parser.add_argument("--llm", help="auto, a hub name or a folder")
+    parser.add_argument("--llm", help="auto, embedded, embedded-warm, a hub name or a folder")
+    parser.add_argument(
+        "--llm-from", metavar="RUN", help="the LLM that another experiment trained, by its folder"
+    )
     parser.add_argument("--engine", choices=["auto", "vllm", "transformers"])
     parser.add_argument(
         "--llm-required", action="store_true", help="stop where the LLM engine would be replaced"

@@ -18,6 +18,7 @@ def banner(
     device: str,
     parameters: int,
     orz: tuple[bool, str],
+    warning: str = "",
 ) -> str:
     """What is about to run.
 
@@ -29,6 +30,7 @@ def banner(
         device: of the world model.
         parameters: of the world model, their number.
         orz: whether Open-Reasoner-Zero was found, which trains nothing yet; and where, or why not.
+        warning: that the LLM saw this game or a relative of it, `Seen.warning`.
     """
     settings = config.priorzero_cfg
     line = "=" * 78
@@ -50,6 +52,7 @@ def banner(
             *told,
             f"LLM:             {llm}",
             f"World model:     {_world_model(config, device, parameters)}",
+            *([f"WARNING:         {warning}"] if warning else []),
             line,
         ]
     )

@@ -336,7 +336,8 @@ class LLMSettings(Settings):
     """False: no LLM at all, pure UniZero."""
     model: str = "auto"
     """auto: Qwen/Qwen2.5-0.5B-Instruct where it is cached or reachable, else the embedded
-    SmolLM2-135M-Instruct; or a hub name, or a folder."""
+    SmolLM2-135M-Instruct; embedded: that one; embedded-warm: that one after a warm-up on games that
+    TextWorld generates; or a hub name, or a folder."""
     engine: str = "auto"
     """auto, vllm, transformers. auto: vllm where chains of thought are generated on a GPU, else
     transformers, which scores faster."""

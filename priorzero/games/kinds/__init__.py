@@ -145,6 +145,19 @@ class GameKind(ABC):
         come_back()
         return found
 
+    def advise(self, seed: int, played: Sequence[str]) -> tuple[str, ...]:
+        """Commands that win from the present state, as the game's own solver finds them; the game
+        does not advance.
+
+        Args:
+            seed: of the episode, as given to `reset`.
+            played: every command typed since.
+
+        Returns:
+            empty where there is no way any more, and for a kind that has no solver.
+        """
+        return ()
+
 
 def for_evaluation(seed: int) -> bool:
     """Whether an episode's seed is one of evaluation (`priorzero.games.env.episode_seed`)."""

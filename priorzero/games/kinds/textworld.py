@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from priorzero.games import tw_make
 from priorzero.games.kinds import GameKind, tidy
@@ -76,6 +77,10 @@ class Game(GameKind):
         )
         self._env = textworld.start(path, infos)
         self._details = StateDetails((), "", "")
+        self._path = path
+        self._advisor: Any = None  # the same game with its solver, and what was typed into it
+        self._advised: tuple[int, list[str]] = (0, [])
+        self._advice: tuple[str, ...] = ()
 
     def reset(self, seed: int) -> GameState:
         """See `GameKind.reset`. Stories of tw-make draw no random number."""
@@ -108,6 +113,27 @@ class Game(GameKind):
     def describe(self) -> StateDetails:
         """See `GameKind.describe`."""
         return self._details
+
+    def advise(self, seed: int, played: Sequence[str]) -> tuple[str, ...]:
+        """See `GameKind.advise`. Asked step by step it types one command a step, into a second
+        interpreter: the first one need not carry the solver in play.
+        """
+        import textworld
+
+        if self._advisor is None:
+            self._advisor = textworld.start(self._path, textworld.EnvInfos(policy_commands=True))
+        known_seed, known = self._advised
+        state = None
+        if known_seed != seed or list(played[: len(known)]) != known or not self._advice:
+            self._advisor.seed(seed)
+            state, known = self._advisor.reset(), []
+        for command in played[len(known) :]:
+            state, _, _ = self._advisor.step(command)
+
+        if state is not None:
+            self._advice = tuple(state["policy_commands"] or ())
+        self._advised = seed, list(played)
+        return self._advice
 
 
 def _tidy_feedback(text: str) -> str:
