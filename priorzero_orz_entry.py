@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from priorzero.games.catalogue import resolve_game
+from priorzero.orz import ORZ_AVAILABLE, orz_status  # noqa: F401 (users look for it here)
 from priorzero.quiet import quiet_base
 from priorzero.run.cli import calm_openmp, option_parser
 from priorzero.run.experiment import set_aside
 from priorzero.run.logs import setup_logging
-from priorzero.run.orz import orz_status
 from priorzero.run.report import banner
 from priorzero.run.signals import StopRequest
 from priorzero.settings.record import merge, parse_assignment
@@ -93,6 +93,7 @@ async def build(config: HybridTrainingConfig, eval_only: bool = False) -> Parts:
     """
     settings, folder = config.priorzero_cfg, Path(config.priorzero_cfg.exp_name)
     # Before the imports: a wrong name should not cost the seconds they take.
+    not_orz = config.settle_trainer(eval_only)
     game = resolve_game(settings.env.env_id, settings.env.games_dir)
 
     with quiet_base():
@@ -207,6 +208,7 @@ async def build(config: HybridTrainingConfig, eval_only: bool = False) -> Parts:
                 device=device,
                 parameters=sum(p.numel() for p in policy.network.parameters()),
                 orz=orz_status(),
+                not_orz=not_orz,
             )
         )
         return Parts(

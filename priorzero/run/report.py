@@ -17,6 +17,7 @@ def banner(
     device: str,
     parameters: int,
     orz: tuple[bool, str],
+    not_orz: str,
 ) -> str:
     """What is about to run.
 
@@ -27,7 +28,8 @@ def banner(
         llm: model and engine in words.
         device: of the world model.
         parameters: of the world model, their number.
-        orz: whether Open-Reasoner-Zero was found, which trains nothing yet; and where, or why not.
+        orz: whether Open-Reasoner-Zero can be used; and where it is, or why not.
+        not_orz: why its trainer does not train; empty where it does.
     """
     settings = config.priorzero_cfg
     line = "=" * 78
@@ -39,6 +41,7 @@ def banner(
             line,
             f"Debug mode:      {config.debug_mode}",
             f"ORZ available:   {orz[0]} ({orz[1]})",
+            f"Use ORZ trainer: {not not_orz}" + (f" ({not_orz})" if not_orz else ""),
             f"Experiment:      {folder}",
             f"Iterations:      {config.iterations}",
             f"Training mode:   {_training_mode(config)}",
