@@ -18,6 +18,7 @@ from deepspeed.utils import (
 
 from priorzero.llm.update.orz.contract import MOMENTS
 from priorzero.llm.update.orz.mends import (
+    accumulate,
     link_moments,
     no_cuda_for_good,
     orz_imported,
@@ -53,8 +54,10 @@ class PolicyActor(PolicyRayActorBase):
 
     def training_step(self, experience, global_steps, local_step, accumulation_steps):
         """One pack, and the optimiser's step behind the last one of each."""
+        last = (local_step + 1) % accumulation_steps == 0
+        accumulate(self._engine, last)
         status = super().training_step(experience, global_steps, local_step, accumulation_steps)
-        if (local_step + 1) % accumulation_steps == 0:
+        if last:
             self._norms.append(float(self._engine.get_global_grad_norm()))
         return status
 
@@ -111,6 +114,7 @@ class PolicyActor(PolicyRayActorBase):
             group["lr"] = 0.0
         ids = torch.zeros((1, 2), dtype=torch.long, device=torch.cuda.current_device())
         self._engine.train()
+        accumulate(self._engine, True)
         self._engine.backward(self._engine(ids).logits.sum() * 0.0)
         self._engine.step()
         link_moments(self._engine.optimizer)

@@ -3,7 +3,8 @@
 ORZ was written for ray 2.40, torch 2.5, transformers 4.48 and vllm 0.6.5. Each mend is one function
 here, with the versions that need it; it looks for the fault itself, so that nothing is mended
 where nothing is broken. They are applied where ORZ is imported, by `orz_imported`, in the run's
-process and in every Ray worker (the last two by the worker, `actors.py`), and nowhere else. No file of ORZ is changed.
+process and in every Ray worker, and nowhere else; the last three by the worker itself
+(`actors.py`). No file of ORZ is changed.
 
 | mend | needed by | what is missing there |
 | --- | --- | --- |
@@ -13,6 +14,7 @@ process and in every Ray worker (the last two by the worker, `actors.py`), and n
 | `engine_module` | every vllm but 0.6 | the V0 engine; our own engines answer instead |
 | `no_cuda` | a machine without CUDA | `torch.cuda.current_device` and two more |
 | `separate_samples` | transformers >= 4.48 | attention that reads the samples' numbers in a mask |
+| `accumulate` | deepspeed 0.19 | gradients of all packs of a step but the last, with ZeRO 2 |
 | `link_moments` | deepspeed 0.19 | the moments of ORZ's second group of weights |
 """
 
@@ -154,6 +156,17 @@ def separate_samples(model: torch.nn.Module, flash: bool) -> None:
     model.register_forward_pre_hook(without_mask, with_kwargs=True)
     if not flash:
         model.set_attn_implementation("sdpa")
+
+
+def accumulate(engine, last: bool) -> None:
+    """deepspeed 0.19 with ZeRO 2: of the packs of a step only the last one's gradient counts. ORZ
+    tells DeepSpeed that every pack is a step's last, and takes the step when it likes.
+
+    Args:
+        engine: DeepSpeed's.
+        last: whether the next pack is the step's last.
+    """
+    engine.set_gradient_accumulation_boundary(last)
 
 
 def link_moments(optimizer) -> None:
