@@ -74,7 +74,7 @@ def test_one_step_has_the_built_in_trainers_gradient(make_trainer, byte_model, w
 
     cosine = torch.cosine_similarity(gradient(ours), gradient(theirs), dim=0)
     assert cosine > 0.999
-    assert metrics["rft_packs"] > workers
+    assert metrics["rft_orz_packs"] > workers
     assert metrics["rft_grad_norm"] == pytest.approx(expected["rft_grad_norm"], rel=1e-3)
     assert metrics["rft_policy_loss"] == pytest.approx(expected["rft_policy_loss"], rel=1e-3)
     # Adam's first step is nearly the sign of the gradient, which rounding turns where it is 0.

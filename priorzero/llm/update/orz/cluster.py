@@ -55,7 +55,7 @@ class Cluster:
         workers, address = self._settings.workers, self._settings.ray_address
         try:
             if address:
-                ray.init(address=address, log_to_driver=False)
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
             else:
                 # Of a cluster that ended badly Ray finds traces, and would try to join it.
                 ray.init(
@@ -64,6 +64,7 @@ class Cluster:
                     num_gpus=None if self._cuda else workers,
                     include_dashboard=False,
                     log_to_driver=False,
+                    logging_level=logging.ERROR,
                 )
         except (ConnectionError, RuntimeError, ValueError) as error:
             what = f"no Ray cluster answers at {address}" if address else "Ray does not start"

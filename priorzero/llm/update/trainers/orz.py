@@ -148,7 +148,7 @@ class OrzTrainer(BuiltinTrainer):
         """See `LLMTrainer.update`.
 
         Metrics are named as the built-in trainer's; those it cannot know of ORZ's steps are
-        missing. Of its own: rft_token_entropy and rft_packs.
+        missing. Of its own: rft_orz_token_entropy and rft_orz_packs.
         """
         if self._session is None:
             return super().update(samples)
@@ -311,10 +311,10 @@ def _metrics(learnt: Learnt, plan: Plan, passes: int) -> dict[str, float]:
         "policy_loss": learnt.status["policy_loss"],
         "clip_fraction": learnt.status["clip_ratio"],
         "kl_reference": learnt.kl,
-        "token_entropy": learnt.status["entropy"],
+        "orz_token_entropy": learnt.status["entropy"],
         "grad_norm": sum(learnt.norms) / len(learnt.norms),
         "learning_rate": learnt.status["actor_lr"],
         "epochs": float(passes),
-        "packs": float(len(packs)),
+        "orz_packs": float(len(packs)),
         "tokens": float(passes * sum(len(d.ids) for pack in packs for d in pack.decisions)),
     }
