@@ -83,11 +83,12 @@ def test_one_step_has_the_built_in_trainers_gradient(make_trainer, byte_model, w
 
 
 def test_several_updates_a_resume_and_a_death(make_trainer, byte_model, cluster):
-    of = orz_settings("builtin", batch_size=3)
+    of = orz_settings("builtin", batch_size=0, learning_rate=1e-3)
+    of.rft.advantage, of.rft.max_importance = "raw", 0.0  # a weight of its own would hide bad ones
     ours = make_trainer(of)
     theirs = builtin.make(copy.deepcopy(byte_model), None, of, "sum")
-    good = sample(REQUESTS[0], action_index=0, value_target=1.0)
-    bad = sample(REQUESTS[1], action_index=1, value_target=-1.0)
+    good = sample(REQUESTS[2], action_index=0, value_target=1.0)
+    bad = sample(REQUESTS[2], action_index=3, value_target=-1.0)
     drawn = [good, bad] * 3
 
     def said(trainer) -> list[float]:

@@ -33,6 +33,8 @@ with orz_imported():
 
 logger = logging.getLogger(__name__)
 
+_LONGEST = 300  # characters of a message; Ray's advice on memory goes on for a page
+
 
 class DecisionTrainer(RayPPOTrainer):
     """ORZ's trainer, fed with packs and driven by ours.
@@ -232,7 +234,10 @@ class OrzSession:
             raise OrzFailure(_told(error)) from error
 
 
-def _told(error: Exception) -> str:
-    """An error of Ray's in a line: its last one that says something, or its class."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"
+def _told(error: ray.exceptions.RayError) -> str:
+    """An error of Ray's in a line: of what a worker raised the last, which names it, of the rest
+    the first.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
+    line = lines[-1 if isinstance(error, ray.exceptions.RayTaskError) else 0]
+    return f"{type(error).__name__}: {line[:_LONGEST]}"

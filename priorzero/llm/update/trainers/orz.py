@@ -29,7 +29,7 @@ from priorzero.llm.update.orz.contract import MOMENTS, Learnt, OrzFailure, Sessi
 from priorzero.llm.update.orz.packs import Plan, plan_packs, rate
 from priorzero.llm.update.rft import Rating, RFTTarget
 from priorzero.llm.update.samples import LLMSample
-from priorzero.llm.update.trainers.builtin import BuiltinTrainer
+from priorzero.llm.update.trainers.builtin import BuiltinTrainer, return_freed_memory
 from priorzero.llm.weights.trained import lay_over
 from priorzero.orz import orz_status
 from priorzero.types import PriorZeroError
@@ -165,6 +165,7 @@ class OrzTrainer(BuiltinTrainer):
             self._give_up(failure)
             return super().update(samples)
         self.version += 1
+        return_freed_memory()
         return {f"rft_{name}": value for name, value in metrics.items()}
 
     def _train_with_orz(
@@ -179,6 +180,7 @@ class OrzTrainer(BuiltinTrainer):
             return done | {"skipped_steps": 1.0, "seconds": time.perf_counter() - started}
 
         plan = self._plan(samples, targets)
+        return_freed_memory()  # the workers want it, where they are on this machine
         learnt = self._session.learn(plan, self._mirrored)
         self._take(learnt)
 
