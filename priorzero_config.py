@@ -18,11 +18,13 @@ from __future__ import annotations
 
 import copy
 import difflib
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from priorzero import plugins
+from priorzero.orz import ORZ_AVAILABLE, orz_status  # noqa: F401 (looked for here by users)
 from priorzero.settings.env import run_name
 from priorzero.settings.experiment import ExperimentSettings
 from priorzero.settings.llm import GROUP_ADVANTAGES, LLMSettings
@@ -122,6 +124,19 @@ LLM_ONLY = Preset(
     schedule=dict(wm_training_mode="llm_only"),
 )
 
+# What Open-Reasoner-Zero's trainer does: PPO on tokens, all weights, learning from advantages.
+ORZ = Preset(
+    dict(
+        llm=dict(
+            trainer="orz",
+            sft=dict(enable=False),
+            lora=dict(enable=False),
+            train=dict(learning_rate=1e-6),
+            rft=dict(enable=True, objective="token", kl_estimator="k3"),
+        )
+    )
+)
+
 LORA = Preset(dict(llm=dict(lora=dict(enable=True), train=dict(learning_rate=2e-4))))
 
 # What published scores of Jericho's games were allowed: 8 environments, 100,000 steps each,
@@ -145,6 +160,7 @@ PRESETS = dict(
     llm_only=LLM_ONLY,
     lora=LORA,
     jericho_protocol=JERICHO_PROTOCOL,
+    orz=ORZ,
 )
 
 # Class names for DI-engine's registries, and the modules that register them.
@@ -297,8 +313,10 @@ class HybridTrainingConfig:
     has nothing beside it."""
     llm_only_episodes: int = 8
     """llm_only: episodes of a round, played by the same weights, at whose end the LLM trains."""
-    use_orz_trainer: bool = False
-    """Let ORZ's Ray PPO trainer do the LLM's reinforcement step. Not built yet: True is refused."""
+    use_orz_trainer: bool | None = None
+    """Let ORZ's Ray PPO trainer do the LLM's reinforcement step (docs/ORZ.md). True: with the
+    preset orz, which other presets and settings are laid over. None: where ORZ is available and
+    does what the settings ask for."""
     iterations: int = 2000
     """Iterations: collect, train, log."""
     eval_freq: int = 100
@@ -332,6 +350,8 @@ class HybridTrainingConfig:
         **schedule: Any,
     ) -> None:
         asked = type(self).debug_mode if debug_mode is None else debug_mode
+        if schedule.get("use_orz_trainer", type(self).use_orz_trainer) and "orz" not in presets:
+            presets = ("orz", *presets)
         chosen = _presets(asked, presets)
         self.debug_mode = "debug" in chosen
 
@@ -401,7 +421,7 @@ class HybridTrainingConfig:
                 type(value) is int and value >= low,
                 f"it must be an integer >= {low}",
             )
-        for name in ("use_orz_trainer", "resume", "debug_mode", "sequential_repeat", "async_eval"):
+        for name in ("resume", "debug_mode", "sequential_repeat", "async_eval"):
             value = getattr(self, name)
             rules[name] = value, isinstance(value, bool), "it must be True or False"
         rules["checkpoint"] = (
@@ -421,15 +441,58 @@ class HybridTrainingConfig:
         for name, rule in self._mode_rules().items():
             if name not in rules or rules[name][1]:
                 rules[name] = rule
-        if self.use_orz_trainer is True:
-            rules["use_orz_trainer"] = (
-                True,
-                False,
-                "training with ORZ is not built yet: leave it False, and llm.trainer does the "
-                "reinforcement step (--rft)",
-            )
+        asked, llm = self.use_orz_trainer, self.priorzero_cfg.llm
+        rules["use_orz_trainer"] = (
+            asked,
+            asked in (None, True, False) and not (asked is False and llm.trainer == "orz"),
+            "llm.trainer is orz: leave one of them out"
+            if asked is False
+            else "it must be True, False or None",
+        )
         require(rules)
         self.priorzero_cfg.validate()
+        if asked:
+            require(_orz_rules(llm))
+
+    def settle_trainer(self, eval_only: bool = False) -> str:
+        """Decide who trains the LLM, and write it into `use_orz_trainer` and `llm.trainer`. Called
+        when a run starts.
+
+        Args:
+            eval_only: nothing is trained, and ORZ's checkpoints are the built-in trainer's.
+
+        Returns:
+            why it is not ORZ's, in a line; empty where it is.
+
+        Raises:
+            PriorZeroError: ORZ is asked for, and cannot be used.
+        """
+        llm = self.priorzero_cfg.llm
+        asked = self.use_orz_trainer or llm.trainer == "orz"
+        found, why = orz_status()
+        if eval_only:
+            why = "an evaluation trains nothing"
+        elif asked and not found:
+            raise PriorZeroError(
+                f"Open-Reasoner-Zero is asked for and cannot be used: {why}. docs/ORZ.md says how "
+                "to get it; or leave use_orz_trainer, llm.trainer and the preset orz out"
+            )
+        elif self.use_orz_trainer is False:
+            why = "use_orz_trainer is False"
+        elif found:
+            rules = {} if asked else _orz_rules(llm)
+            why = next(
+                (f"{name} is {value!r}" for name, (value, holds, _) in rules.items() if not holds),
+                "",
+            )
+
+        self.use_orz_trainer = not why
+        if self.use_orz_trainer:
+            llm.trainer = "orz"
+        elif llm.trainer == "orz":
+            llm.trainer = "builtin"
+        self.validate()
+        return why
 
     def _mode_rules(self) -> dict[str, tuple[Any, bool, str]]:
         """What must hold of `wm_training_mode` and of the settings it reads, as `require` wants
@@ -491,6 +554,18 @@ CHOICES = dict(
     alternating_first=("world_model", "llm"),
     alternating_llm_collect=("everything", "world_model", "nothing"),
 )
+
+
+def _orz_rules(llm: LLMSettings) -> dict[str, tuple[Any, bool, str]]:
+    """What ORZ's trainer needs of the settings, as `require` wants it."""
+    return {
+        f"llm.{rule.name}": (
+            functools.reduce(getattr, rule.name.split("."), llm),
+            rule.holds,
+            f"{rule.text} (the preset orz has settings that fit)",
+        )
+        for rule in llm.orz_rules()
+    }
 
 
 def _who_plays(mode: str, llm: LLMSettings) -> dict[str, tuple[Any, bool, str]]:

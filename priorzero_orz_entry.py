@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING, Any
 
 from priorzero.export import trained_llm
 from priorzero.games.catalogue import resolve_games
+from priorzero.orz import ORZ_AVAILABLE, orz_status  # noqa: F401 (users look for it here)
 from priorzero.quiet import quiet_base
 from priorzero.run.cli import calm_openmp, option_parser
 from priorzero.run.experiment import set_aside
 from priorzero.run.logs import setup_logging
-from priorzero.run.orz import orz_status
 from priorzero.run.report import banner
 from priorzero.run.signals import StopRequest
 from priorzero.settings.env import one_or_several, plain_name, split_games
@@ -95,6 +95,7 @@ async def build(config: HybridTrainingConfig, eval_only: bool = False) -> Parts:
     """
     settings, folder = config.priorzero_cfg, Path(config.priorzero_cfg.exp_name)
     # Before the imports: a wrong name should not cost the seconds they take.
+    not_orz = config.settle_trainer(eval_only)
     games = resolve_games(settings.env.env_id, settings.env.games_dir)
     eval_games = games
     if settings.env.eval_env_id is not None:
@@ -233,6 +234,7 @@ async def build(config: HybridTrainingConfig, eval_only: bool = False) -> Parts:
                 device=device,
                 parameters=sum(p.numel() for p in policy.network.parameters()),
                 orz=orz_status(),
+                not_orz=not_orz,
                 warning=seen,
             )
         )

@@ -99,7 +99,7 @@ def export_samples(args: argparse.Namespace) -> dict[str, Any]:
     samples, meta = read_samples(args.run, settings, args.checkpoint, args.count)
     name = args.tokenizer or settings.llm.model
     tokenizer = load_tokenizer(resolve_llm(name))
-    _require_same_tokenizer(samples, tokenizer, settings, name)
+    require_same_tokenizer(samples, tokenizer, settings, name)
     texts = Texts(tokenizer)
 
     facts = {
@@ -201,7 +201,7 @@ def _as_arrays(tree: Any) -> Any:
     return tree.numpy() if hasattr(tree, "numpy") else tree
 
 
-def _require_same_tokenizer(
+def require_same_tokenizer(
     samples: list[LLMSample], tokenizer, settings: ExperimentSettings, name: str
 ) -> None:
     """Raise PriorZeroError where a prompt does not end as every prompt does, in this tokenizer's

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from priorzero.run.orz import orz_status
+from priorzero.orz import orz_status
 from priorzero.settings.experiment import ExperimentSettings
 from priorzero.types import PriorZeroError
 from priorzero_config import (
@@ -501,7 +501,7 @@ def test_the_banner_tells_the_schedule():
     def mode(plan: HybridTrainingConfig) -> str:
         games = (SimpleNamespace(env_id="g", kind="k"),)
         facts = dict(folder=Path("f"), games=games, llm="l", device="cpu", parameters=1)
-        facts["eval_games"] = games
+        facts |= dict(eval_games=games, not_orz="no clone")
         lines = banner(plan, **facts, orz=(False, "")).splitlines()
         return next(line for line in lines if line.startswith("Training mode:"))[17:]
 
@@ -521,15 +521,59 @@ def test_the_banner_tells_the_schedule():
     assert mode(Own()) == "Own"
 
 
-def test_training_with_orz_is_not_promised(tmp_path, monkeypatch):
-    """Not even where Open-Reasoner-Zero lies on the path."""
-    assert HybridTrainingConfig().use_orz_trainer is False
-    with pytest.raises(PriorZeroError, match="not built yet"):
-        HybridTrainingConfig(use_orz_trainer=True)
+TOKENS = dict(
+    llm=dict(sft=dict(enable=False), rft=dict(enable=True, objective="token", kl_estimator="k3"))
+)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "why"),
+    [
+        ({}, "llm.rft.enable is False"),
+        (dict(enable_rft=True), "llm.sft.enable is True"),
+        (dict(enable_llm=False, overrides=TOKENS), "llm.enable is False"),
+        (dict(overrides=TOKENS), ""),
+        (dict(overrides=TOKENS, use_orz_trainer=False), "use_orz_trainer is False"),
+        (dict(use_orz_trainer=True, debug_mode=True), ""),
+        (dict(presets=("orz",)), ""),
+    ],
+)
+def test_orz_trains_where_it_is_and_can(chosen, why, tmp_path, monkeypatch):
+    config = HybridTrainingConfig(**chosen)
     put_orz(tmp_path, monkeypatch, "class RayPPOTrainer: pass")
-    assert orz_status()[0]
-    with pytest.raises(PriorZeroError, match="not built yet"):
-        HybridTrainingConfig(use_orz_trainer=True)
+    assert config.settle_trainer() == why
+    assert config.use_orz_trainer is (why == "")
+    assert config.priorzero_cfg.llm.trainer == ("builtin" if why else "orz")
+    # Settled once, it stays so.
+    assert bool(config.settle_trainer()) is bool(why)
+
+
+@pytest.mark.parametrize("asked", [dict(use_orz_trainer=True), dict(presets=("orz",))])
+def test_asking_for_orz_where_it_is_not_is_one_error(asked, tmp_path, monkeypatch):
+    monkeypatch.setenv("ORZ_HOME", str(tmp_path))
+    assert HybridTrainingConfig(overrides=TOKENS).settle_trainer().startswith("ORZ_HOME=")
+
+    config = HybridTrainingConfig(**asked)
+    with pytest.raises(PriorZeroError, match="asked for and cannot be used: ORZ_HOME=.*docs/ORZ"):
+        config.settle_trainer()
+    # An evaluation needs none of it: its checkpoints are the built-in trainer's.
+    assert config.settle_trainer(eval_only=True)
+    assert config.priorzero_cfg.llm.trainer == "builtin"
+
+
+def test_what_orz_cannot_do_is_refused_with_the_reason():
+    with pytest.raises(PriorZeroError, match="llm.lora.enable is True, but ORZ's trainer trains"):
+        HybridTrainingConfig(use_orz_trainer=True, presets=("lora",))
+    config = HybridTrainingConfig(enable_rft=True)
+    config.use_orz_trainer = True
+    with pytest.raises(PriorZeroError) as refused:
+        config.validate()
+    for told in ("llm.rft.objective is 'action'", "ORZ rates tokens", "the preset orz"):
+        assert told in str(refused.value)
+    with pytest.raises(PriorZeroError, match="leave one of them out"):
+        HybridTrainingConfig(use_orz_trainer=False, presets=("orz",))
+    with pytest.raises(PriorZeroError, match="name a cluster in ray_address"):
+        HybridTrainingConfig(overrides=dict(llm=dict(orz=dict(actor_nodes=2))))
 
 
 @pytest.mark.parametrize(
@@ -549,8 +593,28 @@ def test_orz_is_recognised_by_its_trainers_class(trainer, found, tmp_path, monke
     assert str(tmp_path) in reason and ("RayPPOTrainer" in reason) is not found
 
 
-def put_orz(folder, monkeypatch, trainer: str | None) -> None:
-    """A package `orz` with a folder `ppo`; trainer: the text of its `trainer.py`."""
+def test_orz_without_its_packages_is_not_available(tmp_path, monkeypatch):
+    put_orz(tmp_path, monkeypatch, "class RayPPOTrainer: pass", needed=("json", "no_such_package"))
+    available, reason = orz_status()
+    assert not available
+    assert "no_such_package not installed: pip install" in reason and "json" not in reason
+
+
+def test_orz_home_goes_before_the_path(tmp_path, monkeypatch):
+    put_orz(tmp_path / "path", monkeypatch, "class RayPPOTrainer: pass")
+    assert orz_status() == (True, str(tmp_path / "path" / "orz" / "ppo"))
+    monkeypatch.setenv("ORZ_HOME", str(tmp_path / "home"))
+    assert orz_status()[0] is False
+    (tmp_path / "path").rename(tmp_path / "home")
+    assert orz_status() == (True, str(tmp_path / "home" / "orz" / "ppo"))
+
+
+def put_orz(folder, monkeypatch, trainer: str | None, needed: tuple[str, ...] = ()) -> None:
+    """A package `orz` with a folder `ppo`; trainer: the text of its `trainer.py`; needed: the
+    packages that it needs.
+    """
+    monkeypatch.delenv("ORZ_HOME", raising=False)
+    monkeypatch.setattr("priorzero.orz.NEEDED", needed)
     (folder / "orz" / "ppo").mkdir(parents=True)
     for package in ("orz", "orz/ppo"):
         (folder / package / "__init__.py").touch()

@@ -31,9 +31,19 @@ README, MANUAL, METRICS, ALGORITHM, DECISIONS, GAMES = (
         "docs/GAMES.md",
     )
 )
-DOCUMENTS = [README, MANUAL, METRICS, ALGORITHM, DECISIONS, GAMES]
+ORZ = ROOT / "docs" / "ORZ.md"
+DOCUMENTS = [README, MANUAL, METRICS, ALGORITHM, DECISIONS, GAMES, ORZ]
 SOURCES = [*ROOT.glob("*.py"), *(ROOT / "priorzero").rglob("*.py"), ROOT / "run_priorzero_orz.sh"]
 LAUNCHER_OPTIONS = {"--help"}
+# TensorBoard's, Ray's, pip's.
+OTHERS_OPTIONS = {
+    "--logdir",
+    "--head",
+    "--address",
+    "--num-gpus",
+    "--no-deps",
+    "--no-build-isolation",
+}
 
 
 def text_of(path: Path) -> str:
@@ -126,6 +136,7 @@ def test_options_exist(document):
     known |= options_in(help_of("priorzero.prior_report"))
     known |= options_in(help_of("priorzero.export"))
     known |= options_in(help_of("priorzero.export_samples"))
+    known |= options_in(help_of("priorzero.export_orz"))
     known |= options_in(help_of("priorzero.compare"))
     known |= options_in(help_of("priorzero.sweep"))
     for module in (
@@ -135,7 +146,7 @@ def test_options_exist(document):
         "priorzero.warmup.__main__",
     ):
         known |= options_in(help_of(module))
-    known |= LAUNCHER_OPTIONS | {"--logdir", "--no-deps"}  # of TensorBoard, of pip
+    known |= LAUNCHER_OPTIONS | OTHERS_OPTIONS
     assert options_in(text_of(document)) <= known
 
 
@@ -333,6 +344,7 @@ def test_every_metric_of_a_run_is_explained(tiny_llm, tmp_path):
         "perf/background",
         "perf/round",
         "rft_group",
+        "rft_orz",
         "plain_states",
         "oom_splits",
         "/GAME/",  # of several games, and so the next two

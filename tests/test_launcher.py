@@ -4,7 +4,6 @@ machine check.
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 import shutil
@@ -293,19 +292,17 @@ def test_check_fails_when_something_needed_is_missing(monkeypatch, capsys):
     assert "missing: broken" in capsys.readouterr().out
 
 
-def test_the_check_promises_nothing_of_orz(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "orz", raising=False)
-    found = []
+def test_the_check_finds_orz_only_where_it_imports(tmp_path, monkeypatch):
+    monkeypatch.setenv("ORZ_HOME", str(tmp_path))
+    monkeypatch.setattr("priorzero.orz.NEEDED", ())
     for part in ("orz", "orz/ppo"):
         (tmp_path / part).mkdir()
         (tmp_path / part / "__init__.py").touch()
-        importlib.invalidate_caches()
-        found.append(next(check.find_orz()))
+    found = [next(check.find_orz())]
     (tmp_path / "orz" / "ppo" / "trainer.py").write_text("class RayPPOTrainer: pass\n")
     found.append(next(check.find_orz()))
-    assert [one.status for one in found] == [check.ABSENT, check.ABSENT, check.OK]
-    assert "not used yet" in found[-1].text and "nothing uses it" in found[0].text
+    assert [one.status for one in found] == [check.ABSENT, check.ABSENT]
+    assert "the built-in trainer trains" in found[0].text and "does not import" in found[1].text
 
 
 def pins(path: Path) -> dict[str, str]:

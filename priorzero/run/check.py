@@ -12,12 +12,13 @@ import importlib.util
 import logging
 import os
 import shutil
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from priorzero.run.orz import orz_status
+from priorzero.orz import orz_status
 from priorzero.types import PriorZeroError
 
 OK, ABSENT, MISSING = "ok", "absent", "MISSING"
@@ -98,12 +99,19 @@ def find_vllm() -> Iterator[Finding]:
 
 
 def find_orz() -> Iterator[Finding]:
-    """Open-Reasoner-Zero, which nothing trains with yet."""
+    """Open-Reasoner-Zero, an optional trainer: its source and packages, and that it imports."""
     found, reason = orz_status()
-    if found:
-        yield Finding("ORZ", OK, f"found, not used yet ({reason})")
+    if not found:
+        yield Finding("ORZ", ABSENT, f"{reason}; the built-in trainer trains the LLM")
+        return
+    # In a process of its own: its mends of other packages are not for this one.
+    code = "from priorzero.llm.update.orz.session import MENDS; print(', '.join(MENDS))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    last = (result.stdout if result.returncode == 0 else result.stderr).strip().splitlines()
+    if result.returncode == 0:
+        yield Finding("ORZ", OK, f"{reason}; mended for it: {last[-1]}")
     else:
-        yield Finding("ORZ", ABSENT, f"{reason}; nothing uses it yet")
+        yield Finding("ORZ", ABSENT, f"{reason} does not import: {last[-1] if last else '?'}")
 
 
 def find_models() -> Iterator[Finding]:

@@ -77,6 +77,11 @@ def option_parser(description: str, presets: Sequence[str]) -> argparse.Argument
     parser.add_argument(
         "--llm-train-freq", type=int, help="iterations between training phases of the LLM"
     )
+    parser.add_argument(
+        "--use-orz-trainer",
+        action=argparse.BooleanOptionalAction,
+        help="let Open-Reasoner-Zero's trainer do the reinforcement step, with the preset orz",
+    )
     _add_schedules(parser)
     parser.add_argument(
         "--off-policy-degree",

@@ -18,6 +18,7 @@ def banner(
     device: str,
     parameters: int,
     orz: tuple[bool, str],
+    not_orz: str,
     warning: str = "",
 ) -> str:
     """What is about to run.
@@ -29,8 +30,9 @@ def banner(
         llm: model and engine in words.
         device: of the world model.
         parameters: of the world model, their number.
-        orz: whether Open-Reasoner-Zero was found, which trains nothing yet; and where, or why not.
-        warning: that the LLM saw this game or a relative of it, `Seen.warning`.
+        orz: whether Open-Reasoner-Zero can be used; and where it is, or why not.
+        not_orz: why its trainer does not train; empty where it does.
+        warning: that the LLM saw these games or relatives of theirs, `Seen.warning`.
     """
     settings = config.priorzero_cfg
     line = "=" * 78
@@ -46,6 +48,7 @@ def banner(
             line,
             f"Debug mode:      {config.debug_mode}",
             f"ORZ available:   {orz[0]} ({orz[1]})",
+            f"Use ORZ trainer: {not not_orz}" + (f" ({not_orz})" if not_orz else ""),
             f"Experiment:      {folder}",
             f"Iterations:      {config.iterations}",
             f"Training mode:   {_training_mode(config)}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from priorzero.settings.orz import OrzSettings
 from priorzero.settings.record import (
     Rule,
     Settings,
@@ -382,6 +383,8 @@ class LLMSettings(Settings):
     """Reinforcement with the world model's values."""
     lora: LoraSettings = field(default_factory=LoraSettings)
     """Low-rank adapters."""
+    orz: OrzSettings = field(default_factory=OrzSettings)
+    """Open-Reasoner-Zero's workers, with trainer orz."""
 
     def rules(self) -> Iterator[Rule]:
         """See `Settings.rules`."""
@@ -427,4 +430,32 @@ class LLMSettings(Settings):
         yield from positive(self, "attempts")
         yield from not_negative(
             self, "max_batch_tokens", "max_restarts", "score_cache_size", "trunk_cache_mib"
+        )
+        if self.trainer == "orz":
+            yield from self.orz_rules()
+
+    def orz_rules(self) -> Iterator[Rule]:
+        """What ORZ's trainer does, and nothing else: PPO with one clip range on tokens, all weights
+        learning from advantages.
+        """
+        rft, train = self.rft, self.train
+        yield Rule("enable", self.enable, "ORZ's trainer needs an LLM")
+        yield Rule("rft.enable", rft.enable, "ORZ's trainer does reinforcement: set it")
+        yield Rule("sft.enable", not self.sft.enable, "ORZ's trainer does reinforcement alone")
+        yield Rule("lora.enable", not self.lora.enable, "ORZ's trainer trains all weights")
+        for name, value, wanted, why in (
+            ("rft.objective", rft.objective, "token", "ORZ rates tokens"),
+            ("rft.surrogate", rft.surrogate, "clipped", "ORZ's loss is PPO's"),
+            ("rft.clip_epsilon_high", rft.clip_epsilon_high, None, "ORZ has one clip range"),
+            ("rft.dual_clip", rft.dual_clip, 0, "ORZ has no dual clip"),
+            ("rft.max_kl", rft.max_kl, 0, "ORZ does not stop within a phase"),
+            ("rft.kl_target", rft.kl_target, 0, "ORZ's weight of the KL is fixed"),
+            ("train.entropy_coef", train.entropy_coef, 0, "ORZ's loss has no entropy"),
+            ("train.schedule", train.schedule, "constant", "ORZ's rate is constant"),
+        ):
+            yield Rule(name, value == wanted, f"with trainer orz it must be {wanted}: {why}")
+        yield Rule(
+            "rft.kl_estimator",
+            rft.kl_estimator == "k3" or not train.kl_coef,
+            "with trainer orz it must be k3, the one ORZ has, or train.kl_coef 0",
         )

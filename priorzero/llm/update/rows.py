@@ -1,7 +1,8 @@
-"""The LLM's samples as rows of other trainers' data sets: TRL's and verl's.
+"""The LLM's samples as rows of other trainers' data sets: TRL's, verl's and Open-Reasoner-Zero's.
 
 Token ids are what was scored in play; the texts beside them are those ids decoded. Used by
-`python -m priorzero.export_samples`; the manual tells what each file is for.
+`python -m priorzero.export_samples` and `priorzero.export_orz`; the manual tells what each file is
+for.
 
 Letters: `A` valid actions of the state, `K` rows drawn from a decision's target.
 """
@@ -189,3 +190,28 @@ def verl_rows(
                 "policy_version": sample.policy_version,
             },
         }
+
+
+# ---- Open-Reasoner-Zero --------------------------------------------------------------------------
+
+
+def orz_dialogue(sample: LLMSample, texts: Texts, settings: PromptSettings, tokenizer) -> list[Row]:
+    """One dialogue of its prompt files: what is asked, and the true answer, which is the search's
+    favourite; beside it, for a reward function of one's own, all valid actions and the search's
+    policy over them. ORZ puts its own template around the question.
+
+    Args:
+        settings: with which the prompts were built.
+
+    Raises:
+        PriorZeroError: the prompts have no messages; see `read_messages`.
+    """
+    messages = read_messages(texts(given(sample)), settings, tokenizer)
+    commands = [texts(ids[:-1]).strip() for ids in sample.request.action_ids]
+    truth = {
+        "value": commands[int(np.argmax(sample.target_policy))],
+        "valid_actions": commands,
+        "target_policy": list(sample.target_policy),
+    }
+    question = "\n\n".join(message["content"] for message in messages)
+    return [{"from": "human", "value": question}, {"from": "assistant", "ground_truth": truth}]

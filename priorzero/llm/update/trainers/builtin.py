@@ -156,7 +156,7 @@ class BuiltinTrainer:
             self.version += bool(metrics)
             self._optimizer.zero_grad(set_to_none=True)
 
-        _return_freed_memory()
+        return_freed_memory()
         logger.debug("LLM weights %d: %s", self.version, metrics)
         return metrics
 
@@ -434,7 +434,7 @@ def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {key: value / len(rows) for key, value in sums.items()}
 
 
-def _return_freed_memory() -> None:
+def return_freed_memory() -> None:
     """Give activations and gradients back to the system: glibc would keep the freed blocks."""
     if sys.platform == "linux":
         # Other C libraries have none, and need none.
