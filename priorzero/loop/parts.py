@@ -188,7 +188,7 @@ class Parts:
 
     @property
     def llm_warning(self) -> str:
-        """That the LLM had been trained on these games or their relatives before the run; else ""."""
+        """That the LLM had been trained on these games or relatives before the run; else ""."""
         games = self.games + self.eval_games
         return seen_warning(games, self.llm.seen) if self.llm is not None else ""
 
