@@ -15,6 +15,7 @@ from priorzero.loop.parts import Parts
 from priorzero.play.results import CollectResult, EvalResult
 from priorzero.run.checkpoint import CheckpointStore
 from priorzero.run.metrics import MetricsWriter, Stopwatch
+from priorzero.settings.policy import AnnealingSettings
 
 
 class Schedule:
@@ -61,6 +62,7 @@ SETTINGS = dict(
         replay_ratio=0.5,
         train_start_after_envsteps=0,
         fixed_temperature_value=0.5,
+        annealing=AnnealingSettings(),
         root_prior=SimpleNamespace(reduction="sum"),
     ),
 )
