@@ -189,9 +189,10 @@ class OrzSession:
         orz_logger.disable("orz")  # its own log repeats what our metrics say
         logger.info("ORZ runs with these mends of newer packages: %s", ", ".join(MENDS) or "none")
         self._cluster, self._timeout = cluster, timeout
-        self._trainer = DecisionTrainer(arguments, cluster)
         remote = ray.remote(num_gpus=1, runtime_env=cluster.environment())(PolicyActor)
+        self._trainer: DecisionTrainer | None = None
         try:
+            self._trainer = DecisionTrainer(arguments, cluster)
             self._do(self._trainer.build_models(remote), start_timeout)
         except BaseException:
             self.close()
@@ -221,7 +222,8 @@ class OrzSession:
 
     def close(self) -> None:
         """See `Session.close`."""
-        self._trainer.close()
+        if self._trainer is not None:
+            self._trainer.close()
         self._cluster.close()
 
     @staticmethod
