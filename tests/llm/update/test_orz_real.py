@@ -4,6 +4,7 @@ is not there; docs/ORZ.md says how to get it.
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import json
 import time
@@ -105,7 +106,11 @@ def test_several_updates_a_resume_and_a_death(make_trainer, byte_model, cluster)
     # Others go on from its checkpoint as it does itself.
     saved = copy.deepcopy(ours.state_dict())
     other = make_trainer(of)
-    other.load_state_dict(copy.deepcopy(saved))
+
+    async def resume() -> None:  # as the run's loop does it
+        other.load_state_dict(copy.deepcopy(saved))
+
+    asyncio.run(resume())
     assert far(weights(other), weights(ours)) == 0.0
     for trainer in (ours, other):
         trainer.update({"rft": PHASES[0]})

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -189,6 +190,8 @@ class OrzSession:
         orz_logger.disable("orz")  # its own log repeats what our metrics say
         logger.info("ORZ runs with these mends of newer packages: %s", ", ".join(MENDS) or "none")
         self._cluster, self._timeout = cluster, timeout
+        # A loop of its own: the caller may stand in one.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="orz")
         remote = ray.remote(num_gpus=1, runtime_env=cluster.environment())(PolicyActor)
         self._trainer: DecisionTrainer | None = None
         try:
@@ -225,11 +228,11 @@ class OrzSession:
         if self._trainer is not None:
             self._trainer.close()
         self._cluster.close()
+        self._thread.shutdown()
 
-    @staticmethod
-    def _do(work, timeout: float):
+    def _do(self, work, timeout: float):
         try:
-            return asyncio.run(asyncio.wait_for(work, timeout))
+            return self._thread.submit(asyncio.run, asyncio.wait_for(work, timeout)).result()
         except TimeoutError as error:
             raise OrzFailure(f"no answer in {timeout:.0f} s") from error
         except ray.exceptions.RayError as error:
