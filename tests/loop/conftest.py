@@ -11,6 +11,7 @@ import pytest
 
 from priorzero.data.archive import SegmentArchive
 from priorzero.data.batch import LearnOutput
+from priorzero.llm.seen import Seen
 from priorzero.loop.parts import Parts
 from priorzero.play.results import CollectResult, EvalResult
 from priorzero.run.checkpoint import CheckpointStore
@@ -42,6 +43,8 @@ class Schedule:
     def as_dict(self):
         return {"iterations": self.iterations}
 
+
+GAME = SimpleNamespace(env_id="made-up", kind="jericho", title="Made up", max_score=10.0)
 
 SETTINGS = dict(
     seed=0,
@@ -120,8 +123,8 @@ class Made:
             folder=folder,
             eval_only=eval_only,
             device="cpu",
-            games=(SimpleNamespace(env_id="made-up", max_score=10.0),),
-            eval_games=(SimpleNamespace(env_id="made-up", max_score=10.0),),
+            games=(GAME,),
+            eval_games=(GAME,),
             encoder=nothing,
             policy=SimpleNamespace(
                 learn_mode=SimpleNamespace(
@@ -156,6 +159,7 @@ class Made:
                 prior=prior,
                 phase=phase,
                 name="a made-up LLM",
+                seen=Seen(),
             )
             if llm
             else None,

@@ -288,7 +288,8 @@ async def test_summary_and_settings_are_written(made, tmp_path):
     reporting.write_config(run.parts)
     await train(run.parts, GO)
     summary = reporting.write_summary(run.parts)
-    assert json.loads((tmp_path / "config.json").read_text()) == {"iterations": 2}
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written == {"iterations": 2, "llm_warning": ""}
     assert json.loads((tmp_path / "summary.json").read_text()) == json.loads(json.dumps(summary))
     assert (summary["iterations"], summary["env_steps"], summary["game"]) == (2, 10, "made-up")
     assert summary["first_losses"]["wm_loss"] == 1.5 and summary["last_losses"]["wm_loss"] == 3.5
