@@ -12,9 +12,11 @@ _CHECKOUT = Path(__file__).resolve().parents[2]
 _STAND_INS = Path(__file__).with_name("stand_ins")
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def cache_folder(tmp_path_factory):
-    """Generated games and known states of this session: nothing earlier can help a test to pass."""
+    """Generated games and known states of these tests alone: nothing earlier can help one to pass,
+    and no later test of the same process finds its models missing.
+    """
     folder = tmp_path_factory.mktemp("priorzero-cache")
     patch = pytest.MonkeyPatch()
     patch.setenv("PRIORZERO_CACHE", str(folder))
