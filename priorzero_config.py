@@ -60,7 +60,7 @@ DEBUG = Preset(
             replay_ratio=0.25,
             action_vocabulary=dict(capacity=256, overflow=16),
             # mean: the small model's sums favour the shortest commands ("look") by far.
-            root_prior=dict(anneal_env_steps=4000, reduction="mean"),
+            root_prior=dict(anneal_env_steps=2400, reduction="mean"),
         ),
         llm=dict(
             # A debug run has no minute to spare for vLLM's start, nor the memory for a second
@@ -78,12 +78,12 @@ DEBUG = Preset(
         ),
     ),
     schedule=dict(
-        iterations=100,
-        eval_freq=50,
-        save_freq=50,
+        iterations=60,
+        eval_freq=30,
+        save_freq=30,
         # An iteration brings ten updates of the world model.
-        sequential_wm_updates=500,
-        sequential_llm_phases=20,
+        sequential_wm_updates=300,
+        sequential_llm_phases=12,
         alternating_wm_updates=100,
         alternating_llm_phases=2,
     ),

@@ -83,7 +83,7 @@ def test_debug_is_an_overlay_that_presets_and_overrides_lie_over():
 def test_the_debug_preset_is_debug_mode():
     preset, mode = HybridTrainingConfig(presets=("debug",)), HybridTrainingConfig(debug_mode=True)
     assert preset.as_dict() == mode.as_dict()
-    assert preset.debug_mode and preset.iterations == DEBUG.schedule["iterations"] == 100
+    assert preset.debug_mode and preset.iterations == DEBUG.schedule["iterations"] == 60
     # It comes first, wherever it is named: what is smaller still stands.
     small = HybridTrainingConfig(presets=("lora", "debug")).priorzero_cfg
     assert (
