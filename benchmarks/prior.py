@@ -179,7 +179,7 @@ def write_sweep(folder: Path, rows: list[dict[str, Any]], title: str) -> None:
 async def run(args: argparse.Namespace) -> dict[str, Any]:
     from benchmarks.prior_states import load_benchmark_model, make_requests, random_states
     from priorzero.lightzero import resolve_device
-    from priorzero.llm.model import pick_dtype
+    from priorzero.llm.module import pick_dtype
 
     device = resolve_device(args.device)
     dtype = pick_dtype(args.dtype, device)

@@ -22,7 +22,7 @@ from benchmarks.prior_states import BenchmarkModel, Inputs
 from priorzero.llm.engines.base import LLMEngine, LLMEngineError
 from priorzero.llm.engines.cached import CachedEngine
 from priorzero.llm.engines.transformers_engine import TransformersEngine
-from priorzero.llm.model import store_layers_in
+from priorzero.llm.module import store_layers_in
 from priorzero.settings.llm import VLLMSettings
 from priorzero.types import ActionScores, TokenisedRequest
 

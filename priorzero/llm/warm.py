@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 
 from priorzero.llm.seen import FACTS
+from priorzero.llm.weights.export import Weights
+from priorzero.llm.weights.identity import ModelIdentity
 from priorzero.types import PriorZeroError
 
 logger = logging.getLogger(__name__)
@@ -63,9 +65,6 @@ def _merge(base: Path, adapters: Path, out: Path) -> None:
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from priorzero.llm.weights.export import Weights
-    from priorzero.llm.weights.identity import ModelIdentity
 
     facts = json.loads((adapters / FACTS).read_text(encoding="utf-8"))
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)

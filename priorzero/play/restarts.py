@@ -21,42 +21,16 @@ import asyncio
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from priorzero.data.packing import pack, unpack
-from priorzero.data.segment import Segment, StepRecord
+from priorzero.data.segment import Segment
+from priorzero.play.place import Place
+from priorzero.play.slot import Slot
 from priorzero.settings.policy import RestartSettings
 from priorzero.types import HistoryItem
-
-if TYPE_CHECKING:
-    from priorzero.play.slot import Slot
-
-
-@dataclass(frozen=True, eq=False)
-class Place:
-    """A visited state, and all that an episode needs that goes on from it.
-
-    Attributes:
-        game: `TextGameEnv.state_dict` there: seed, commands, and what they led to.
-        before: the steps right before it, oldest first: what a root there looks back on.
-        history: what the LLM may see of the way, oldest first.
-    """
-
-    game: Mapping[str, Any]
-    before: tuple[StepRecord, ...]
-    history: tuple[HistoryItem, ...]
-
-    @property
-    def score(self) -> float:
-        """Of the game."""
-        return self.game["score"]
-
-    @property
-    def steps(self) -> int:
-        """Commands on the way."""
-        return len(self.game["commands"])
 
 
 @dataclass(frozen=True, eq=False)

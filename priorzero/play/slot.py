@@ -11,13 +11,13 @@ import numpy as np
 
 from priorzero.data.segment import Segment, StepRecord
 from priorzero.decisions.record import Moment
+from priorzero.play.place import Place
 from priorzero.search.context import EpisodeContext
 from priorzero.search.roots import Root, SearchOutput
 from priorzero.types import ActionScores, HistoryItem, TextState, TokenisedRequest, world_text
 
 if TYPE_CHECKING:
     from priorzero.decisions.recorder import Tape
-    from priorzero.play.restarts import Place
 
 
 class Slot:

@@ -106,6 +106,7 @@ class EnvSettings(Settings):
                 text = "it must name at least one game, and none twice by the same plain name"
                 names = [plain_name(one) for one in games]
                 yield Rule(name, 0 < len(set(names)) == len(names), text)
+
         if self.game_weights is not None:
             games = self.env_id if isinstance(self.env_id, list) else [self.env_id]
             fits = SUITE not in games and len(games) == len(self.game_weights)
@@ -115,6 +116,7 @@ class EnvSettings(Settings):
                 f"it must be None or one positive weight for each game of env_id {self.env_id} "
                 f"(and {SUITE} does not say how many it is)",
             )
+
         yield from positive(
             self,
             "step_timeout_s",
@@ -123,6 +125,7 @@ class EnvSettings(Settings):
             "evaluator_env_num",
             "n_evaluator_episode",
         )
+
         yield Rule(
             "listing_workers",
             self.listing_workers is None or self.listing_workers >= 0,

@@ -116,15 +116,18 @@ class WarmupSettings(Settings):
             "held_out_decisions",
             "max_text_loss",
         )
+
         yield from in_unit_interval(self, "stray")
         yield Rule("held_out", 0 < self.held_out < 1, "it must lie between 0 and 1")
         yield Rule(
             "games", bool(self.games or self.textworld), "without games textworld must not be 0"
         )
+
         for name, known in (("textworld_kinds", GENERATORS), ("prompts", PROMPTS)):
             chosen = getattr(self, name)
             fits = bool(chosen) and set(chosen) <= set(known)
             yield Rule(name, fits, f"it must name some of {', '.join(known)}")
+
         yield from one_of(self, "reduction", "sum", "mean")
         yield from one_of(self, "weights", "auto", "all", "adapters")
         yield from one_of(self, "device", "auto", "cpu", "cuda")

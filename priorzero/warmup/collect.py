@@ -44,6 +44,7 @@ def collect(
     done: dict[int, Walk] = {}
     without: dict[str, str] = {}
     started = time.perf_counter()
+
     with ThreadPoolExecutor(jobs, thread_name_prefix="walk") as pool:
         running = {pool.submit(_of_game, game, settings): i for i, game in enumerate(games)}
         for number, future in enumerate(as_completed(running), 1):
@@ -57,6 +58,7 @@ def collect(
             if not walked.steps:
                 without[kinship(game).game] = "none of its commands is in a list and does something"
                 continue
+
             done[running[future]] = walked
             logger.info(
                 "[%d/%d] %s: %d decisions (%s, %.0f s so far)",
@@ -67,6 +69,7 @@ def collect(
                 source,
                 time.perf_counter() - started,
             )
+
     return [done[i] for i in sorted(done)], without
 
 

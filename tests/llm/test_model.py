@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from priorzero.llm.model import load_llm, pick_dtype, resolve_llm, store_layers_in, sync_head
+from priorzero.llm.model import load_llm, resolve_llm
+from priorzero.llm.module import pick_dtype, store_layers_in, sync_head
 from priorzero.types import PriorZeroError
 
 

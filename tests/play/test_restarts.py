@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from priorzero.play.restarts import Ended, Place, Restarts, VisitedStates
+from priorzero.play.place import Place
+from priorzero.play.restarts import Ended, Restarts, VisitedStates
 from priorzero.settings.policy import RestartSettings
 from priorzero.types import HistoryItem
 from tests.data.test_packing import rich_segments

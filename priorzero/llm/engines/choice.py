@@ -13,7 +13,8 @@ from priorzero.llm.engines.cached import CachedEngine
 from priorzero.llm.engines.resilient import ResilientEngine
 from priorzero.llm.engines.thoughts import Reasoner
 from priorzero.llm.engines.transformers_engine import TransformersEngine
-from priorzero.llm.model import ResolvedModel, load_llm, pick_dtype, store_layers_in
+from priorzero.llm.model import ResolvedModel, load_llm
+from priorzero.llm.module import pick_dtype, store_layers_in
 from priorzero.llm.scoring.requests import Tokeniser, model_max_tokens
 from priorzero.llm.scoring.trunk import TrunkCache
 from priorzero.settings.llm import LLMSettings

@@ -18,7 +18,7 @@ import torch
 from priorzero.compute import thread_pool
 from priorzero.llm.engines.base import Ids, LLMEngine, LLMEngineDead, LLMEngineError, TokenLogprobs
 from priorzero.llm.engines.thoughts import Generated, Reasoner
-from priorzero.llm.model import base_model
+from priorzero.llm.module import base_model
 from priorzero.llm.scoring.forward import choose_way, computing, tree_logprobs
 from priorzero.llm.scoring.head_cache import HeadCache
 from priorzero.llm.scoring.items import TreeItem, plan_batches, prepare

@@ -31,7 +31,8 @@ from priorzero.llm.engines.gate import Gate
 from priorzero.llm.engines.thoughts import Generated, Reasoner
 from priorzero.llm.engines.vllm_adapters import check_adapter, hot_load_rank
 from priorzero.llm.engines.vllm_worker import TRAINER_PID
-from priorzero.llm.model import ResolvedModel, pick_dtype
+from priorzero.llm.model import ResolvedModel
+from priorzero.llm.module import pick_dtype
 from priorzero.llm.scoring.requests import Tokeniser, model_max_tokens
 from priorzero.llm.scoring.trie import build_trie
 from priorzero.llm.weights.export import Weights

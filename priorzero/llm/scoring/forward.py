@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from priorzero.llm.model import base_model
+from priorzero.llm.module import base_model
 from priorzero.llm.scoring.adapters import plain_adapters
 from priorzero.llm.scoring.head_cache import HeadCache, head_key_values
 from priorzero.llm.scoring.items import LayerKV, TreeItem, headless, prepare

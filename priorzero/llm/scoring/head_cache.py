@@ -10,7 +10,7 @@ from collections import OrderedDict
 
 import torch
 
-from priorzero.llm.model import base_model
+from priorzero.llm.module import base_model
 from priorzero.llm.scoring.items import LayerKV, key_values
 from priorzero.llm.scoring.layers import multiplying_dtype, only_layers, weights_stamp
 from priorzero.llm.scoring.trunk import TrunkCache

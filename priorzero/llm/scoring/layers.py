@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from priorzero.llm.model import base_model
+from priorzero.llm.module import base_model
 
 
 def sliding_window(config) -> int | None:

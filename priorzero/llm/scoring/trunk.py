@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
-from priorzero.llm.model import base_model
+from priorzero.llm.module import base_model
 from priorzero.llm.scoring.items import LayerKV, TreeItem, headless, key_values
 from priorzero.llm.scoring.layers import only_layers
 from priorzero.llm.scoring.packed import lay_out, run_packed, supports_packing

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from priorzero.llm.model import store_layers_in
+from priorzero.llm.module import store_layers_in
 from priorzero.types import PriorZeroError
 
 if TYPE_CHECKING:

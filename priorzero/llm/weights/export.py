@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from priorzero.llm.model import base_model, sync_head
+from priorzero.llm.module import base_model, sync_head
 
 
 class Weights:

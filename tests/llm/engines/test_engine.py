@@ -320,7 +320,7 @@ def totals(answers) -> torch.Tensor:
 
 async def test_a_16_bit_copy_sees_small_updates_of_adapters(tiny, tokeniser):
     """Merged into bfloat16 weights, a part of every small update was rounded away."""
-    from priorzero.llm.model import store_layers_in
+    from priorzero.llm.module import store_layers_in
 
     lora = LoraSettings(enable=True, rank=4, alpha=8)
     trainer = trainer_of(tiny(vocab=262), lora=lora, dtype="bfloat16", learning_rate=2e-4)

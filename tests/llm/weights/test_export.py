@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from priorzero.llm.model import store_layers_in
+from priorzero.llm.module import store_layers_in
 from priorzero.llm.weights.export import Weights
 
 LORA = dict(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")

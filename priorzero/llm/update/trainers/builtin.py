@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from priorzero.llm.model import base_model, pick_dtype
+from priorzero.llm.module import base_model, pick_dtype
 from priorzero.llm.scoring.forward import computing, tree_logprobs
 from priorzero.llm.scoring.head_cache import HeadCache
 from priorzero.llm.scoring.items import TreeItem, plan_batches, prepare
