@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -217,6 +218,20 @@ def test_two_runs_stand_beside_each_other(browser, show):
     browser.js(search + " f.dispatchEvent(new Event('input')); }")
     shown = "[...document.querySelectorAll('#view-settings tbody tr')].filter(r => !r.hidden)"
     assert browser.js(f"{shown}.map(r => r.dataset.name)") == ["policy.burn_in"]
+
+
+def test_a_run_without_decisions_shows_the_rest(browser, show, folder, tmp_path):
+    kept = make_run(tmp_path / "kept", episodes=2)
+    shutil.rmtree(kept / "decisions")
+    write_page([kept, folder / "without"], folder / "kept.html")
+    show("kept.html", "#tab=episodes")
+    browser.until(f"{PANE}.length === 2 && {MOVE}")
+    assert "no recorded decisions" in browser.js(f"{PANE}[0].textContent")
+    browser.key("j")  # goes to the pane used last, which is the first: nothing to do there
+    open_tab(browser, "findings")
+    assert browser.js("document.querySelector('#view-findings .pane p').textContent")[0] == "0"
+    open_tab(browser, "curves")
+    browser.until("document.querySelector('#view-curves .plot[data-drawn]')")
 
 
 def test_it_fits_a_phone(browser, show):
