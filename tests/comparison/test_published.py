@@ -125,7 +125,7 @@ def test_a_run_of_several_games_has_a_name(tmp_path):
     config["settings"]["env"]["env_id"] = ["zork1.z5", "tw-simple"]
     path.write_text(json.dumps(config), encoding="utf-8")
     (run,) = read_runs([tmp_path / "run"])
-    assert run.game == "zork1.z5, tw-simple"
+    assert run.game == "zork1.z5 + tw-simple"
 
 
 def test_the_preset_is_the_protocol():
