@@ -122,6 +122,17 @@ def test_a_decision_is_shown_as_it_was_recorded(browser, show, folder):
     )
 
 
+def test_targets_have_columns_where_a_record_has_them(browser, show):
+    show("one.html")
+    step = "{commands: ['a', 'b'], chosen: 0, improved: [0.5, 0.5], target_llm: [0.25, 0.75]}"
+    rows = browser.js(f"[...bars({step}).rows].map(r => [...r.cells].map(c => c.textContent))")
+    assert rows == [
+        ["command (%)", "Improved", "LLM's target"],
+        ["a", "50 ★", "25"],
+        ["b", "50", "75 ★"],
+    ]
+
+
 def test_episodes_are_filtered_by_game(browser, show):
     games = "document.querySelector('#view-episodes select[aria-label^=Game]')"
     listed = "document.querySelectorAll('#view-episodes select[aria-label^=Episode] option')"
