@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from priorzero import plugins
+from priorzero.games import tales
 from priorzero.orz import ORZ_AVAILABLE, orz_status  # noqa: F401 (looked for here by users)
 from priorzero.settings.env import run_name
 from priorzero.settings.experiment import ExperimentSettings
@@ -76,6 +77,8 @@ DEBUG = Preset(
             sft=dict(samples=24, recent_transitions=400),
             rft=dict(samples=24, recent_transitions=200),
         ),
+        # A stranger's first run ends with something to look at.
+        decisions=dict(page=True),
     ),
     schedule=dict(
         iterations=60,
@@ -151,6 +154,19 @@ JERICHO_PROTOCOL = Preset(
     schedule=dict(iterations=5000, eval_freq=250, save_freq=250),
 )
 
+# What published scores of TALES were given: each game once, for 100 steps, those of the two
+# generated kinds in one variation of the test set. Training plays what --env-id names.
+_TALES = dict(max_steps=100, evaluator_env_num=1, n_evaluator_episode=1)
+TALES_JERICHO = Preset(dict(env=_TALES))
+TALES_TWX = Preset(dict(env=_TALES | dict(eval_env_id=list(tales.TEXTWORLD_EXPRESS))))
+TALES_SW = Preset(
+    dict(
+        env=_TALES | dict(eval_env_id=list(tales.SCIENCEWORLD)),
+        # A task has thousands of commands.
+        policy=dict(action_vocabulary=dict(capacity=4096)),
+    )
+)
+
 PRESETS = dict(
     debug=DEBUG,
     pure_unizero=PURE_UNIZERO,
@@ -160,6 +176,9 @@ PRESETS = dict(
     llm_only=LLM_ONLY,
     lora=LORA,
     jericho_protocol=JERICHO_PROTOCOL,
+    tales_jericho=TALES_JERICHO,
+    tales_twx=TALES_TWX,
+    tales_sw=TALES_SW,
     orz=ORZ,
 )
 

@@ -75,7 +75,22 @@ async def train_priorzero_orz(
 
             summary = reporting.write_summary(parts)
             saving.require_saved(parts)
-            return summary
+
+    if config.priorzero_cfg.decisions.page and not eval_only:
+        _leave_page(Path(config.priorzero_cfg.exp_name))  # its records are closed now
+    return summary
+
+
+def _leave_page(folder: Path) -> None:
+    """Write the run's page. A run that recorded nothing, or a full disk, costs the page alone."""
+    from priorzero.view import PAGE, write_page
+
+    try:
+        write_page([folder], folder / PAGE)
+    except PriorZeroError as error:
+        logger.warning("there is no page of this run: %s", error)
+        return
+    logger.info("✓ Wrote %s: the run's decisions, to be opened in a browser", folder / PAGE)
 
 
 async def build(config: HybridTrainingConfig, eval_only: bool = False) -> Parts:

@@ -23,6 +23,11 @@ from priorzero.viewer.server import make_server
 
 logger = logging.getLogger("priorzero.view")  # also where this module is __main__
 
+PAGE = "decisions.html"
+"""The page's name in a run's folder."""
+EPISODES = 200
+"""Most recorded episodes per run, unless told otherwise."""
+
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
@@ -34,13 +39,14 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         "other", type=Path, metavar="RUN2", nargs="?", help="a second one, to stand beside it"
     )
     parser.add_argument(
-        "--out", type=Path, help="file to write; default: decisions.html in the (first) run"
+        "--out", type=Path, help=f"file to write; default: {PAGE} in the (first) run"
     )
     parser.add_argument(
         "--episodes",
         type=int,
-        default=200,
-        help="most recorded episodes per run; evaluations first, newest first (default: 200)",
+        default=EPISODES,
+        help="most recorded episodes per run; evaluations first, newest first (default: "
+        f"{EPISODES})",
     )
     parser.add_argument(
         "--serve", action="store_true", help="show a run that goes on, instead of writing a file"
@@ -61,7 +67,7 @@ def stamp_of(runs: list[Path]) -> str:
     return f"{newest}-{sum(path.stat().st_size for path in files)}"
 
 
-def write_page(runs: list[Path], out: Path, episodes: int) -> None:
+def write_page(runs: list[Path], out: Path, episodes: int = EPISODES) -> None:
     """Write the page to a file.
 
     Raises:
@@ -114,7 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
         if args.serve:
             serve(runs, args.port, args.episodes)
         else:
-            out = args.out or args.run / "decisions.html"
+            out = args.out or args.run / PAGE
             write_page(runs, out, args.episodes)
             logger.info("✓ Wrote %s (%.1f MB)", out, out.stat().st_size / 1e6)
     except PriorZeroError as error:

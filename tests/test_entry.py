@@ -7,13 +7,16 @@ gone afterwards.
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -218,6 +221,18 @@ def test_run_writes_its_files(finished):
         and text.count("\n> ") <= 8
         and "[truncated, score" in text
     )
+
+
+def test_a_debug_run_leaves_a_page(finished):
+    """Of its last evaluation too, so it is made of closed files."""
+    page = experiment(finished[0]) / "decisions.html"
+    assert f"✓ Wrote {page.relative_to(finished[0])}" in finished[1].output
+    summary = re.search(r'id="data-summary">([^<]*)<', page.read_text(encoding="utf-8"))[1]
+    [shown] = json.loads(zlib.decompress(base64.b64decode(summary)))["runs"]
+    assert [e["name"] for e in shown["episodes"] if e["mode"] != "collect"] == [
+        f"iter00000{n}/world_model/0" for n in range(3)
+    ]
+    assert shown["curves"]["wm/wm_loss"] and shown["llm"] == "none (pure UniZero)"
 
 
 def test_checkpoint_holds_the_run(finished):

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from priorzero.comparison.runs import Group
+from priorzero.settings.env import in_words
 
 _FILE = Path(__file__).with_name("published.json")
+_JERICHO = "jericho-*"
 _STORY = re.compile(r"\.z\d$")
 _RETURN = re.compile(r"eval/(\w+)/return_mean|collect/episode_return_mean")
 _PLAYERS = {
@@ -39,7 +41,7 @@ def beside(game: str, groups: Sequence[Group], told: Mapping[str, Any]) -> Row |
         `sources`. None where nothing is known of the game, or no group was judged by its mean
         return.
     """
-    known = _known(game)
+    known = _known(game, groups)
     ours = [
         row
         for group, one in zip(groups, told["groups"], strict=True)
@@ -49,7 +51,8 @@ def beside(game: str, groups: Sequence[Group], told: Mapping[str, Any]) -> Row |
         return None
 
     theirs = [_theirs(figure) for figure in known]
-    max_score = next((f["max_score"] for f in known if "*" not in f["game"]), None)
+    # Means over Jericho's games are of shares; of the other families every game has 100 points.
+    max_score = next((f["max_score"] for f in known if f["game"] != _JERICHO), None)
     for row in ours:
         row["share"] = None if max_score is None else 100 * row["score"] / max_score
     used = dict.fromkeys(row["protocol"] for row in theirs)
@@ -70,15 +73,41 @@ def _read() -> dict[str, Any]:
     return json.loads(_FILE.read_text(encoding="utf-8"))
 
 
-def _known(game: str) -> list[Row]:
-    """The figures of a game and of its family; slots that are not filled are left out."""
-    whole = Path(game.partition(":")[0]).name
-    base = _STORY.sub("", whole)
-    figures = [f for f in _read()["figures"] if f["score"] is not None]
-    family = f"{base.partition('-')[0]}-*"
-    if base != whole or any(f["game"] == base and "-" not in base for f in figures):
-        family = "jericho-*"
-    return [f for f in figures if f["game"] in (base, family)]
+def _known(game: str, groups: Sequence[Group]) -> list[Row]:
+    """The figures of a game and of its family, or of the family alone where the heading is of
+    several games; slots that are not filled are left out. Means over Jericho's games are of shares,
+    which returns of several are not: there they stand below single games only.
+    """
+    several = _evaluated(groups)
+    if game == in_words(several) and len(several) > 1:
+        names = {_family(one) for one in several} - {_JERICHO}
+        names = names if len(names) == 1 else set()
+    else:
+        names = {_base(game), _family(game)}
+    return [f for f in _figures() if f["game"] in names]
+
+
+def _evaluated(groups: Sequence[Group]) -> list[str]:
+    """The games that the runs' evaluations play, as far as the settings name them."""
+    settings = groups[0].runs[0].settings
+    named = settings.get("settings.env.eval_env_id") or settings.get("settings.env.env_id", [])
+    return [named] if isinstance(named, str) else list(named)
+
+
+def _figures() -> list[Row]:
+    return [f for f in _read()["figures"] if f["score"] is not None]
+
+
+def _base(game: str) -> str:
+    return _STORY.sub("", Path(game.partition(":")[0]).name)
+
+
+def _family(game: str) -> str:
+    base = _base(game)
+    is_story = base != Path(game.partition(":")[0]).name
+    if is_story or any(f["game"] == base and "-" not in base for f in _figures()):
+        return _JERICHO
+    return f"{base.partition('-')[0]}-*"
 
 
 def _theirs(figure: Row) -> Row:

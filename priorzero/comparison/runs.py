@@ -33,6 +33,7 @@ _SAME_GROUP = (
     "settings.metrics.wandb",
     "settings.metrics.wandb_project",
     "settings.metrics.live",
+    "settings.decisions.page",
 )
 
 _OF_SUMMARY: dict[str, Callable[[Mapping[str, list[float]]], float]] = {

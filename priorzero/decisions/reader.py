@@ -32,6 +32,11 @@ class RecordedEpisode:
     steps: list[dict[str, Any]]
 
 
+def is_recorded(run: Path) -> bool:
+    """Whether a run's folder holds any recorded decisions."""
+    return any((run / "decisions").glob("*.jsonl.gz"))
+
+
 def read_episodes(run: Path) -> list[RecordedEpisode]:
     """The recorded episodes, in the order of the training; evaluations stand before what was
     collected after them.

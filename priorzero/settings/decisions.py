@@ -23,6 +23,10 @@ class DecisionSettings(Settings):
     max_mib: int = 1024
     """MiB on disk after which nothing further is recorded."""
 
+    page: bool = False
+    """At the end of the run, write what `python -m priorzero.view` shows to `decisions.html` in its
+    folder. It is made of all records at once, in memory."""
+
     def rules(self) -> Iterator[Rule]:
         """See `Settings.rules`."""
         yield from in_unit_interval(self, "collect_share")

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from priorzero.decisions.reader import RecordedEpisode, read_episodes
+from priorzero.decisions.reader import RecordedEpisode, is_recorded, read_episodes
 from priorzero.settings.env import in_words
 from priorzero.types import PriorZeroError
 from priorzero.viewer.curves import read_curves
@@ -33,14 +33,16 @@ class ShownRun:
 
 
 def read_run(folder: Path, most: int) -> ShownRun:
-    """Read a run's folder.
+    """Read a run's folder. Of a run that recorded no decisions, or whose records were not kept,
+    there are curves, evaluations and settings.
 
     Args:
         most: episodes on the page. Where more are recorded, evaluations come before training
             episodes, and newer ones before older.
 
     Raises:
-        PriorZeroError: it is no run's folder, or its records cannot be read.
+        PriorZeroError: it is no run's folder, its records cannot be read, or there is nothing to
+            show.
     """
     config = _json(folder / "config.json")
     summary = _json(folder / "summary.json") if (folder / "summary.json").is_file() else {}
@@ -48,24 +50,28 @@ def read_run(folder: Path, most: int) -> ShownRun:
         settings = dict(_flat(config["settings"]))
         discount = settings["policy.discount_factor"]
         reduction = settings["policy.root_prior.reduction"]
+        env_id = settings["env.env_id"]
     except (KeyError, TypeError) as error:
         raise PriorZeroError(
             f"{folder / 'config.json'} is not what a run writes ({error!r} is missing)"
         ) from error
 
-    recorded = read_episodes(folder)
+    curves, evaluations = read_curves(folder), _kept_evaluations(summary)
+    has_more = bool(curves or evaluations)
+    recorded = [] if has_more and not is_recorded(folder) else read_episodes(folder)
+    played = [episode.steps[0]["game"] for episode in recorded] or _names(summary, env_id)
     numbers = _chosen(recorded, most)
     shown = [recorded[number] for number in numbers]
     told = {
         "name": folder.resolve().name,
-        "game": in_words(list(dict.fromkeys(episode.steps[0]["game"] for episode in recorded))),
+        "game": in_words(list(dict.fromkeys(played))),
         "llm": summary.get("llm"),
         "reduction": reduction,
         "discount": discount,
         "schedule": config.get("schedule", {}),
         "settings": settings,
-        "curves": read_curves(folder),
-        "evaluations": _evaluations(recorded),
+        "curves": curves,
+        "evaluations": _evaluations(recorded) or evaluations,
         "episodes": [
             _heading(number, episode) for number, episode in zip(numbers, shown, strict=True)
         ],
@@ -153,4 +159,29 @@ def _evaluations(episodes: Sequence[RecordedEpisode]) -> list[dict[str, Any]]:
             "length": mean(len(episode.steps) for episode in own),
         }
         for (label, mode, game), own in rows.items()
+    ]
+
+
+def _names(summary: Mapping[str, Any], env_id: str | list[str]) -> list[str]:
+    """Of the run's games, from its summary; the settings may say "auto"."""
+    names = summary.get("games", summary.get("game", env_id))
+    return [names] if isinstance(names, str) else names
+
+
+def _kept_evaluations(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The same from `summary.json`, which knows returns and lengths."""
+    return [
+        {
+            "label": f"iter{told['iteration']:06d}",
+            "mode": mode,
+            "game": game,
+            "env_steps": told["env_steps"],
+            "returns": own["returns"],
+            "length": mean(own["lengths"]),
+        }
+        for told in summary.get("evaluations", ())
+        for mode, episodes in told.items()
+        if isinstance(episodes, dict)
+        for game, own in episodes.get("games", {summary.get("game", ""): episodes}).items()
+        if own["returns"]
     ]

@@ -86,6 +86,27 @@ def test_games_are_known_by_their_names(tmp_path, game, who):
     assert (found is None) if who is None else (who in {row["who"] for row in found["theirs"]})
 
 
+def test_the_games_of_one_family_together_stand_beside_its_means(tmp_path):
+    games = ["twx-coin:seed=20000", "twx-sorting:seed=20000"]
+
+    run = make_run(tmp_path / "run", 0, (0, 40))
+    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+
+    def together(played, evaluated):
+        config["settings"]["env"] |= {"env_id": played, "eval_env_id": evaluated}
+        (run / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        return published_of([run])
+
+    found = together("twx-coin", games)
+    assert [(row["score"], row["share"]) for row in found["ours"]] == [(40, 40)]
+    assert {row["protocol"] for row in found["theirs"]} == {"tales"}
+    assert ("o3 (medium) (mean of all games)", 91.9) in [
+        (row["who"], row["share"]) for row in found["theirs"]
+    ]
+    assert together(["zork1.z5", "detective.z5"], None) is None  # points of one are not the other's
+    assert together("twx-coin", [*games, "sw-boil"]) is None
+
+
 def test_only_returns_are_compared(tmp_path):
     run = make_run(tmp_path / "run", 0, (0, 1), game="zork1.z5")
     write_lines(run, [("wm", 100, 5.0)])

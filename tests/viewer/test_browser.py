@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,17 @@ def test_a_decision_is_shown_as_it_was_recorded(browser, show, folder):
     )
 
 
+def test_targets_have_columns_where_a_record_has_them(browser, show):
+    show("one.html")
+    step = "{commands: ['a', 'b'], chosen: 0, improved: [0.5, 0.5], target_llm: [0.25, 0.75]}"
+    rows = browser.js(f"[...bars({step}).rows].map(r => [...r.cells].map(c => c.textContent))")
+    assert rows == [
+        ["command (%)", "Improved", "LLM's target"],
+        ["a", "50 ★", "25"],
+        ["b", "50", "75 ★"],
+    ]
+
+
 def test_episodes_are_filtered_by_game(browser, show):
     games = "document.querySelector('#view-episodes select[aria-label^=Game]')"
     listed = "document.querySelectorAll('#view-episodes select[aria-label^=Episode] option')"
@@ -217,6 +229,20 @@ def test_two_runs_stand_beside_each_other(browser, show):
     browser.js(search + " f.dispatchEvent(new Event('input')); }")
     shown = "[...document.querySelectorAll('#view-settings tbody tr')].filter(r => !r.hidden)"
     assert browser.js(f"{shown}.map(r => r.dataset.name)") == ["policy.burn_in"]
+
+
+def test_a_run_without_decisions_shows_the_rest(browser, show, folder, tmp_path):
+    kept = make_run(tmp_path / "kept", episodes=2)
+    shutil.rmtree(kept / "decisions")
+    write_page([kept, folder / "without"], folder / "kept.html")
+    show("kept.html", "#tab=episodes")
+    browser.until(f"{PANE}.length === 2 && {MOVE}")
+    assert "no recorded decisions" in browser.js(f"{PANE}[0].textContent")
+    browser.key("j")  # goes to the pane used last, which is the first: nothing to do there
+    open_tab(browser, "findings")
+    assert browser.js("document.querySelector('#view-findings .pane p').textContent")[0] == "0"
+    open_tab(browser, "curves")
+    browser.until("document.querySelector('#view-curves .plot[data-drawn]')")
 
 
 def test_it_fits_a_phone(browser, show):

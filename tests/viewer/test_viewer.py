@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import urllib.error
 import urllib.request
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from priorzero.decisions.reader import RecordedEpisode
+from priorzero.types import PriorZeroError
 from priorzero.view import main, stamp_of
 from priorzero.viewer.curves import read_curves
 from priorzero.viewer.findings import find, returns_to_go
@@ -117,6 +119,40 @@ def test_games_are_told_apart(tmp_path):
     told = {(e["mode"], e["game"]) for e in run.summary["episodes"]}
     assert told == {("collect", "a.z5"), ("world_model_llm", "b.z5")}
     assert [row["game"] for row in run.summary["evaluations"]] == ["b.z5"]
+
+
+def test_a_run_whose_decisions_were_not_kept_has_the_rest(tmp_path):
+    """As the runs of results/: settings, metrics and summary."""
+    run = make_run(tmp_path / "run", episodes=2)
+    recorded = read_run(run, 9).summary
+    shutil.rmtree(run / "decisions")
+    kept = read_run(run, 9)
+    assert kept.summary["curves"] == recorded["curves"] and kept.episodes == []
+    assert kept.summary["game"] == "tw-simple"
+
+    # Without metrics there is the summary, of one game or of several.
+    shutil.rmtree(run / "log")
+    with pytest.raises(PriorZeroError, match="no recorded decisions"):
+        read_run(run, 9)
+    rows = [
+        {"llm": {"returns": [1.0, 4.0], "lengths": [3, 5]}},
+        {
+            "llm": {
+                "returns": [2.0],
+                "lengths": [8],
+                "games": {"b": {"returns": [6], "lengths": [7]}},
+            }
+        },
+    ]
+    told = [{"iteration": 10 * n, "env_steps": 400 * n} | row for n, row in enumerate(rows)]
+    (run / "summary.json").write_text(json.dumps({"game": "a", "evaluations": told}))
+    shown = read_run(run, 9).summary
+    assert shown["game"] == "a"
+    keys = ("label", "mode", "game", "env_steps", "returns", "length")
+    assert [tuple(row[key] for key in keys) for row in shown["evaluations"]] == [
+        ("iter000000", "llm", "a", 0, [1.0, 4.0], 4),
+        ("iter000010", "llm", "b", 400, [6], 7),
+    ]
 
 
 def test_the_command_tells_what_is_wrong(tmp_path, capsys):

@@ -127,7 +127,11 @@ class WandB:
         """See `Board.flush`; wandb sends by itself."""
 
     def close(self) -> None:
-        """See `Board.close`."""
+        """See `Board.close`.
+
+        wandb's service writes its last records a moment later: before the process exits, or at
+        `wandb.teardown()`, which would end the caller's own runs too and is therefore not ours.
+        """
         self._run.finish()
 
 

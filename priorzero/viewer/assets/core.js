@@ -6,6 +6,8 @@ const SERIES = [
   ["mixture", "Mixture", "--mixture"],
   ["visits", "Visits", "--visits"],
   ["improved", "Improved", "--improved"],
+  ["target_world_model", "Model's target", "--target"],
+  ["target_llm", "LLM's target", "--target"],
 ];
 const RUN_COLOURS = ["#2b6cb0", "#c2410c"];
 const views = {}; // name -> function that fills its section, called when it is first opened

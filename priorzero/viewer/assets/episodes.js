@@ -10,6 +10,10 @@ views.episodes = (section) => {
 };
 
 function episodePane(pane, run, at) {
+  if (!run.episodes.length) {
+    pane.append(make("p.note", {}, "This run's folder holds no recorded decisions."));
+    return;
+  }
   const chooser = make("select", { "aria-label": `Episode of ${run.name}` });
   const mode = make("select", { "aria-label": `Whose episodes of ${run.name}` }, make("option", { value: "" }, "all modes"));
   mode.append(...[...new Set(run.episodes.map((e) => e.mode))].map((name) => make("option", {}, name)));
