@@ -79,7 +79,7 @@ def calibrate(parts: Parts) -> dict[str, float]:
     root_prior = parts.settings.policy.root_prior
     if parts.llm is None or not root_prior.calibrated:
         return {}
-    return parts.policy.calibrate(parts.buffer.newest_scored(root_prior.calibration.decisions))
+    return parts.policy.calibrate(parts.buffer.newest_scored(root_prior.calibration.most))
 
 
 def updates_due(parts: Parts, transitions: int) -> int:

@@ -54,7 +54,7 @@ class CalibrationSettings(Settings):
     """Least temperature: however right the LLM is found, no sharper."""
     highest: float = 64.0
     """Greatest temperature, at which next to nothing is left of the LLM's opinion."""
-    decisions: int = 256
+    most: int = 256
     """It is fitted to so many of the newest decisions that the LLM's present weights answered."""
     least: int = 128
     """Where these are fewer, so many of the newest, whatever weights answered; with fewer of those
@@ -73,8 +73,8 @@ class CalibrationSettings(Settings):
         )
         yield Rule(
             "least",
-            1 <= self.least <= self.decisions,
-            f"it must lie in 1..decisions ({self.decisions})",
+            1 <= self.least <= self.most,
+            f"it must lie in 1..most ({self.most})",
         )
         yield Rule("rate", 0.0 < self.rate <= 1.0, "it must lie in (0, 1]")
 
