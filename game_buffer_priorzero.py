@@ -19,7 +19,7 @@ from priorzero.data.batch import Revisit, WorldModelBatch, find_revisits, gather
 from priorzero.data.columns import Column
 from priorzero.data.episodes import whole_episodes
 from priorzero.data.returns import n_step_return
-from priorzero.data.segment import Segment, window
+from priorzero.data.segment import Segment, StepRecord, window
 from priorzero.data.store import StepStore
 from priorzero.llm.update.groups import Rate
 from priorzero.llm.update.samples import LLMSample, build_sample
@@ -314,6 +314,23 @@ class PriorZeroGameBuffer:
                 if sample is not None:
                     samples.append(sample)
         return samples
+
+    @_one_at_a_time
+    def newest_scored(self, count: int) -> list[StepRecord]:
+        """The newest decisions that a search took and the LLM answered for, newest first; those
+        with fewer than two valid actions are left out.
+
+        Args:
+            count: at most.
+        """
+        found: list[StepRecord] = []
+        for segment in reversed(self._segments.values()):
+            for step in reversed(segment.steps):
+                if len(found) == count:
+                    return found
+                if step.searched and step.scores is not None and len(step.valid_actions) > 1:
+                    found.append(step)
+        return found
 
     @_one_at_a_time
     def sample_episodes(self, count: int, recent: int, rate: Rate) -> list[LLMSample]:

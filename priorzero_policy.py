@@ -29,12 +29,14 @@ import numpy as np
 import torch
 
 from priorzero.data.batch import WorldModelBatch
+from priorzero.data.segment import StepRecord
 from priorzero.quiet import quiet_base
 from priorzero.run.randomness import generator_state, set_generator_state
+from priorzero.search.calibration import calibrate
 from priorzero.search.planner import Plan, Planner
 from priorzero.search.reanalyse import reanalyse
 from priorzero.search.roots import Root, SearchOutput
-from priorzero.settings.policy import PolicySettings
+from priorzero.settings.policy import PolicySettings, RootPriorSettings
 from priorzero.text.vocabulary import ActionVocabulary, make_vocabulary
 from priorzero.world_model.categorical import Support
 from priorzero.world_model.model import PriorZeroModel
@@ -73,6 +75,7 @@ class PriorZeroPolicy(UniZeroPolicy):
         self._planner = self._planner_of(self._model)
         self._named = [self.network, self.target_network]  # what new actions are named in
         self._naming = threading.Lock()  # an id is used by nobody before it has its text
+        self._calibrated: float | None = None  # the LLM's temperature, once it was calibrated
 
         # What collection plans with: the network itself, or a copy beside training.
         self._acting: PriorZeroModel = self._model
@@ -211,6 +214,54 @@ class PriorZeroPolicy(UniZeroPolicy):
         used = np.flatnonzero(self._used_actions())
         return int(used[-1]) + 1 if len(used) else 1
 
+    # ---- the LLM's temperature -------------------------------------------------------------------
+
+    @property
+    def prior_temperature(self) -> float:
+        """The LLM's temperature at the root, as of now."""
+        settings = self._settings.root_prior
+        if not settings.calibrated:
+            return float(settings.temperature)
+        return settings.calibration.start if self._calibrated is None else self._calibrated
+
+    def calibrate(self, steps: Sequence[StepRecord]) -> dict[str, float]:
+        """Fit the LLM's temperature to these decisions; every search from here on has it, those of
+        snapshots that were taken before aside.
+
+        Args:
+            steps: with the LLM's scores, newest first.
+
+        Returns:
+            metrics: `temperature`, which the searches had so far, and what came of the calibration
+            (`priorzero/search/calibration.py`), if the decisions were enough for one.
+        """
+        root_prior, used = self._settings.root_prior, self.prior_temperature
+        assert root_prior.calibrated
+        found = calibrate(steps, root_prior.reduction, root_prior.calibration, used)
+        if found is None:
+            return {"temperature": used}
+
+        self._calibrated = found.temperature
+        return {
+            "temperature": used,
+            "calibration_best": found.best,
+            "calibration_loss_before": found.loss_before,
+            "calibration_loss_after": found.loss_after,
+            "calibration_loss_uniform": found.loss_uniform,
+            "calibration_decisions": float(found.decisions),
+        }
+
+    def _root_prior(self, mode: str | None = None) -> RootPriorSettings:
+        """How the LLM enters now, with a number as temperature.
+
+        Args:
+            mode: in place of the settings'.
+        """
+        root_prior = self._settings.root_prior
+        if root_prior.calibrated:
+            root_prior = replace(root_prior, temperature=self.prior_temperature)
+        return root_prior if mode is None else replace(root_prior, mode=mode)
+
     # ---- planning --------------------------------------------------------------------------------
 
     def _forward_collect(
@@ -227,7 +278,7 @@ class PriorZeroPolicy(UniZeroPolicy):
         """
         self._take_over()
         plans = self._acting_planner.plan(
-            roots, self._inner_actions(), self._settings.root_prior, env_steps, self._rng
+            roots, self._inner_actions(), self._root_prior(), env_steps, self._rng
         )
         outputs = []
         for plan in plans:
@@ -261,9 +312,7 @@ class PriorZeroPolicy(UniZeroPolicy):
         Returns:
             one output per root, in their order.
         """
-        root_prior = self._settings.root_prior
-        if prior_mode is not None:
-            root_prior = replace(root_prior, mode=prior_mode)
+        root_prior = self._root_prior(prior_mode)
         plans = self._planner.plan(roots, self._inner_actions(), root_prior, env_steps, None)
 
         outputs = []
@@ -299,7 +348,7 @@ class PriorZeroPolicy(UniZeroPolicy):
         """
 
         def plan(roots: Sequence[Root]) -> list[Plan]:
-            root_prior = self._settings.root_prior
+            root_prior = self._root_prior()
             return self._planner.plan(roots, self._inner_actions(), root_prior, env_steps, None)
 
         return reanalyse(batch, plan, self._settings.root_prior.reduction)
@@ -309,16 +358,22 @@ class PriorZeroPolicy(UniZeroPolicy):
         return self._trainer.update(batch, self._used_actions())
 
     def _state_dict_learn(self) -> dict[str, Any]:
-        return self._trainer.state_dict() | {
-            "vocabulary": self.vocabulary.state_dict(),
-            "rng": generator_state(self._rng),
-        }
+        calibrated = {}
+        if self._settings.root_prior.calibrated:
+            calibrated["prior_temperature"] = self.prior_temperature
+        return (
+            self._trainer.state_dict()
+            | {"vocabulary": self.vocabulary.state_dict(), "rng": generator_state(self._rng)}
+            | calibrated
+        )
 
     def _load_state_dict_learn(self, state: dict[str, Any]) -> None:
         self._trainer.load_state_dict(state)
         self.vocabulary.load_state_dict(state["vocabulary"])
         if "rng" in state:  # older checkpoints have none
             set_generator_state(self._rng, state["rng"])
+        # None where the run had a number so far; then calibration begins now.
+        self._calibrated = state.get("prior_temperature")
 
 
 def tempered(counts: np.ndarray, temperature: float) -> np.ndarray:

@@ -678,6 +678,26 @@ def test_llm_sampling_draws_without_repetition_and_from_the_newest():
     assert set(keys(buffer.sample_llm(1000, recent=10_000))) == usable
 
 
+@pytest.mark.parametrize("count", [1, 5, 12, 1000])
+def test_the_newest_decisions_that_the_llm_answered_for(count):
+    buffer = empty(settings(replay_buffer_size=20))
+    for number in range(4):
+        episode = Episode(number, [1.0] * 8, "truncated", cuts=[5, 3])
+        for t, changes in ((2, dict(scores=None)), (6, dict(visit_counts=np.zeros(1)))):
+            old = episode.steps[t]
+            if "visit_counts" in changes:
+                changes = dict(visit_counts=np.zeros(len(old.valid_actions)))
+            episode.steps[t] = replace(old, **changes)
+        buffer.push_game_segments(episode.segments())
+        buffer.remove_oldest_data_to_fit()
+
+    held = [step for _, segment in buffer.numbered_segments() for step in segment.steps]
+    assert len(held) < 32
+    usable = [s for s in held if s.timestep not in (2, 6) and len(s.valid_actions) > 1]
+    found = buffer.newest_scored(count)
+    assert found == usable[::-1][:count] and 5 < len(usable) < 17
+
+
 # ---- going on from a saved state -----------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ out.
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -142,6 +143,13 @@ def test_every_setting_is_known_by_name_and_type(path):
         ("policy.replay_buffer_size", 3, "one segment"),
         ("policy.action_vocabulary.overflow", 512, r"1\.\.capacity-1"),
         ("policy.root_prior.weight", 1.5, r"\[0, 1\]"),
+        ("policy.root_prior.temperature", "warm", "must be a positive number, or auto"),
+        ("policy.root_prior.temperature", -2.0, "must be a positive number, or auto"),
+        ("policy.root_prior.calibration.start", 0.1, r"lowest \(0.25\) <= start"),
+        ("policy.root_prior.calibration.highest", math.inf, "all finite"),
+        ("policy.root_prior.calibration.lowest", 0.0, "positive"),
+        ("policy.root_prior.calibration.least", 300, r"1\.\.most \(256\)"),
+        ("policy.root_prior.calibration.rate", 0.0, r"\(0, 1\]"),
         ("policy.root_prior.mode", "both", "llm_logits, wm_logits or llm_plus_wm_logits"),
         ("policy.embed_dim", 0, "positive"),
         ("policy.num_heads", 0, "positive"),
@@ -180,6 +188,26 @@ def test_impossible_values_are_rejected_with_value_and_rule(path, value, rule):
     with pytest.raises(PriorZeroError, match=rule) as caught:
         get_priorzero_config(overrides=nested(tuple(path.split(".")), value))
     assert repr(value) in str(caught.value) or str(value) in str(caught.value)
+
+
+def test_a_temperature_is_a_number_or_auto():
+    def given(value, **policy):
+        root_prior = dict(temperature=value)
+        settings, _ = get_priorzero_config(
+            overrides=dict(policy=dict(root_prior=root_prior) | policy)
+        )
+        return settings.policy.root_prior
+
+    assert [given(v).calibrated for v in (2.5, "auto")] == [False, True]
+    # Of one value there is one form in a run's config.json.
+    assert repr(given(8).temperature) == "8.0"
+    with pytest.raises(PriorZeroError, match=r"is True \(bool\); it must be float or str"):
+        given(True)
+    # What the LLM said at temperature 1 would be confirmed by itself.
+    with pytest.raises(PriorZeroError, match="take target_prior mixture or world_model") as caught:
+        given("auto", target_prior="llm")
+    assert len(str(caught.value).splitlines()) == 2
+    assert given("auto", target_prior="world_model").calibrated
 
 
 def test_all_impossible_values_are_named_at_once():

@@ -301,6 +301,8 @@ def test_every_metric_of_a_run_is_explained(tiny_llm, tmp_path):
             "--set=llm.lora.last_layers=1",
             "--set=policy.annealing.duration=100",
             "--set=policy.restarts.share=1.0",
+            "--set=policy.root_prior.temperature=auto",
+            "--set=policy.root_prior.calibration.least=1",
             *assignments,
         ],
         cwd=tmp_path,

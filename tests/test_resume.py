@@ -92,6 +92,8 @@ def test_with_an_llm_too(tiny_llm, tmp_path):
         "--set=llm.sft.samples=4",
         "--set=llm.rft.samples=4",
         "--set=llm.lora.last_layers=1",
+        "--set=policy.root_prior.temperature=auto",
+        "--set=policy.root_prior.calibration.least=12",
         '--set=eval.modes=["world_model_llm"]',
         *EVAL,
         tiny=False,
@@ -101,6 +103,13 @@ def test_with_an_llm_too(tiny_llm, tmp_path):
     assert computed(parts, *names) == rows
     assert sum(row["namespace"] == "llm" for row in rows) == 4
     assert any(row.get("kl_from_wm", 0) > 0 for row in rows)
+
+    # The LLM's temperature moves on from where it was, and enters what is computed next.
+    told = [row for row in rows if row["namespace"] == "prior"]
+    assert told[0]["temperature"] == 8.0 and len({row["temperature"] for row in told}) >= 3
+    for row, after in zip(told[-3:-1], told[-2:], strict=True):
+        before, best = row["temperature"], row["calibration_best"]
+        assert after["temperature"] == pytest.approx(before * (best / before) ** 0.3)
 
 
 @pytest.mark.slow

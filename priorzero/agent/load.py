@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from priorzero.llm.weights.trained import base_of, restore
 from priorzero.run.checkpoint import CheckpointStore
 from priorzero.run.experiment import saved_settings
 from priorzero.settings.experiment import ExperimentSettings
+from priorzero.settings.policy import PolicySettings
 from priorzero.settings.record import overlay
 from priorzero.text.encoder import SentenceEncoder
 from priorzero.text.vocabulary import make_vocabulary
@@ -104,7 +105,25 @@ def make_agent(checkpoint: Checkpoint) -> Agent:
     vocabulary = make_vocabulary(settings.policy.action_vocabulary)
     vocabulary.load_state_dict(saved["vocabulary"])
     scalar_of = Support(settings.policy.support_scale, device).scalars
-    return Agent(settings.policy, model, vocabulary, encoder.encode, scalar_of, device)
+    policy = _with_temperature(settings.policy, checkpoint)
+    return Agent(policy, model, vocabulary, encoder.encode, scalar_of, device)
+
+
+def _with_temperature(settings: PolicySettings, checkpoint: Checkpoint) -> PolicySettings:
+    """With the LLM's temperature as it was calibrated when the checkpoint was saved.
+
+    Raises:
+        PriorZeroError: it was not.
+    """
+    if not settings.root_prior.calibrated:
+        return settings
+    temperature = checkpoint.state["policy"].get("prior_temperature")
+    if temperature is None:
+        raise PriorZeroError(
+            f"the run of {checkpoint.name} had a fixed temperature, none was calibrated: give "
+            "policy.root_prior.temperature a number instead of auto"
+        )
+    return replace(settings, root_prior=replace(settings.root_prior, temperature=temperature))
 
 
 def make_prior(checkpoint: Checkpoint) -> LLMPrior:

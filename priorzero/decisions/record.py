@@ -122,6 +122,8 @@ def search_fields(plan: SearchOutput | None, commands: Sequence[str | None] = ()
         "value": round(float(plan.root_value), _DIGITS),
         "predicted_value": round(float(plan.predicted_value), _DIGITS),
     }
+    if plan.prior.temperature is not None:
+        fields["llm_temperature"] = round(plan.prior.temperature, _DIGITS)
     for name, target in (("world_model", plan.world_model_target), ("llm", plan.llm_target)):
         if target is not None:
             fields[f"target_{name}"] = _short(target)

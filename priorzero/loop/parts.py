@@ -19,7 +19,7 @@ import numpy as np
 
 from priorzero.data.archive import SegmentArchive
 from priorzero.data.batch import WorldModelBatch
-from priorzero.data.segment import Segment
+from priorzero.data.segment import Segment, StepRecord
 from priorzero.decisions.recorder import Recorder
 from priorzero.games.catalogue import GameSpec
 from priorzero.games.families import kinship
@@ -70,6 +70,8 @@ class Policy(Protocol):
     positions_clamped: int
     acting_version: int
 
+    def calibrate(self, steps: Sequence[StepRecord]) -> dict[str, float]: ...
+
     def snapshot(self) -> Policy: ...
 
     def act_apart(self, version: int) -> None: ...
@@ -95,6 +97,8 @@ class Buffer(Protocol):
     def update_priority(self, indices: np.ndarray, priorities: np.ndarray) -> None: ...
 
     def sample_llm(self, count: int, recent: int | None = None) -> list[LLMSample]: ...
+
+    def newest_scored(self, count: int) -> list[StepRecord]: ...
 
     def sample_episodes(self, count: int, recent: int, rate: Rate) -> list[LLMSample]: ...
 

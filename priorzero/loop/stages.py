@@ -64,8 +64,22 @@ async def collect(
         progress.transitions,
     )
     parts.metrics.scalars("collect", result.collect | told, progress.env_steps)
-    parts.metrics.scalars("prior", result.prior, progress.env_steps)
+    calibrated = calibrate(parts) if player == "search" else {}
+    parts.metrics.scalars("prior", result.prior | calibrated, progress.env_steps)
     return result
+
+
+def calibrate(parts: Parts) -> dict[str, float]:
+    """Fit the LLM's temperature to the newest decisions, where the settings say so; after a
+    collection in which it was asked, since only there are answers of its present weights.
+
+    Returns:
+        metrics; empty where nothing is calibrated.
+    """
+    root_prior = parts.settings.policy.root_prior
+    if parts.llm is None or not root_prior.calibrated:
+        return {}
+    return parts.policy.calibrate(parts.buffer.newest_scored(root_prior.calibration.most))
 
 
 def updates_due(parts: Parts, transitions: int) -> int:

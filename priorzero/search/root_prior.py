@@ -41,13 +41,15 @@ class RootPrior:
     """The mixture at one root.
 
     log_mixed, log_wm, log_llm: `[A]` natural logs in the order of the valid actions; log_llm is
-    None where no LLM answered. weight: the LLM's share w.
+    None where no LLM answered. weight: the LLM's share w. temperature: of log_llm; None where no
+    LLM answered.
     """
 
     log_mixed: np.ndarray
     log_wm: np.ndarray
     log_llm: np.ndarray | None
     weight: float
+    temperature: float | None = None
 
     @property
     def kl_from_wm(self) -> float:
@@ -117,6 +119,7 @@ def mix_root_priors(
         wm_logits: per root `[A]` world-model policy logits of the valid actions.
         llm_logprobs: per root `[A]` log-probabilities from the LLM (already reduced over tokens),
             or None where no LLM answered; then the world model stands alone, whatever the mode.
+        settings: with a number as temperature; where it is calibrated, the present one.
         env_steps: environment steps collected so far (for the annealing).
 
     Returns:
@@ -143,7 +146,8 @@ def mix_root_priors(
         assert not np.isnan(llm).any(), f"the engine must give one number per valid action: {llm}"
         mixed, log_llm, weight = _mix(log_wm, llm, settings, env_steps)
         for i, row in enumerate(rows):
-            priors[row] = RootPrior(mixed[i], log_wm[i], log_llm[i], float(weight[i]))
+            share, temperature = float(weight[i]), float(settings.temperature)
+            priors[row] = RootPrior(mixed[i], log_wm[i], log_llm[i], share, temperature)
     return [priors[row] for row in range(len(priors))]
 
 
@@ -151,6 +155,7 @@ def _mix(
     log_wm: np.ndarray, llm: np.ndarray, settings: RootPriorSettings, env_steps: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """log p and log p_LLM `[R, A]`, and w `[R]`, from log p_WM and the LLM's numbers `[R, A]`."""
+    assert not settings.calibrated, "whoever plans knows the temperature of the moment"
     log_llm = log_softmax(llm / settings.temperature)
     weight = prior_weight(settings, log_wm, env_steps)
     w = weight[:, None]

@@ -38,6 +38,47 @@ class VocabularySettings(Settings):
         )
 
 
+AUTO = "auto"
+
+
+@dataclass(kw_only=True)
+class CalibrationSettings(Settings):
+    """With `policy.root_prior.temperature` auto: the temperature follows the LLM, as the search's
+    targets judge it; priorzero/search/calibration.py has the equations.
+    """
+
+    start: float = 8.0
+    """The temperature until enough decisions are played. What suits the sums of an LLM as it
+    comes."""
+    lowest: float = 0.25
+    """Least temperature: however right the LLM is found, no sharper."""
+    highest: float = 64.0
+    """Greatest temperature, at which next to nothing is left of the LLM's opinion."""
+    most: int = 256
+    """It is fitted to so many of the newest decisions that the LLM's present weights answered."""
+    least: int = 128
+    """Where these are fewer, so many of the newest, whatever weights answered; with fewer of those
+    the temperature stays."""
+    rate: float = 0.3
+    """How far one calibration goes towards the best temperature, as a share of the way in log T;
+    1: all of it."""
+
+    def rules(self) -> Iterator[Rule]:
+        """See `Settings.rules`."""
+        yield from positive(self, "lowest")
+        yield Rule(
+            "start",
+            self.lowest <= self.start <= self.highest < float("inf"),
+            f"lowest ({self.lowest}) <= start <= highest ({self.highest}), all finite, is needed",
+        )
+        yield Rule(
+            "least",
+            1 <= self.least <= self.most,
+            f"it must lie in 1..most ({self.most})",
+        )
+        yield Rule("rate", 0.0 < self.rate <= 1.0, "it must lie in (0, 1]")
+
+
 @dataclass(kw_only=True)
 class RootPriorSettings(Settings):
     """How the LLM enters at the root; the equations stand in priorzero/search/root_prior.py."""
@@ -57,8 +98,11 @@ class RootPriorSettings(Settings):
     """The LLM's weight after annealing, with adaptive weighting."""
     anneal_env_steps: int = 20_000
     """Environment steps over which weight_max falls to weight_min."""
-    temperature: float = 1.0
-    """Softens (above 1) or sharpens the LLM's log-probabilities before they are mixed."""
+    temperature: float | str = 1.0
+    """Softens (above 1) or sharpens the LLM's log-probabilities before they are mixed; auto: fitted
+    once an iteration to what the search made of them."""
+    calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
+    """Of temperature auto."""
     reduction: str = "sum"
     """How the log-probabilities of an action's tokens become one number: sum or mean."""
 
@@ -74,7 +118,18 @@ class RootPriorSettings(Settings):
             0.0 <= self.weight_min <= self.weight_max <= 1.0,
             f"0 <= weight_min <= weight_max ({self.weight_max}) <= 1 is needed",
         )
-        yield from positive(self, "temperature", "anneal_env_steps")
+        given = self.temperature
+        yield Rule(
+            "temperature",
+            given > 0 if not isinstance(given, str) else given == AUTO,
+            f"it must be a positive number, or {AUTO}",
+        )
+        yield from positive(self, "anneal_env_steps")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the temperature is fitted while the run goes on."""
+        return self.temperature == AUTO
 
 
 @dataclass(kw_only=True)
@@ -297,6 +352,12 @@ class PolicySettings(Settings):
             "root_policy gumbel draws by itself: it knows neither temperature nor Dirichlet noise",
         )
         yield Rule("target_prior", self.takes_target_prior(self.target_prior), NO_OPERATOR)
+        yield Rule(
+            "root_prior.temperature",
+            not self.root_prior.calibrated or self.target_prior != "llm",
+            "target_prior llm puts the LLM's own opinion at temperature 1 into the targets that it "
+            "is fitted to: take target_prior mixture or world_model, or a number",
+        )
         yield from one_of(self, "train_dtype", "auto", "float32", "bfloat16")
         yield from one_of(self, "compile_update", "off", "default", "reduce-overhead")
         yield from one_of(self, "search_backend", "auto", "fused", "plain")

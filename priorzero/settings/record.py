@@ -50,7 +50,7 @@ class Settings:
         known = _types(type(self))
         if name not in known:
             raise PriorZeroError(_unknown(f"{type(self).__name__}.{name}", name, known))
-        if known[name] is float and type(value) is int:
+        if type(value) is int and _real(known[name]):
             value = float(value)
         object.__setattr__(self, name, value)
 
@@ -234,6 +234,11 @@ def _defaults(group: type[Settings]) -> dict[str, Any]:
 def _is_group(kind: Any) -> bool:
     """Whether a field of this type is a nested group."""
     return isinstance(kind, type) and issubclass(kind, Settings)
+
+
+def _real(kind: Any) -> bool:
+    """Whether a number in a field of this type is a float: 8 is written down as 8.0."""
+    return kind is float or kind == float | str
 
 
 def _fits(value: Any, kind: Any) -> bool:

@@ -34,7 +34,7 @@ SIZES = dict(
         num_segments=2,
         batch_size=4,
         replay_ratio=1.0,
-        root_prior=dict(temperature=2.0),
+        root_prior=dict(temperature="auto", calibration=dict(least=4)),
     ),
     llm=dict(
         engine="transformers",

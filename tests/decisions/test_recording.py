@@ -111,7 +111,7 @@ async def test_an_evaluation_is_told_as_it_was_played(play, tmp_path):
             np.testing.assert_allclose(step["llm_logprobs"], sums, atol=1e-5)
             shares = np.exp(sums / 2)  # at the root's temperature
             np.testing.assert_allclose(step["llm"], shares / shares.sum(), atol=1e-5)
-            assert step["llm_version"] == FakePrior.VERSION
+            assert (step["llm_version"], step["llm_temperature"]) == (FakePrior.VERSION, 2.0)
             asked = made.prior.told.index((text, commands))
             assert step["prompt"] == f"prompt 1 {asked}"
 

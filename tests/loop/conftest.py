@@ -66,7 +66,7 @@ SETTINGS = dict(
         train_start_after_envsteps=0,
         fixed_temperature_value=0.5,
         annealing=AnnealingSettings(),
-        root_prior=SimpleNamespace(reduction="sum"),
+        root_prior=SimpleNamespace(reduction="sum", calibrated=False),
     ),
 )
 
