@@ -8,8 +8,8 @@ one optimiser step, without KL and without the weight for the search's draw, so 
 alone decide. Reported are:
 
 * gradient_cosine: between the two gradients of the first step (Adam's first moment holds it);
-* of each trainer the change, from before the first update to after the last, of what the engine
-  gives to the action played, mean over the decisions with a positive and with a negative advantage:
+* of each trainer the change, from before the first update to after each, of what the engine gives
+  to the action played, mean over the decisions with a positive and with a negative advantage:
   `tokens` of the summed log-probability of its tokens, which all rise together where answers in
   general become likelier; `policy` of its log-probability among the valid actions, which is what a
   search is told;
@@ -137,14 +137,15 @@ async def measure(args: argparse.Namespace) -> tuple[dict[str, Any], torch.Tenso
             requests = [sample.request for sample in samples]
             before = await llm.engine.score(requests)
 
-            seconds, phases, gradient = [], [], None
+            seconds, phases, told, gradient = [], [], {}, None
             for _ in range(args.updates):
                 began = time.perf_counter()
                 phases.append(await llm.phase.run(lambda count, recent: samples))
                 seconds.append(time.perf_counter() - began)
                 if gradient is None:
                     gradient = first_gradient(llm.trainer)
-            after = await llm.engine.score(requests)
+                after = await llm.engine.score(requests)
+                told = moves(samples, before, after, settings, told)
             own = await asyncio.to_thread(llm.trainer.score, requests)
         finally:
             await llm.engine.close()
@@ -156,7 +157,7 @@ async def measure(args: argparse.Namespace) -> tuple[dict[str, Any], torch.Tenso
     return {
         "checkpoint": meta["checkpoint"],
         "game": meta["game"],
-        **moves(samples, before, after, settings),
+        **told,
         "engine_differs": float(max(differing)),
         "canary": max(phase["push_canary_diff"] for phase in phases),
         "grad_norm": [phase["rft_grad_norm"] for phase in phases],
@@ -182,6 +183,7 @@ def moves(
     before: Sequence[ActionScores],
     after: Sequence[ActionScores],
     settings: ExperimentSettings,
+    earlier: dict[str, Any],
 ) -> dict[str, Any]:
     """How what was played became likelier, by the sign of its advantage.
 
@@ -189,6 +191,7 @@ def moves(
         samples: the decisions of every update.
         before, after: the engine's answers to them.
         settings: of the run: how advantages are normalised, and token log-probabilities reduced.
+        earlier: what this gave after the updates before, to which the means are added.
     """
     from priorzero.llm.update.advantages import Advantages
 
@@ -207,16 +210,16 @@ def moves(
             kept["policy"].append(among[action] - np.logaddexp.reduce(among))
         return {measure: np.asarray(values) for measure, values in kept.items()}
 
-    earlier, later = played(before), played(after)
+    first, now = played(before), played(after)
     told: dict[str, Any] = {"positive": int(up.sum()), "negative": int(down.sum())}
-    for measure in earlier:
-        changes = later[measure] - earlier[measure]
+    for measure in first:
+        changes = now[measure] - first[measure]
+        so_far = earlier.get(measure, {"positive": [], "negative": []})
         told[measure] = {
-            "positive": float(changes[up].mean()),
-            "negative": float(changes[down].mean()),
+            "positive": [*so_far["positive"], float(changes[up].mean())],
+            "negative": [*so_far["negative"], float(changes[down].mean())],
             "positive_rising": float((changes[up] > 0).mean()),
             "negative_falling": float((changes[down] < 0).mean()),
-            "correlation": float(np.corrcoef(advantages, changes)[0, 1]),
             "changes": changes.tolist(),
         }
     return told | {"advantages": advantages.tolist()}
@@ -266,11 +269,13 @@ def compare(arguments: list[str]) -> dict[str, Any]:
 
 def told(found: dict[str, Any]) -> str:
     """A trainer's result in a line."""
-    policy, tokens = found["policy"], found["tokens"]
+    policy, tokens = (
+        " and ".join(f"{found[measure][sign][-1]:+.4f}" for sign in ("positive", "negative"))
+        for measure in ("policy", "tokens")
+    )
     return (
-        f"among the valid actions {policy['positive']:+.4f} nats with a positive advantage and "
-        f"{policy['negative']:+.4f} with a negative one, of tokens {tokens['positive']:+.4f} and "
-        f"{tokens['negative']:+.4f}; engine differs by {found['engine_differs']:.2g}; "
+        f"of decisions with a positive and with a negative advantage {policy} nats among the valid "
+        f"actions, {tokens} of the tokens; engine differs by {found['engine_differs']:.2g}; "
         f"{found['seconds_update'][-1]:.1f} s an update, {found['memory_gb']:.1f} GiB"
     )
 

@@ -44,7 +44,7 @@ class Ranks:
         rank, size: the same; with more than one, torch.distributed is initialised.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
+    def __init__(self, rank: int, size: int) -> None:
         assert 0 <= rank < size
         self.rank, self.size = rank, size
 
@@ -201,7 +201,7 @@ class SharedStore:
             return self._store.get(key)
 
 
-ALONE = Ranks()
+ALONE = Ranks(0, 1)
 
 
 def launched() -> bool:
@@ -274,6 +274,6 @@ def _connected() -> Iterator[None]:
         raise
     except RuntimeError as error:  # gloo's and NCCL's are of this class
         raise LostRank(
-            "another process of this run has ended, and says why itself; the last checkpoint "
-            "stands, continue it with --resume"
+            "another process of this run has ended; unless it was killed, it says why. The last "
+            "checkpoint stands, continue it with --resume"
         ) from error

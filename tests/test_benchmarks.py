@@ -530,12 +530,14 @@ def test_orz_direction_by_hand():
         ActionScores(((-1.0, -1.0), (-3.0,))),
         ActionScores(((-0.5, -0.5), (-2.0,))),
     ]
-    told = moves(samples, before, after, settings)
+    told = moves(samples, before, after, settings, {})
     assert (told["positive"], told["negative"]) == (2, 1)
     assert told["advantages"] == [2.0, -1.0, 1.0]
     assert told["tokens"]["changes"] == pytest.approx([0.5, -1.0, 1.0])
-    assert told["tokens"]["positive"] == pytest.approx(0.75)
-    assert told["tokens"]["negative"] == -1.0
+    assert told["tokens"]["positive"] == pytest.approx([0.75])
+    assert told["tokens"]["negative"] == [-1.0]
+    later = moves(samples, before, before, settings, told)
+    assert later["tokens"]["negative"] == [-1.0, 0.0]
 
     def among(first: float, second: float) -> float:
         return first - np.log(np.exp(first) + np.exp(second))

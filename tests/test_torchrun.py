@@ -98,13 +98,13 @@ def test_two_processes_train_one_network_and_leave_an_ordinary_run(tmp_path, mon
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_what_is_refused_is_said_once(tmp_path):
-    """And a process that fails ends the run."""
+    """By the first process, before anything is made; the others end without a word."""
     arguments = ["--env-id", "tw-simple", "--exp-name", str(tmp_path / "run"), "--iterations", "1"]
     done = launch("run", tmp_path, *arguments, DEBUG_MODE="True")
     assert done.returncode != 0
-    assert done.stdout.count("Error: ") == 1
+    said = [line for line in done.stdout.splitlines() if line.startswith(("Error: ", "[rank"))]
+    assert len(said) == 1 and "these settings are impossible" in said[0], done.stdout
     assert "torchrun trains the world model alone" in done.stdout
-    assert "Traceback" not in done.stdout.split("torch.distributed.elastic")[0].split("E1")[0]
     assert not (tmp_path / "run" / "ckpt").exists()
 
 

@@ -205,7 +205,9 @@ def test_a_compiled_update_is_the_same_update(made, monkeypatch):
 
 def rows(batch, where: slice):
     """Those of a batch."""
-    arrays = {name: value[where].copy() for name, value in vars(batch).items() if name != "revisits"}
+    arrays = {
+        name: value[where].copy() for name, value in vars(batch).items() if name != "revisits"
+    }
     return replace(batch, **arrays)
 
 
