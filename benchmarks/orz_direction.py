@@ -5,7 +5,8 @@ decisions that a run has played, from the weights of its checkpoint.
 
 Each trainer works in a process of its own, on the same decisions in the same order, all of them in
 one optimiser step, without KL and without the weight for the search's draw, so that advantages
-alone decide. Reported are:
+alone decide. Of all decisions that the LLM could have learnt from, those are taken that turned out
+best and worst; one that was taken several times counts once, with its mean. Reported are:
 
 * gradient_cosine: between the two gradients of the first step (Adam's first moment holds it);
 * of each trainer the change, from before the first update to after each, of what the engine gives
@@ -31,6 +32,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +41,7 @@ import numpy as np
 
 from benchmarks.common import ROOT, finish, quiet_logging, say
 from priorzero.run.provenance import machine_facts
+from priorzero.types import PriorZeroError
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +59,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("run", type=Path, help="folder of a run whose LLM all weights train")
     parser.add_argument("--checkpoint", default="latest", help="latest, best or a folder's name")
-    parser.add_argument("--count", type=int, default=16, help="decisions, drawn as a run does")
+    parser.add_argument("--count", type=int, default=8, help="decisions, half of each sign")
     parser.add_argument("--updates", type=int, default=3)
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "auto"], default="float32", help="of the forward"
@@ -114,7 +117,8 @@ async def measure(args: argparse.Namespace) -> tuple[dict[str, Any], torch.Tenso
     from priorzero_prompts import ACTION_MARKER, prompt_builder
 
     settings = settings_of(args, args.trainer)
-    samples, meta = read_samples(args.run, settings, args.checkpoint, args.count)
+    samples, meta = read_samples(args.run, settings, args.checkpoint, None)
+    samples = clearest(samples, args.count)
     state = CheckpointStore(args.run / "ckpt").load(meta["checkpoint"])[1]
     # The checkpoint's weights; the optimiser begins anew, so that it shows the first gradient.
     state["optimizer"]["state"], state["steps"] = {}, 0
@@ -168,6 +172,27 @@ async def measure(args: argparse.Namespace) -> tuple[dict[str, Any], torch.Tenso
         "memory_gb": peak,
         "memory_beyond_gb": peak - base,
     }, gradient
+
+
+def clearest(samples: Sequence[LLMSample], count: int) -> list[LLMSample]:
+    """So many decisions, half with the largest and half with the smallest advantage; equal prompts
+    with equal actions are one, with the mean advantage.
+
+    Raises:
+        PriorZeroError: there are not so many.
+    """
+    same: dict[Any, list[LLMSample]] = {}
+    for sample in samples:
+        action = sample.request.action_ids[sample.action_index]
+        same.setdefault((sample.request.prompt_ids, action), []).append(sample)
+    distinct = []
+    for alike in same.values():
+        mean = sum(sample.advantage for sample in alike) / len(alike)
+        distinct.append(replace(alike[0], value_target=alike[0].predicted_value + mean))
+    if len(distinct) < count:
+        raise PriorZeroError(f"the checkpoint holds {len(distinct)} decisions, not {count}")
+    distinct.sort(key=lambda sample: -sample.advantage)
+    return distinct[: count // 2] + distinct[len(distinct) - (count - count // 2) :]
 
 
 def first_gradient(trainer) -> torch.Tensor:

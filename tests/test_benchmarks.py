@@ -512,8 +512,10 @@ def test_warm_prior_leaves_families_out_and_tells_before_and_after(monkeypatch, 
 
 
 def test_orz_direction_by_hand():
-    """What moved, by the sign of the advantage; training itself needs ORZ (docs/ORZ.md)."""
-    from benchmarks.orz_direction import moves
+    """What is drawn, and what moved, by the sign of the advantage; training itself needs ORZ
+    (docs/ORZ.md).
+    """
+    from benchmarks.orz_direction import clearest, moves
     from priorzero.settings.experiment import ExperimentSettings
     from priorzero.types import ActionScores
     from tests.llm.decisions import REQUESTS, sample
@@ -524,6 +526,9 @@ def test_orz_direction_by_hand():
         sample(REQUESTS[0], action_index=index, value_target=value)
         for index, value in ((0, 2.0), (1, -1.0), (0, 1.0))
     ]
+    drawn = clearest([*samples, *[sample(REQUESTS[1], value_target=0.1 * i) for i in range(9)]], 2)
+    assert [s.request for s in drawn] == [REQUESTS[0]] * 2
+    assert [s.advantage for s in drawn] == [1.5, -1.0]  # the first was taken twice
     before = [ActionScores(((-1.0, -1.0), (-2.0,)))] * 3
     after = [
         ActionScores(((-1.0, -0.5), (-1.0,))),  # both likelier, the other one by more
