@@ -27,7 +27,9 @@ from priorzero.export import trained_llm
 from priorzero.games.catalogue import resolve_games
 from priorzero.orz import ORZ_AVAILABLE, orz_status  # noqa: F401 (users look for it here)
 from priorzero.quiet import quiet_base
+from priorzero.ranks import ALONE, LostRank, Ranks, join, leave
 from priorzero.run.cli import calm_openmp, option_parser
+from priorzero.run.data_parallel import CommonStop, own_settings, require_possible
 from priorzero.run.experiment import set_aside
 from priorzero.run.logs import setup_logging
 from priorzero.run.report import banner
@@ -44,23 +46,29 @@ logger = logging.getLogger("priorzero_orz_entry")
 
 
 async def train_priorzero_orz(
-    config: HybridTrainingConfig, eval_only: bool = False
+    config: HybridTrainingConfig, eval_only: bool = False, ranks: Ranks = ALONE
 ) -> dict[str, Any]:
     """Run the whole experiment; returns its summary (also written to `<exp>/summary.json`).
 
     Args:
         config: checked again here, so attributes may have been overwritten since its construction.
         eval_only: load the checkpoint, evaluate once, and stop.
+        ranks: the processes of a data-parallel run, which all call this; the first returns the
+            summary, the others nothing.
 
     Raises:
         PriorZeroError: a fault the user can mend, before anything is lost.
     """
-    config.validate()
-    if not (config.resume or eval_only):
-        set_aside(Path(config.priorzero_cfg.exp_name))
+    with ranks.in_order():
+        config.validate()
+        if ranks.several:
+            require_possible(config, eval_only)
+        if ranks.first and not (config.resume or eval_only):
+            set_aside(Path(config.priorzero_cfg.exp_name))
 
-    with StopRequest() as stop:
-        async with await build(config, eval_only) as parts:
+    with StopRequest() as asked:
+        stop = CommonStop(asked, ranks) if ranks.several else asked
+        async with await build(config, eval_only, ranks) as parts:
             from priorzero.loop import reporting, saving, stages
             from priorzero.loop.train import train
 
@@ -70,10 +78,11 @@ async def train_priorzero_orz(
             if eval_only:
                 await stages.evaluate(parts)
             else:
-                reporting.write_config(parts)
+                if ranks.first:
+                    reporting.write_config(parts)
                 await train(parts, stop)
 
-            summary = reporting.write_summary(parts)
+            summary = reporting.write_summary(parts) if ranks.first else {}
             saving.require_saved(parts)
 
     if config.priorzero_cfg.decisions.page and not eval_only:
@@ -93,13 +102,16 @@ def _leave_page(folder: Path) -> None:
     logger.info("✓ Wrote %s: the run's decisions, to be opened in a browser", folder / PAGE)
 
 
-async def build(config: HybridTrainingConfig, eval_only: bool = False) -> Parts:
+async def build(
+    config: HybridTrainingConfig, eval_only: bool = False, ranks: Ranks = ALONE
+) -> Parts:
     """Make every part of a run, cheapest check first, so that a wrong game or model fails before
     minutes are spent.
 
     Args:
         config: schedule and settings.
         eval_only: leave the training run's config, summary and checkpoints as they are.
+        ranks: the processes of a data-parallel run, which all build.
 
     Returns:
         the parts; `close` them, or use them in `async with`. A build that fails closes what it
@@ -109,6 +121,8 @@ async def build(config: HybridTrainingConfig, eval_only: bool = False) -> Parts:
         PriorZeroError: the game or a model cannot be had, or a required engine does not start.
     """
     settings, folder = config.priorzero_cfg, Path(config.priorzero_cfg.exp_name)
+    seed, settings = settings.seed, own_settings(settings, ranks)
+    own_folder = folder if ranks.first else folder / "ranks" / str(ranks.rank)
     # Before the imports: a wrong name should not cost the seconds they take.
     not_orz = config.settle_trainer(eval_only)
     games = resolve_games(settings.env.env_id, settings.env.games_dir)
@@ -130,7 +144,7 @@ async def build(config: HybridTrainingConfig, eval_only: bool = False) -> Parts:
     from priorzero.loop.parts import Parts, seen_warning
     from priorzero.run.boards.wandb import open_wandb
     from priorzero.run.checkpoint import CheckpointStore
-    from priorzero.run.metrics import MetricsWriter, Stopwatch
+    from priorzero.run.metrics import MetricsWriter, NoMetrics, Stopwatch
     from priorzero.text.encoder import SentenceEncoder
     from priorzero_collector import PriorZeroCollector
     from priorzero_evaluator import PriorZeroEvaluator
@@ -139,12 +153,14 @@ async def build(config: HybridTrainingConfig, eval_only: bool = False) -> Parts:
 
     async with AsyncExitStack() as opened:
         watch = Stopwatch()
-        metrics = MetricsWriter(folder / "log", open_wandb(folder, settings.metrics))
+        metrics = NoMetrics()
+        if ranks.first:
+            metrics = MetricsWriter(folder / "log", open_wandb(folder, settings.metrics))
         opened.push_async_callback(_close, metrics)
 
         # The world model.
         device = resolve_device(settings.policy.device)
-        set_pkg_seed(settings.seed, use_cuda=device == "cuda")
+        set_pkg_seed(seed, use_cuda=device == "cuda")
         encoder = await asyncio.to_thread(
             SentenceEncoder,
             settings.text.encoder,
@@ -154,6 +170,10 @@ async def build(config: HybridTrainingConfig, eval_only: bool = False) -> Parts:
         compiled = compile_priorzero(settings, config.priorzero_create_cfg, encoder.dim)
         policy = await asyncio.to_thread(PriorZeroPolicy, compiled.policy)
         policy.attach_encoder(encoder.encode)
+        if ranks.several:
+            policy.train_with(ranks)
+            # One network from here on; dropout is each process's own.
+            set_pkg_seed(settings.seed, use_cuda=device == "cuda")
         buffer = PriorZeroGameBuffer(settings.policy, encoder.dim, settings.seed)
 
         # The LLM: trainer, engine, prior and training phase.
@@ -167,7 +187,7 @@ async def build(config: HybridTrainingConfig, eval_only: bool = False) -> Parts:
                 seed=settings.seed,
                 marker=ACTION_MARKER,
                 make_prompt=partial(prompt_builder, settings.llm.prompt),
-                folder=folder,
+                folder=own_folder,
             )
             opened.push_async_callback(_close, llm.trainer)
             opened.push_async_callback(_close, llm.engine)
@@ -251,6 +271,7 @@ async def build(config: HybridTrainingConfig, eval_only: bool = False) -> Parts:
                 orz=orz_status(),
                 not_orz=not_orz,
                 warning=seen,
+                processes=ranks.size,
             )
         )
         return Parts(
@@ -271,8 +292,9 @@ async def build(config: HybridTrainingConfig, eval_only: bool = False) -> Parts:
             recorder=recorder,
             metrics=metrics,
             watch=watch,
-            checkpoints=CheckpointStore(folder / "ckpt"),
-            archive=SegmentArchive(folder / "replay", settings.policy.replay_save_mib * 2**20),
+            checkpoints=CheckpointStore(own_folder / "ckpt"),
+            archive=SegmentArchive(own_folder / "replay", settings.policy.replay_save_mib * 2**20),
+            ranks=ranks,
             closing=opened.pop_all(),
         )
 
@@ -348,15 +370,25 @@ async def main(arguments: list[str] | None = None) -> int:
     setup_logging(None)
     args = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     debug_mode = os.environ.get("DEBUG_MODE", "").lower() in ("1", "true", "yes")
+    ranks = ALONE
     try:
-        config = config_from(args, debug_mode)
-        if args.llm_from is not None:
-            config.priorzero_cfg.llm.model = str(trained_llm(Path(args.llm_from)))
-        folder = Path(config.priorzero_cfg.exp_name)
-        if not (config.resume or args.eval_only):
-            set_aside(folder)  # before this run's log is opened in it
-        setup_logging(folder / "log")
-        await train_priorzero_orz(config, args.eval_only)
+        ranks = join()
+        if not ranks.first:
+            setup_logging(None, logging.WARNING, f"[rank {ranks.rank}] ")
+        with ranks.in_order():
+            config = config_from(args, debug_mode)
+            if args.llm_from is not None:
+                config.priorzero_cfg.llm.model = str(trained_llm(Path(args.llm_from)))
+            folder = Path(config.priorzero_cfg.exp_name)
+            if ranks.first:
+                if not (config.resume or args.eval_only):
+                    set_aside(folder)  # before this run's log is opened in it
+                setup_logging(folder / "log")
+        await train_priorzero_orz(config, args.eval_only, ranks)
+        leave(ranks)
+    except LostRank as lost:
+        logger.info("This process stops: %s", lost)
+        return 1
     except PriorZeroError as error:
         logger.error("Error: %s", error)
         return 2

@@ -31,12 +31,14 @@ import torch
 from priorzero.data.batch import WorldModelBatch
 from priorzero.data.segment import StepRecord
 from priorzero.quiet import quiet_base
+from priorzero.ranks import Ranks
 from priorzero.run.randomness import generator_state, set_generator_state
 from priorzero.search.calibration import calibrate
 from priorzero.search.planner import Plan, Planner
 from priorzero.search.reanalyse import reanalyse
 from priorzero.search.roots import Root, SearchOutput
 from priorzero.settings.policy import PolicySettings, RootPriorSettings
+from priorzero.text.shared import SharedVocabulary
 from priorzero.text.vocabulary import ActionVocabulary, make_vocabulary
 from priorzero.world_model.categorical import Support
 from priorzero.world_model.model import PriorZeroModel
@@ -74,6 +76,7 @@ class PriorZeroPolicy(UniZeroPolicy):
         self._trainer = WorldModelTrainer(self._model, self._settings, cfg.device)
         self._planner = self._planner_of(self._model)
         self._named = [self.network, self.target_network]  # what new actions are named in
+        self._met = 0  # actions that all processes of a data-parallel run know
         self._naming = threading.Lock()  # an id is used by nobody before it has its text
         self._calibrated: float | None = None  # the LLM's temperature, once it was calibrated
 
@@ -161,6 +164,32 @@ class PriorZeroPolicy(UniZeroPolicy):
             weights, self.acting_version = self._offered.popleft()
             torch._foreach_copy_(list(self._acting.parameters()), weights)
 
+    # ---- training with other processes -----------------------------------------------------------
+
+    def train_with(self, ranks: Ranks) -> None:
+        """Train one network together with the other processes of a data-parallel run. It begins as
+        the first one's, and actions get the same ids in all. Call it before anything is loaded or
+        played.
+        """
+        assert self.vocabulary.size == 0 and isinstance(self.vocabulary, ActionVocabulary)
+        self.vocabulary = SharedVocabulary(self._settings.action_vocabulary, ranks.store())
+        ranks.take_from_first([*self.network.state_dict().values()])
+        ranks.take_from_first([*self.target_network.state_dict().values()])
+        self._trainer.train_with_others(ranks.mean)
+
+    def meet(self, ranks: Ranks) -> None:
+        """Know all actions that the processes have met, those among the overflow ids included. All
+        call it at once, while none of them plays.
+        """
+        used = np.logical_or.reduce(ranks.gather(self._used_actions()))
+        with self._naming:
+            self.vocabulary.catch_up(used)
+            new = list(range(self._met, self.vocabulary.size))
+            self._met = self.vocabulary.size
+            if new:
+                # Batches of other texts may round otherwise.
+                self._name_actions(new, ranks.from_first)
+
     # ---- actions ---------------------------------------------------------------------------------
 
     def attach_encoder(self, encode: Callable[[list[str]], np.ndarray]) -> None:
@@ -180,10 +209,15 @@ class PriorZeroPolicy(UniZeroPolicy):
                 self._name_actions(range(before, self.vocabulary.size))
         return ids
 
-    def _name_actions(self, ids: Sequence[int]) -> None:
+    def _name_actions(
+        self,
+        ids: Sequence[int],
+        agreed: Callable[[np.ndarray], np.ndarray] = lambda vectors: vectors,
+    ) -> None:
+        """Give these ids their texts, by vectors that are `agreed` on."""
         assert self._embed_text is not None, "attach_encoder comes before playing"
         texts = [self.vocabulary.action_of(i) for i in ids]
-        embeddings = torch.from_numpy(self._embed_text(texts))
+        embeddings = torch.from_numpy(agreed(self._embed_text(texts)))
         for network in self._named:
             network.set_action_text(list(ids), embeddings)
 
@@ -370,6 +404,7 @@ class PriorZeroPolicy(UniZeroPolicy):
     def _load_state_dict_learn(self, state: dict[str, Any]) -> None:
         self._trainer.load_state_dict(state)
         self.vocabulary.load_state_dict(state["vocabulary"])
+        self._met = self.vocabulary.size
         if "rng" in state:  # older checkpoints have none
             set_generator_state(self._rng, state["rng"])
         # None where the run had a number so far; then calibration begins now.

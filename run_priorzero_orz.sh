@@ -17,6 +17,8 @@ Usage: ./run_priorzero_orz.sh MODE [arguments]
   check   report what this machine has: Python, torch, CUDA, vLLM, ORZ, games, models, memory, disk
   help    this text
 
+One process per GPU trains a world model together under torchrun: docs/TORCHRUN.md has the command.
+
 Every mode first makes .venv with Python 3.11 and installs the pinned packages, unless that is done already.
 It runs in the project's folder: relative paths in arguments are read from there.
 

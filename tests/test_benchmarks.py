@@ -506,3 +506,52 @@ def test_warm_prior_leaves_families_out_and_tells_before_and_after(monkeypatch, 
 
     # A second start does nothing again.
     assert warm_prior.main(command) == 0 and len(trained) == 2
+
+
+# ---- ORZ's trainer against the built-in one ------------------------------------------------------
+
+
+def test_orz_direction_by_hand():
+    """What is drawn, and what moved, by the sign of the advantage; training itself needs ORZ
+    (docs/ORZ.md).
+    """
+    from benchmarks.orz_direction import clearest, moves
+    from priorzero.settings.experiment import ExperimentSettings
+    from priorzero.types import ActionScores
+    from tests.llm.decisions import REQUESTS, sample
+
+    settings = ExperimentSettings()
+    settings.llm.rft.advantage, settings.policy.root_prior.reduction = "raw", "sum"
+    samples = [
+        sample(REQUESTS[0], action_index=index, value_target=value)
+        for index, value in ((0, 2.0), (1, -1.0), (0, 1.0))
+    ]
+    drawn = clearest([*samples, *[sample(REQUESTS[1], value_target=0.1 * i) for i in range(9)]], 2)
+    assert [s.request for s in drawn] == [REQUESTS[0]] * 2
+    assert [s.advantage for s in drawn] == [1.5, -1.0]  # the first was taken twice
+    before = [ActionScores(((-1.0, -1.0), (-2.0,)))] * 3
+    after = [
+        ActionScores(((-1.0, -0.5), (-1.0,))),  # both likelier, the other one by more
+        ActionScores(((-1.0, -1.0), (-3.0,))),
+        ActionScores(((-0.5, -0.5), (-2.0,))),
+    ]
+    told = moves(samples, before, after, settings, {})
+    assert (told["positive"], told["negative"]) == (2, 1)
+    assert told["advantages"] == [2.0, -1.0, 1.0]
+    assert told["tokens"]["changes"] == pytest.approx([0.5, -1.0, 1.0])
+    assert told["tokens"]["positive"] == pytest.approx([0.75])
+    assert told["tokens"]["negative"] == [-1.0]
+    later = moves(samples, before, before, settings, told)
+    assert later["tokens"]["negative"] == [-1.0, 0.0]
+
+    def among(first: float, second: float) -> float:
+        return first - np.log(np.exp(first) + np.exp(second))
+
+    changes = [
+        among(-1.5, -1.0) - among(-2.0, -2.0),
+        among(-3.0, -2.0) - among(-2.0, -2.0),
+        among(-1.0, -2.0) - among(-2.0, -2.0),
+    ]
+    assert told["policy"]["changes"] == pytest.approx(changes)
+    assert told["policy"]["positive_rising"] == 0.5
+    assert told["policy"]["negative_falling"] == 1.0

@@ -31,11 +31,11 @@ README, MANUAL, METRICS, ALGORITHM, DECISIONS, GAMES = (
         "docs/GAMES.md",
     )
 )
-ORZ = ROOT / "docs" / "ORZ.md"
-DOCUMENTS = [README, MANUAL, METRICS, ALGORITHM, DECISIONS, GAMES, ORZ]
+ORZ, TORCHRUN = ROOT / "docs" / "ORZ.md", ROOT / "docs" / "TORCHRUN.md"
+DOCUMENTS = [README, MANUAL, METRICS, ALGORITHM, DECISIONS, GAMES, ORZ, TORCHRUN]
 SOURCES = [*ROOT.glob("*.py"), *(ROOT / "priorzero").rglob("*.py"), ROOT / "run_priorzero_orz.sh"]
 LAUNCHER_OPTIONS = {"--help"}
-# TensorBoard's, Ray's, pip's.
+# TensorBoard's, Ray's, pip's, torchrun's.
 OTHERS_OPTIONS = {
     "--logdir",
     "--head",
@@ -43,6 +43,10 @@ OTHERS_OPTIONS = {
     "--num-gpus",
     "--no-deps",
     "--no-build-isolation",
+    "--standalone",
+    "--nproc-per-node",
+    "--nnodes",
+    "--rdzv-endpoint",
 }
 
 
@@ -101,6 +105,9 @@ def test_commands_exist_and_their_options_are_accepted():
             module, rest = words[2], words[3:]
             if importlib.util.find_spec(module).submodule_search_locations:
                 module += ".__main__"  # a package that is a command too
+        elif words[0] == ".venv/bin/torchrun":
+            at = words.index("-m")
+            module, rest = words[at + 1], words[at + 2 :]
         else:
             assert words[0] == ".venv/bin/tensorboard", words
             continue

@@ -149,11 +149,11 @@ def test_the_loss_gets_the_targets_of_the_batch(corridor, monkeypatch, scalar_of
     batch, given = buffer.sample(8), {}
     real = trainer.world_model_loss
 
-    def spy(outputs, targets, weights, group_size, loss_weights):
+    def spy(outputs, targets, weights, group_size, loss_weights, *others):
         given.update(
             targets=targets, weights=weights, group_size=group_size, loss_weights=loss_weights
         )
-        return real(outputs, targets, weights, group_size, loss_weights)
+        return real(outputs, targets, weights, group_size, loss_weights, *others)
 
     monkeypatch.setattr(trainer, "world_model_loss", spy)
     encoder = copy.deepcopy(policy.target_network.eval())

@@ -32,8 +32,9 @@ from priorzero.loop.background import Background
 from priorzero.loop.progress import History, Progress
 from priorzero.play.players import Player
 from priorzero.play.results import CollectResult, EvalResult
+from priorzero.ranks import ALONE, Ranks
 from priorzero.run.checkpoint import CheckpointStore
-from priorzero.run.metrics import MetricsWriter, PeakMemory, Stopwatch
+from priorzero.run.metrics import MetricsWriter, NoMetrics, PeakMemory, Stopwatch
 from priorzero.settings.experiment import ExperimentSettings
 from priorzero.text.encoder import SentenceEncoder
 
@@ -77,6 +78,8 @@ class Policy(Protocol):
     def act_apart(self, version: int) -> None: ...
 
     def offer_weights(self, version: int) -> None: ...
+
+    def meet(self, ranks: Ranks) -> None: ...
 
     def reanalyse(
         self, batch: WorldModelBatch, env_steps: int
@@ -143,7 +146,7 @@ class Parts:
     config: the schedule. settings: of all parts. folder: where everything of the run is written.
     eval_only: the run evaluates a checkpoint and leaves the training run's files alone. device: of
     the world model. games, eval_games: that are trained on, and evaluated. llm: None for pure
-    UniZero.
+    UniZero. ranks: the processes of a data-parallel run.
     """
 
     config: Schedule
@@ -163,7 +166,7 @@ class Parts:
     evaluator: Evaluator
     recorder: Recorder
 
-    metrics: MetricsWriter
+    metrics: MetricsWriter | NoMetrics
     watch: Stopwatch
     checkpoints: CheckpointStore
     archive: SegmentArchive
@@ -172,6 +175,7 @@ class Parts:
     progress: Progress = field(default_factory=Progress)
     history: History = field(default_factory=History)
     background: Background = field(default_factory=Background)
+    ranks: Ranks = ALONE
     memory: PeakMemory = field(default_factory=PeakMemory)
     started: float = field(default_factory=time.time)
 

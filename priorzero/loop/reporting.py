@@ -39,7 +39,7 @@ def log_iteration(
     log_losses(parts, wm, llm)
     if collected is not None and Every(parts.config.sample_prompt_freq)(parts.progress.iteration):
         log_sample_prompt(parts, collected.segments)
-    transitions = 0 if collected is None else collected.transitions
+    (transitions,) = parts.ranks.total(0 if collected is None else collected.transitions)
     log_performance(parts, transitions, seconds, schedule)
 
 
@@ -54,8 +54,10 @@ def log_losses(parts: Parts, wm: Mapping[str, float], llm: Mapping[str, float]) 
 
     told = [f"wm_loss: {wm['wm_loss']:.4f}"] if wm else []
     for kind in ("sft", "rft"):
-        if f"{kind}_loss" in llm:
-            told.append(f"llm_{kind}_loss: {llm[f'{kind}_loss']:.4f}")
+        # ORZ's trainer tells the policy's part of the loss alone.
+        name = next((n for n in (f"{kind}_loss", f"{kind}_policy_loss") if n in llm), None)
+        if name is not None:
+            told.append(f"llm_{name}: {llm[name]:.4f}")
     if told:
         logger.info("✓ %s training done - %s", "WM" if wm else "LLM", ", ".join(told))
 

@@ -11,11 +11,15 @@ from typing import Any
 
 from priorzero.loop.parts import Parts
 from priorzero.loop.progress import History, Progress
+from priorzero.run.checkpoint import CheckpointStore
 from priorzero.run.randomness import global_states, set_global_states
 from priorzero.settings.env import in_words
 from priorzero.types import PriorZeroError
 
 logger = logging.getLogger(__name__)
+
+# Of the state, what every process of a data-parallel run has of its own, and saves itself.
+_OWN = ("replay", "episodes", "texts", "random")
 
 
 async def save(parts: Parts, best: bool = False) -> bool:
@@ -100,7 +104,9 @@ def _write(parts: Parts, best: bool) -> Path:
         "random": global_states(),
     }
     llm = None
-    if parts.llm is not None:
+    if not parts.ranks.first:
+        state = {name: state[name] for name in _OWN} | {"rng": state["policy"]["rng"]}
+    elif parts.llm is not None:
         state["thought_calls"] = parts.llm.engine.thought_calls
         llm = parts.llm.trainer.state_dict()
 
@@ -131,7 +137,7 @@ async def load(parts: Parts, which: str) -> None:
     Raises:
         PriorZeroError: there is none, it is damaged, or its network does not fit these settings.
     """
-    state, llm, meta = parts.checkpoints.load(which, parts.device)
+    state, llm, meta = _read(parts, which)
 
     try:
         parts.policy.learn_mode.load_state_dict(state["policy"])
@@ -162,6 +168,29 @@ async def load(parts: Parts, which: str) -> None:
         parts.progress.env_steps,
         told,
     )
+
+
+def _read(parts: Parts, which: str) -> tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any]]:
+    """The checkpoint, see `CheckpointStore.load`. But for the first process of a data-parallel run,
+    replay buffer, episodes and random states are the process's own, where it saved them.
+    """
+    if parts.ranks.first:
+        state, llm, meta = parts.checkpoints.load(which, parts.device)
+        parts.ranks.from_first(meta["checkpoint"])
+        return state, llm, meta
+
+    name = parts.ranks.from_first(which)
+    state, llm, meta = CheckpointStore(parts.folder / "ckpt").load(name, parts.device)
+    for key in _OWN:
+        state.pop(key, None)
+    state["policy"].pop("rng", None)
+    try:
+        own, _, _ = parts.checkpoints.load(name, parts.device)
+    except PriorZeroError as error:
+        logger.warning("this process begins with an empty replay buffer: %s", error)
+        return state, llm, meta
+    state["policy"]["rng"] = own.pop("rng")
+    return state | own, llm, meta
 
 
 async def _load_play(parts: Parts, state: Mapping[str, Any]) -> str:

@@ -54,12 +54,16 @@ async def collect(
     parts.buffer.push_game_segments(result.segments)
     parts.buffer.remove_oldest_data_to_fit()
 
-    progress.env_steps += result.steps
-    progress.segments += len(result.segments)
-    progress.transitions += result.transitions
+    counts = result.steps, len(result.segments), result.transitions
+    if parts.ranks.several:
+        counts = parts.ranks.total(*counts)
+        parts.policy.meet(parts.ranks)
+    progress.env_steps += counts[0]
+    progress.segments += counts[1]
+    progress.transitions += counts[2]
     logger.info(
         "✓ Collected %d segments (total: %d segments, %d transitions)",
-        len(result.segments),
+        counts[1],
         progress.segments,
         progress.transitions,
     )
@@ -84,12 +88,14 @@ def calibrate(parts: Parts) -> dict[str, float]:
 
 def updates_due(parts: Parts, transitions: int) -> int:
     """The world model's updates that so many new transitions call for; 0 before the first
-    `train_start_after_envsteps` steps are played.
+    `train_start_after_envsteps` steps are played. In a data-parallel run as many in each process,
+    for the mean of what they played.
     """
     policy = parts.settings.policy
     if parts.progress.env_steps < policy.train_start_after_envsteps:
         return 0
-    return Ratio(policy.replay_ratio)(transitions)
+    (transitions,) = parts.ranks.total(transitions)
+    return Ratio(policy.replay_ratio / parts.ranks.size)(transitions)
 
 
 async def train_world_model(parts: Parts, updates: int) -> dict[str, float]:
@@ -162,10 +168,15 @@ async def train_llm(parts: Parts) -> dict[str, float]:
 
 
 async def evaluate(parts: Parts) -> None:
-    """Play evaluation episodes in every mode of the settings; keep the best checkpoint."""
+    """Play evaluation episodes in every mode of the settings; keep the best checkpoint. Of several
+    processes the first plays, and the others wait.
+    """
     progress, modes = parts.progress, parts.settings.eval.modes
     place = progress.iteration, progress.env_steps
-    played = await play(parts, parts.evaluator, modes, *place)
+    played: Mapping[str, EvalResult] = {}
+    if parts.ranks.first:
+        played = await play(parts, parts.evaluator, modes, *place)
+    played = parts.ranks.from_first(played)
     mean = note_evaluation(parts, played, *place)
 
     # The untrained network's first evaluation is no checkpoint worth keeping.

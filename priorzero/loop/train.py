@@ -11,6 +11,7 @@ anything is saved or evaluated.
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 
 from priorzero import plugins
 from priorzero.loop import beside, stages
@@ -18,12 +19,13 @@ from priorzero.loop.clocks import Every
 from priorzero.loop.parts import Parts
 from priorzero.loop.saving import save
 from priorzero.run.boards.live import terminal_progress
+from priorzero.run.data_parallel import CommonStop
 from priorzero.run.signals import StopRequest
 
 logger = logging.getLogger(__name__)
 
 
-async def train(parts: Parts, stop: StopRequest) -> None:
+async def train(parts: Parts, stop: StopRequest | CommonStop) -> None:
     """Run the iterations that are left; on a signal finish the present step, save and return."""
     config, progress = parts.config, parts.progress
 
@@ -36,10 +38,13 @@ async def train(parts: Parts, stop: StopRequest) -> None:
 
     evaluate = beside.begin_evaluation if config.async_eval else stages.evaluate
 
-    live = parts.settings.metrics.live
-    with terminal_progress(
-        parts.metrics, parts.folder.name, progress.iteration, config.iterations, live
-    ) as advance:
+    shown = nullcontext(lambda: None)
+    if parts.ranks.first:
+        live = parts.settings.metrics.live
+        shown = terminal_progress(
+            parts.metrics, parts.folder.name, progress.iteration, config.iterations, live
+        )
+    with shown as advance:
         async with beside.background(parts) as under_way:
             while progress.iteration < config.iterations and not stop.requested:
                 if finished(parts):

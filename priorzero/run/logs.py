@@ -33,12 +33,13 @@ _NOISY = (
 )
 
 
-def setup_logging(folder: Path | None, level: int = logging.INFO) -> None:
+def setup_logging(folder: Path | None, level: int = logging.INFO, before: str = "") -> None:
     """Send our log to the terminal; keep other libraries at WARNING.
 
     Args:
         folder: where `run.log` is written too, or None.
         level: of our own loggers.
+        before: what every line on the terminal begins with.
     """
     if not sys.stderr.isatty():  # bars of model loading fill a log file with control characters
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -53,7 +54,7 @@ def setup_logging(folder: Path | None, level: int = logging.INFO) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
     terminal = logging.StreamHandler(sys.stderr)
-    terminal.setFormatter(logging.Formatter("%(message)s"))
+    terminal.setFormatter(logging.Formatter(f"{before}%(message)s"))
     root.addHandler(terminal)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)

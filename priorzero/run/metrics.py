@@ -146,6 +146,35 @@ class MetricsWriter:
             guard(getattr(board, method), *arguments)
 
 
+class NoMetrics:
+    """A `MetricsWriter` that writes nothing: of all but the first process of a data-parallel run,
+    which tells for all.
+    """
+
+    failures = 0
+
+    def add(self, board: Board) -> None:
+        """Nothing is shown."""
+
+    def remove(self, board: Board) -> None:
+        """Nothing was."""
+
+    def settings(self, config: Mapping[str, Any]) -> None:
+        """Nothing is shown."""
+
+    def scalars(self, namespace: str, values: Mapping[str, float], step: int) -> None:
+        """Nothing is written."""
+
+    def text(self, tag: str, text: str, step: int) -> None:
+        """Nothing is shown."""
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
 def memory_gb() -> float:
     """Most memory this run has held so far, in GiB: this process at its peak plus its children
     (interpreters, engine) now.

@@ -20,6 +20,7 @@ def banner(
     orz: tuple[bool, str],
     not_orz: str,
     warning: str = "",
+    processes: int = 1,
 ) -> str:
     """What is about to run.
 
@@ -33,6 +34,7 @@ def banner(
         orz: whether Open-Reasoner-Zero can be used; and where it is, or why not.
         not_orz: why its trainer does not train; empty where it does.
         warning: that the LLM saw these games or relatives of theirs, `Seen.warning`.
+        processes: of a data-parallel run.
     """
     settings = config.priorzero_cfg
     line = "=" * 78
@@ -40,6 +42,9 @@ def banner(
     told = [f"{head}{_in_words(games)}, seed {settings.seed}"]
     if eval_games != games:
         told.append(f"Evaluated on:    {_in_words(eval_games)}")
+    if processes > 1:
+        rows = processes * settings.policy.batch_size
+        told.append(f"Processes:       {processes}, an update is made of {rows} rows")
 
     return "\n".join(
         [

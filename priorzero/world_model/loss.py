@@ -9,8 +9,10 @@ Letters: `B` samples, `T` unroll steps, `D` width, `S` support size, `V` vocabul
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -58,6 +60,7 @@ def world_model_loss(
     sample_weights: Tensor,
     group_size: int,
     weights: LossWeights,
+    average: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Weighted loss of one unrolled batch.
 
@@ -69,6 +72,9 @@ def world_model_loss(
         outputs: what `PriorZeroModel.unroll` gave.
         group_size: of SimNorm.
         sample_weights: `[B]` importance weights (ones without prioritised replay).
+        average: elementwise mean over the processes of a data-parallel run. Each term's sum_bt m_bt
+            is then the mean one, so that the mean of the processes' losses is the loss of all their
+            batches in one, however their masks differ.
 
     Returns:
         total (scalar) and the unweighted-by-term means under `latent_loss`, `reward_loss`,
@@ -88,8 +94,11 @@ def world_model_loss(
         "policy_entropy": (-(log_policy.exp() * log_policy).sum(-1), targets.mask_policy),
     }
 
+    counts = {name: mask.sum() for name, (_, mask) in terms.items()}
+    if average is not None:
+        counts = dict(zip(counts, average(torch.stack(list(counts.values()))), strict=True))
     means = {
-        name: (sample_weights[:, None] * mask * loss).sum() / mask.sum().clamp(min=1.0)
+        name: (sample_weights[:, None] * mask * loss).sum() / counts[name].clamp(min=1.0)
         for name, (loss, mask) in terms.items()
     }
     total = (

@@ -96,6 +96,7 @@ class WorldModelTrainer:
     def __init__(self, model: PriorZeroModel, settings: PolicySettings, device: str) -> None:
         self._model, self._settings, self._device = model, settings, device
         self._support = Support(settings.support_scale, device)
+        self._average: Callable[[Tensor], Tensor] | None = None
         self._bfloat16 = trains_in_bfloat16(settings.train_dtype, device)
         self.target = copy.deepcopy(model).requires_grad_(False).eval()
 
@@ -127,6 +128,7 @@ class WorldModelTrainer:
                 read; in any case such an update changes nothing.
         """
         self._model.train()
+        self._optimizer.zero_grad()
 
         # 1. Targets: the target network's latents and values, the batch's rewards and policies.
         observations, actions = self._tensor(batch.observations), self._tensor(batch.actions)
@@ -162,9 +164,12 @@ class WorldModelTrainer:
             self._tensor(batch.weights),
             self._settings.group_size,
             self._settings.loss_weights,
+            self._average,
         )
 
         # 3. The step, and the target network behind it.
+        total.backward()
+        total = self._common(total.detach())
         norm = self._step(total)
         self._follow()
 
@@ -172,7 +177,7 @@ class WorldModelTrainer:
         output = PendingOutput(
             terms
             | {
-                "wm_loss": total.detach(),
+                "wm_loss": total,
                 "grad_norm": norm,
                 "target_value": _masked_mean(value, targets.mask_value),
                 "target_policy_entropy": _mean_entropy(targets.policy, targets.mask_policy),
@@ -190,9 +195,10 @@ class WorldModelTrainer:
     def _step(self, total: Tensor) -> Tensor:
         """Change the weights, unless the loss or its gradient is not finite; returns the gradient's
         norm before clipping.
+
+        Args:
+            total: the loss whose gradient is there.
         """
-        self._optimizer.zero_grad()
-        total.backward()
         norm = torch.nn.utils.clip_grad_norm_(
             self._model.world_model.parameters(), self._settings.grad_clip_value
         )
@@ -201,6 +207,31 @@ class WorldModelTrainer:
         self._optimizer.found_inf = (~(total.isfinite() & norm.isfinite())).float().detach()
         self._optimizer.step()
         return norm
+
+    def train_with_others(self, average: Callable[[Tensor], Tensor]) -> None:
+        """From here on every update is made with the mean gradient of several processes, each of
+        which calls `update` as often, with as many rows, and begins with the same weights.
+
+        Args:
+            average: elementwise mean over the processes; the same bits in each of them.
+        """
+        self._average = average
+
+    def _common(self, total: Tensor) -> Tensor:
+        """The mean over the processes of loss and gradient, in one exchange. Where the loss of one
+        of them is not finite, it is so for all, and none makes the update.
+
+        Returns:
+            the loss.
+        """
+        if self._average is None:
+            return total
+        gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
+        line = self._average(torch.cat([total.view(1), *(g.flatten() for g in gradients)]))
+        parts = line[1:].split([g.numel() for g in gradients])
+        for gradient, mean in zip(gradients, parts, strict=True):
+            gradient.copy_(mean.view_as(gradient))
+        return line[0]
 
     def _autocast(self) -> torch.autocast:
         """Matrix products in bfloat16 where that was chosen; weights, sums and losses stay

@@ -7,6 +7,7 @@ import logging
 import random
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -153,3 +154,57 @@ def test_duplicates_are_an_error_and_no_actions_are_fine(vocabulary):
         vocabulary.ids(["a", "a"])
     with pytest.raises(ValueError, match="outside"):
         vocabulary.action_of(5)
+
+
+# ---- shared by processes -------------------------------------------------------------------------
+
+
+def test_processes_that_meet_actions_at_once_give_them_the_same_ids():
+    """Threads stand for the processes; the store is torch's."""
+    from torch.distributed import HashStore
+
+    from priorzero.text.shared import SharedVocabulary
+
+    store, texts = HashStore(), [f"action {i}" for i in range(40)] + ["na\udce9ve"]
+    settings = VocabularySettings(capacity=48, overflow=4)
+    ours = [SharedVocabulary(settings, store) for _ in range(3)]
+    start, given = threading.Barrier(3), [{} for _ in ours]
+
+    def play(number: int) -> None:
+        rng = np.random.default_rng(number)
+        start.wait()
+        for _ in range(60):
+            chosen = [texts[i] for i in rng.choice(len(texts), size=4, replace=False)]
+            for text, action_id in zip(chosen, ours[number].ids(chosen), strict=True):
+                assert given[number].setdefault(text, action_id) == action_id
+            known = ours[number]
+            assert [known.id_of(known.action_of(i)) for i in range(known.size)] == [
+                *range(known.size)
+            ]
+
+    threads = [threading.Thread(target=play, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    for vocabulary in ours:
+        vocabulary.catch_up(np.zeros(48, dtype=bool))
+
+    assert len(given[0]) == len(texts) and given[0] == given[1] == given[2]
+    assert sorted(given[0].values()) == list(range(len(texts)))
+    states = [vocabulary.state_dict() for vocabulary in ours]
+    assert states[0] == states[1] == states[2]
+
+    # It is an ordinary vocabulary's state, from which others go on together.
+    store = HashStore()
+    later = [SharedVocabulary(settings, store) for _ in range(2)]
+    for vocabulary in later:
+        vocabulary.load_state_dict(states[0])
+    assert later[1].ids(["new"]) == [41] and later[0].ids(["newer", "new"]) == [42, 41]
+    more = [f"more {i}" for i in range(4)]
+    assert max(later[0].ids(more)) >= 44  # the fourth found no id of its own
+    used = later[0].used_mask
+    later[1].catch_up(used)
+    assert (later[1].used_mask == used).all()
+    assert isinstance(later[1].copy(), ActionVocabulary)
+    assert not isinstance(later[1].copy(), SharedVocabulary)

@@ -14,6 +14,7 @@ from priorzero.quiet import quiet_base
 from priorzero.types import PriorZeroError, TextState
 from priorzero.world_model.categorical import Support
 from priorzero.world_model.trainer import PendingOutput, WorldModelTrainer, trains_in_bfloat16
+from tests.ranks import launch, without_dropout
 
 with quiet_base():
     from lzero.policy import (
@@ -197,3 +198,58 @@ def test_a_compiled_update_is_the_same_update(made, monkeypatch):
     plain, graph = losses(one, batch, 3), losses(two, batch, 3)
     for name in plain:
         np.testing.assert_allclose(graph[name], plain[name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+# ---- several processes ---------------------------------------------------------------------------
+
+
+def rows(batch, where: slice):
+    """Those of a batch."""
+    arrays = {
+        name: value[where].copy() for name, value in vars(batch).items() if name != "revisits"
+    }
+    return replace(batch, **arrays)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_processes_with_half_the_rows_have_the_gradient_of_all(made, compiled_cfg, tmp_path):
+    """Real processes under torchrun. Their halves have masks that count differently, so that the
+    mean of their own means would be another loss. They keep the same weights to the last bit, and
+    who is left alone notices it.
+    """
+    settings = dict(num_unroll_steps=9, learning_rate=1e-3)
+    trainer, network, batch = made(num_unroll_steps=9)
+    without_dropout(network)
+    batches = [batch, rows(batch, slice(None, None, -1))]
+    pairs = [(rows(b, slice(4)), rows(b, slice(4, 8))) for b in batches]
+    assert pairs[0][0].mask_step.sum() != pairs[0][1].mask_step.sum()
+    weights = torch.linspace(0.5, 1.0, 8).numpy()
+    batches = [replace(b, weights=weights) for b in batches]
+    pairs = [(rows(b, slice(4)), rows(b, slice(4, 8))) for b in batches]
+    task = dict(cfg=compiled_cfg(**settings).policy, weights=network.state_dict(), halves=pairs)
+    torch.save(task, tmp_path / "task.pt")
+
+    done = launch("halves", tmp_path)
+    assert done.returncode == 0, done.stdout
+    first, second = (torch.load(tmp_path / f"{i}.pt", weights_only=False) for i in (0, 1))
+
+    # The first update: the gradient of the whole batch, before Adam makes signs of roundings.
+    expected = trainer.update(batches[0], USED)
+    parameters = dict(network.named_parameters())
+    assert len(first["gradients"][0]) > 20
+    for name, got in first["gradients"][0].items():
+        parameter = parameters[name]
+        torch.testing.assert_close(got, parameter.grad, rtol=1e-5, atol=1e-6)
+    for name in ("wm_loss", "grad_norm"):
+        assert first["metrics"][0][name] == pytest.approx(expected.metrics[name], rel=1e-5)
+
+    # All updates: the same bits in both, and about those of one process.
+    expected = trainer.update(batches[1], USED)
+    for part in ("model", "target_model"):
+        for name, value in first["learnt"][part].items():
+            assert torch.equal(value, second["learnt"][part][name]), name
+    assert first["learnt"]["vocabulary"] == second["learnt"]["vocabulary"]
+    assert first["metrics"][1]["wm_loss"] == pytest.approx(expected.metrics["wm_loss"], rel=1e-4)
+    assert first["totals"] == second["totals"] == [1, 10]
+    assert "another process of this run has ended" in first["lost"]

@@ -68,13 +68,14 @@ def test_one_step_has_the_built_in_trainers_gradient(make_trainer, byte_model, w
     """
     of = orz_settings(workers=workers, batch_size=0)
     of.orz.zero_stage = stage
+    byte_model.config.dtype = torch.bfloat16  # as published models say; workers are to use float32
     theirs = builtin.make(copy.deepcopy(byte_model), None, of, "sum")
     ours = make_trainer(of)
 
     expected, metrics = (t.update({"rft": PHASES[0]}) for t in (theirs, ours))
 
     cosine = torch.cosine_similarity(gradient(ours), gradient(theirs), dim=0)
-    assert cosine > 0.999
+    assert cosine > 0.99999
     assert metrics["rft_orz_packs"] > workers
     assert metrics["rft_grad_norm"] == pytest.approx(expected["rft_grad_norm"], rel=1e-3)
     assert metrics["rft_policy_loss"] == pytest.approx(expected["rft_policy_loss"], rel=1e-3)

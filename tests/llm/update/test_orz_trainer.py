@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import logging
 
 import pytest
@@ -160,6 +161,20 @@ def test_a_checkpoint_is_written_though_the_workers_are_gone(byte_model, caplog)
     again.load_state_dict(saved)
     again.update({"rft": PHASES[1]})
     assert far(weights(again), weights(ours)) > 0
+
+
+def test_workers_are_told_to_load_float32(byte_model):
+    """Published models say bfloat16, and ORZ loads what the folder says."""
+    byte_model.config.dtype = torch.bfloat16
+    told = {}
+
+    class Reads(StandIn):
+        def __init__(self, base, of) -> None:
+            told.update(json.loads((base / "config.json").read_text(encoding="utf-8")))
+            super().__init__(base, of)
+
+    trainer_of(byte_model, orz_settings(), workers=Reads)
+    assert told["dtype"] == "float32"
 
 
 def test_the_workers_folder_is_gone_and_so_are_workers_that_do_not_start(byte_model, tmp_path):

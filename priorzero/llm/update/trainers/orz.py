@@ -10,6 +10,7 @@ whose workers died has lost nothing but the update they were at.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import shutil
 import tempfile
@@ -137,6 +138,10 @@ class OrzTrainer(BuiltinTrainer):
         base = files / "base"
         shutil.rmtree(base, ignore_errors=True)
         self.weights().save(base)
+        # ORZ loads a float32 worker in the format the folder names, which is the original model's.
+        config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+        config["dtype"] = "float32"
+        (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
         try:
             return open_session(base, files)
         finally:
