@@ -31,7 +31,7 @@ from priorzero.llm.update.samples import LLMSample
 from priorzero.loop.background import Background
 from priorzero.loop.progress import History, Progress
 from priorzero.play.players import Player
-from priorzero.play.results import CollectResult, EvalResult
+from priorzero.play.results import CollectResult, EvalResult, Totals
 from priorzero.run.checkpoint import CheckpointStore
 from priorzero.run.metrics import MetricsWriter, PeakMemory, Stopwatch
 from priorzero.settings.experiment import ExperimentSettings
@@ -67,7 +67,6 @@ class Policy(Protocol):
 
     learn_mode: Any
     vocabulary: Any
-    positions_clamped: int
     acting_version: int
 
     def snapshot(self) -> Policy: ...
@@ -106,7 +105,7 @@ class Buffer(Protocol):
 
 
 class Collector(Protocol):
-    """`PriorZeroCollector`."""
+    """`PriorZeroCollector`, or `RemoteCollector` (`priorzero/collectors/remote.py`)."""
 
     async def collect(
         self,
@@ -116,6 +115,8 @@ class Collector(Protocol):
         player: Player = "search",
         new_episodes: int | None = None,
     ) -> CollectResult: ...
+
+    def totals(self) -> Totals: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -139,7 +140,7 @@ class Parts:
     config: the schedule. settings: of all parts. folder: where everything of the run is written.
     eval_only: the run evaluates a checkpoint and leaves the training run's files alone. device: of
     the world model. games, eval_games: that are trained on, and evaluated. llm: None for pure
-    UniZero.
+    UniZero. collect_envs: None where collectors in other processes have them.
     """
 
     config: Schedule
@@ -154,7 +155,7 @@ class Parts:
     policy: Policy
     buffer: Buffer
     llm: LLMParts | None
-    collect_envs: GameEnvGroup
+    collect_envs: GameEnvGroup | None
     collector: Collector
     evaluator: Evaluator
     recorder: Recorder
