@@ -31,8 +31,8 @@ README, MANUAL, METRICS, ALGORITHM, DECISIONS, GAMES = (
         "docs/GAMES.md",
     )
 )
-ORZ = ROOT / "docs" / "ORZ.md"
-DOCUMENTS = [README, MANUAL, METRICS, ALGORITHM, DECISIONS, GAMES, ORZ]
+ORZ, COLLECTORS = ROOT / "docs" / "ORZ.md", ROOT / "docs" / "COLLECTORS.md"
+DOCUMENTS = [README, MANUAL, METRICS, ALGORITHM, DECISIONS, GAMES, ORZ, COLLECTORS]
 SOURCES = [*ROOT.glob("*.py"), *(ROOT / "priorzero").rglob("*.py"), ROOT / "run_priorzero_orz.sh"]
 LAUNCHER_OPTIONS = {"--help"}
 # TensorBoard's, Ray's, pip's.
@@ -40,6 +40,7 @@ OTHERS_OPTIONS = {
     "--logdir",
     "--head",
     "--address",
+    "--num-cpus",
     "--num-gpus",
     "--no-deps",
     "--no-build-isolation",
@@ -157,7 +158,8 @@ def test_settings_exist(document):
     defaults = ExperimentSettings().as_dict()
     named = set(
         re.findall(
-            r"`((?:env|policy|text|llm|eval|decisions|metrics)(?:\.[a-z_]+)+)`", text_of(document)
+            r"`((?:env|policy|text|llm|eval|decisions|metrics|collectors)(?:\.[a-z_]+)+)`",
+            text_of(document),
         )
     )
     for name in named - {"llm.pt", "metrics.jsonl"}:
@@ -343,6 +345,8 @@ def test_every_metric_of_a_run_is_explained(tiny_llm, tmp_path):
         "perf/turn",
         "perf/background",
         "perf/round",
+        "perf/worker",
+        "collect/staleness",
         "rft_group",
         "rft_orz",
         "plain_states",
