@@ -290,7 +290,7 @@ async def build_worker(plan: Mapping[str, Any], share: Share) -> WorkerParts:
 
 async def _join_ray(config: HybridTrainingConfig, opened: AsyncExitStack) -> None:
     """Bring this process into the run's Ray cluster, until `opened` is closed."""
-    from priorzero.ray_link import connect, disconnect
+    from priorzero.ray_link import connect, disconnect, keep_signals
 
     settings = config.priorzero_cfg.collectors
     ours = await asyncio.to_thread(
@@ -299,6 +299,7 @@ async def _join_ray(config: HybridTrainingConfig, opened: AsyncExitStack) -> Non
         cpus=math.ceil(config.collector_workers * settings.worker_cpus),
         gpus=None if settings.worker_gpus else 0,
     )
+    keep_signals()
     if ours:
         opened.callback(disconnect)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import signal
 import threading
 from concurrent.futures import Future
 
@@ -56,6 +57,13 @@ def connect(address: str, *, cpus: int, gpus: int | None) -> bool:
             "(llm.orz.ray_address) empty for one of the run's own"
         ) from error
     return True
+
+
+def keep_signals() -> None:
+    """After `connect`, in the main thread: let Python handle SIGTERM again. Ray's library puts a
+    handler below Python's that writes stack traces and ends the process with an error status.
+    """
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
 _left = threading.Event()
