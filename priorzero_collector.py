@@ -15,7 +15,6 @@ import asyncio
 import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,15 +25,14 @@ from priorzero.data.segment import Segment, StepRecord
 from priorzero.decisions.recorder import Recorder
 from priorzero.games.group import GameEnvGroup
 from priorzero.llm.prior import LLMPrior
+from priorzero.play.played import Played, entropy, prior_effect
 from priorzero.play.players import Move, Player, llm_move, llm_policy, search_move
 from priorzero.play.restarts import Beginning, Ended, Restarts
-from priorzero.play.results import CollectResult
+from priorzero.play.results import CollectResult, Totals
 from priorzero.play.slot import Decision, Slot, decide
 from priorzero.quiet import quiet_base
 from priorzero.run.metrics import Stopwatch
 from priorzero.run.randomness import generator_state, set_generator_state
-from priorzero.search.roots import SearchOutput
-from priorzero.search.targets import visit_shares
 from priorzero.settings.env import plain_name
 from priorzero.settings.policy import PolicySettings
 from priorzero.text.encoder import SentenceEncoder
@@ -43,21 +41,6 @@ from priorzero_policy import PriorZeroPolicy
 
 with quiet_base():
     from ding.utils import SERIAL_COLLECTOR_REGISTRY
-
-
-@dataclass
-class _Played:
-    """What one `collect` call has played so far, after `before` environment steps."""
-
-    before: int
-    segments: list[Segment] = field(default_factory=list)
-    episodes: list[Ended] = field(default_factory=list)
-    depths: list[int] = field(default_factory=list)  # steps at which episodes began that did late
-    games: list[str] = field(default_factory=list)  # of each that ended
-    steps_of: Counter[str] = field(default_factory=Counter)  # environment steps by game
-    effects: list[dict[str, float]] = field(default_factory=list)  # `prior_effect` of each decision
-    steps: int = 0
-    begun: int = 0  # episodes
 
 
 @SERIAL_COLLECTOR_REGISTRY.register("priorzero")
@@ -141,7 +124,22 @@ class PriorZeroCollector:
             PriorZeroError: an environment cannot be started, a required LLM failed, or one that
                 plays alone.
         """
-        played = _Played(env_steps, self._cut)
+        played = await self.play(num_segments, env_steps, temperature, player, new_episodes)
+        result = played.result(running=self.running, by_game=self._several_games)
+        if self._restarts is not None:
+            result.collect.update(self._restarts.metrics(played.depths, played.episodes))
+        return result
+
+    async def play(
+        self,
+        num_segments: int,
+        env_steps: int,
+        temperature: float,
+        player: Player = "search",
+        new_episodes: int | None = None,
+    ) -> Played:
+        """`collect` before its figures are made of it."""
+        played = Played(env_steps, self._cut)
         idle = [env_id for env_id in range(len(self._envs)) if env_id not in self._slots]
         await self._begin(idle, played, new_episodes)
         self._cut = []
@@ -158,18 +156,25 @@ class PriorZeroCollector:
             ended = await self._step(slots, due, moves, played)
             await self._begin(ended, played, new_episodes)
 
-        metrics = _episode_metrics(played)
-        if self._several_games:
-            metrics |= _by_game(played)
-        if self._restarts is not None:
-            metrics |= self._restarts.metrics(played.depths, played.episodes)
-        return CollectResult(
-            played.segments,
-            played.steps,
-            metrics,
-            _means(played.effects),
-            begun=played.begun,
-            running=len(self._slots),
+        return played
+
+    @property
+    def running(self) -> int:
+        """Episodes that go on."""
+        return len(self._slots)
+
+    @property
+    def open_segments(self) -> list[Segment]:
+        """Of those episodes: what the next call of `play` goes on writing."""
+        return [slot.segment for slot in self._slots.values()]
+
+    def totals(self) -> Totals:
+        """Totals of what it plays with."""
+        return Totals(
+            games=self._envs.stats(),
+            encoder=self._encoder.stats(),
+            llm={} if self._prior is None else self._prior.stats(),
+            search={"positions_clamped": float(self._policy.positions_clamped)},
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -211,7 +216,7 @@ class PriorZeroCollector:
         segments = unpack(_arrays(state["segments"]))
         present = await asyncio.to_thread(self._envs.replay, state["envs"])
 
-        cut = 0
+        cut = state.get("elsewhere", 0)  # played in processes that are gone
         for saved, segment in zip(state["slots"], segments, strict=True):
             env_id = saved["env_id"]
             if env_id in present:
@@ -244,7 +249,7 @@ class PriorZeroCollector:
         return slot
 
     async def _begin(
-        self, env_ids: Sequence[int], played: _Played, new_episodes: int | None
+        self, env_ids: Sequence[int], played: Played, new_episodes: int | None
     ) -> None:
         """New episodes in these environments, as far as so many may begin in this call."""
         if new_episodes is not None:
@@ -253,7 +258,7 @@ class PriorZeroCollector:
             await self._start(env_ids, played)
             played.begun += len(env_ids)
 
-    async def _start(self, env_ids: Sequence[int], played: _Played) -> None:
+    async def _start(self, env_ids: Sequence[int], played: Played) -> None:
         """New episodes in these environments, at the game's start or at a visited state."""
         begun: dict[int, Beginning] = {}
         with self.watch("env"):
@@ -311,7 +316,7 @@ class PriorZeroCollector:
         due: Sequence[Decision],
         temperature: float,
         env_steps: int,
-        played: _Played,
+        played: Played,
     ) -> list[Move]:
         """What the search plays in these slots."""
         reduction = self._settings.root_prior.reduction
@@ -326,7 +331,7 @@ class PriorZeroCollector:
         played.effects += [prior_effect(plan) for plan in plans]
         return [search_move(plan) for plan in plans]
 
-    def _draw(self, due: Sequence[Decision], temperature: float, played: _Played) -> list[Move]:
+    def _draw(self, due: Sequence[Decision], temperature: float, played: Played) -> list[Move]:
         """What the LLM plays alone.
 
         Raises:
@@ -339,7 +344,7 @@ class PriorZeroCollector:
                 "play; the log above has the reason. The last checkpoint stands: continue it with "
                 "--resume, or use --engine transformers"
             )
-        played.effects += [{"llm_entropy": _entropy(llm_policy(own, 1.0))} for own in logprobs]
+        played.effects += [{"llm_entropy": entropy(llm_policy(own, 1.0))} for own in logprobs]
         return [llm_move(own, temperature, self._rng) for own in logprobs]
 
     async def _step(
@@ -347,7 +352,7 @@ class PriorZeroCollector:
         slots: Sequence[Slot],
         due: Sequence[Decision],
         moves: Sequence[Move],
-        played: _Played,
+        played: Played,
     ) -> list[int]:
         """Play the chosen actions and write down what came of them.
 
@@ -431,92 +436,3 @@ class PriorZeroCollector:
 def _arrays(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """What a checkpoint made tensors of, as arrays again."""
     return {name: np.asarray(value) for name, value in tensors.items()}
-
-
-def prior_effect(plan: SearchOutput) -> dict[str, float]:
-    """How the LLM's prior bore on one decision.
-
-    kl_from_wm: KL(mixed || world model). entropy: of the mixture. overridden: 1 where the search's
-    most visited action is not the mixture's favourite; llm_overridden: nor the LLM's own. weight:
-    the LLM's share.
-    """
-    best = int(np.argmax(plan.visit_counts))
-    effect = {
-        "kl_from_wm": plan.prior.kl_from_wm,
-        "entropy": plan.prior.entropy,
-        "weight": plan.prior.weight,
-        "overridden": float(best != int(np.argmax(plan.prior.log_mixed))),
-    }
-    if plan.prior.log_llm is not None:
-        effect["llm_overridden"] = float(best != int(np.argmax(plan.prior.log_llm)))
-        effect["llm_entropy"] = _entropy(np.exp(plan.prior.log_llm))
-    return effect
-
-
-def _episode_metrics(played: _Played) -> dict[str, float]:
-    """Means over the steps of the finished segments, and over the episodes that ended."""
-    steps = [step for segment in played.segments for step in segment.steps]
-    metrics = {
-        "segments": float(len(played.segments)),
-        "transitions": float(len(steps)),
-        "episodes": float(len(played.episodes)),
-    }
-    if steps:  # all episodes may have hung at their first
-        metrics["reward_per_step"] = float(np.mean([s.reward for s in steps]))
-        metrics["valid_actions"] = float(np.mean([len(s.valid_actions) for s in steps]))
-    searched = [step for step in steps if step.searched]
-    if searched:
-        entropies = [_entropy(visit_shares(s.visit_counts)) for s in searched]
-        metrics["root_value"] = float(np.mean([s.root_value for s in searched]))
-        metrics["visit_entropy"] = float(np.mean(entropies))
-    if not played.episodes:
-        return metrics
-
-    kinds = Counter(ended.info["done_kind"] for ended in played.episodes)
-    metrics |= {f"episodes_{k}": float(kinds[k]) for k in ("terminated", "truncated", "hang")}
-    # What began at a visited state tells nothing of how far a whole episode gets.
-    whole = [ended.info for ended in played.episodes if ended.began is None]
-    if not whole:
-        return metrics
-    returns = [info["eval_episode_return"] for info in whole]
-    return metrics | {
-        "episode_return_mean": float(np.mean(returns)),
-        "episode_return_max": float(np.max(returns)),
-        "episode_length": float(np.mean([info["steps"] for info in whole])),
-    }
-
-
-def _by_game(played: _Played) -> dict[str, float]:
-    """What each game was played for, and the ended episodes' figures by game; `score_share` is the
-    mean over the games too.
-    """
-    metrics = {f"{game}/steps": float(steps) for game, steps in sorted(played.steps_of.items())}
-    shares = {}
-    for game in sorted(set(played.games)):
-        episodes = zip(played.episodes, played.games, strict=True)
-        ended = [episode.info for episode, of in episodes if of == game]
-        returns = [info["eval_episode_return"] for info in ended]
-        metrics |= {
-            f"{game}/episodes": float(len(ended)),
-            f"{game}/episode_return_mean": float(np.mean(returns)),
-            f"{game}/episode_return_max": float(np.max(returns)),
-            f"{game}/episode_length": float(np.mean([info["steps"] for info in ended])),
-        }
-        top = ended[0]["max_score"]
-        if top is not None and top > 0:
-            shares[game] = float(np.mean([info["score"] for info in ended])) / top
-            metrics[f"{game}/score_share"] = shares[game]
-    if shares:
-        metrics["score_share"] = float(np.mean(list(shares.values())))
-    return metrics
-
-
-def _entropy(p: np.ndarray) -> float:
-    p = p[p > 0]
-    return float(-(p * np.log(p)).sum())
-
-
-def _means(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Means per name over the rows that have it."""
-    names = sorted({name for row in rows for name in row})
-    return {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}

@@ -29,7 +29,7 @@ from priorzero.orz import ORZ_AVAILABLE, orz_status  # noqa: F401 (looked for he
 from priorzero.settings.env import run_name
 from priorzero.settings.experiment import ExperimentSettings
 from priorzero.settings.llm import GROUP_ADVANTAGES, LLMSettings
-from priorzero.settings.record import overlay, require
+from priorzero.settings.record import merge, overlay, require
 from priorzero.types import PriorZeroError
 
 
@@ -336,6 +336,14 @@ class HybridTrainingConfig:
     """Let ORZ's Ray PPO trainer do the LLM's reinforcement step (docs/ORZ.md). True: with the
     preset orz, which other presets and settings are laid over. None: where ORZ is available and
     does what the settings ask for."""
+    collector_workers: int = 0
+    """Collect in so many processes, Ray actors on this machine or others, each with its share of
+    the environments, its own search and its own LLM engine (docs/COLLECTORS.md). 0: in this
+    process."""
+    ray_address: str = ""
+    """Ray cluster that collector_workers and ORZ's trainer live in: host:port of its head, or auto
+    for the one this machine belongs to. Empty: llm.orz.ray_address, or one that is started for the
+    run."""
     iterations: int = 2000
     """Iterations: collect, train, log."""
     eval_freq: int = 100
@@ -373,6 +381,9 @@ class HybridTrainingConfig:
             presets = ("orz", *presets)
         chosen = _presets(asked, presets)
         self.debug_mode = "debug" in chosen
+        address = schedule.get("ray_address", type(self).ray_address)
+        if address and isinstance(address, str):
+            overrides = merge({"llm": {"orz": {"ray_address": address}}}, overrides or {})
 
         own = self._subclass_attributes()
         if self._own_schedule() and "wm_training_mode" not in own:
@@ -431,6 +442,7 @@ class HybridTrainingConfig:
             save_freq=0,
             sample_prompt_freq=0,
             off_policy_degree=-1,
+            collector_workers=0,
         )
         rules = {}
         for name, low in smallest.items():
@@ -457,7 +469,7 @@ class HybridTrainingConfig:
             rules[name] = value, value in choices, f"it must be {' or '.join(choices)}"
 
         # A value that is impossible in itself is told as that.
-        for name, rule in self._mode_rules().items():
+        for name, rule in (self._mode_rules() | self._ray_rules()).items():
             if name not in rules or rules[name][1]:
                 rules[name] = rule
         asked, llm = self.use_orz_trainer, self.priorzero_cfg.llm
@@ -487,6 +499,7 @@ class HybridTrainingConfig:
             PriorZeroError: ORZ is asked for, and cannot be used.
         """
         llm = self.priorzero_cfg.llm
+        llm.orz.ray_address = self.cluster
         asked = self.use_orz_trainer or llm.trainer == "orz"
         found, why = orz_status()
         if eval_only:
@@ -498,6 +511,8 @@ class HybridTrainingConfig:
             )
         elif self.use_orz_trainer is False:
             why = "use_orz_trainer is False"
+        elif found and not asked and self.collector_workers and not self.cluster:
+            why = "collector_workers is set, and ray_address names no cluster with room for both"
         elif found:
             rules = {} if asked else _orz_rules(llm)
             why = next(
@@ -512,6 +527,55 @@ class HybridTrainingConfig:
             llm.trainer = "builtin"
         self.validate()
         return why
+
+    @property
+    def cluster(self) -> str:
+        """Address of this run's Ray cluster, by whichever setting; empty for one of its own."""
+        return self.ray_address or self.priorzero_cfg.llm.orz.ray_address
+
+    def _ray_rules(self) -> dict[str, tuple[Any, bool, str]]:
+        """What must hold of `collector_workers` and `ray_address`, as `require` wants it."""
+        settings, address = self.priorzero_cfg, self.ray_address
+        orz, is_text = settings.llm.orz.ray_address, isinstance(address, str)
+        rules = {
+            "ray_address": (
+                address,
+                is_text and (not address or orz in ("", address)),
+                f"llm.orz.ray_address is {orz!r}, and a run is in one Ray cluster"
+                if is_text
+                else "it must be host:port, auto or empty",
+            )
+        }
+        workers = self.collector_workers
+        if type(workers) is not int or workers <= 0:
+            return rules
+
+        conditions = (
+            (
+                workers <= settings.env.collector_env_num,
+                f"each needs an environment, and env.collector_env_num is "
+                f"{settings.env.collector_env_num}",
+            ),
+            (
+                workers <= settings.policy.num_segments,
+                f"each has a part of an iteration's segments, and policy.num_segments is "
+                f"{settings.policy.num_segments}",
+            ),
+            (
+                not settings.policy.restarts.share,
+                "policy.restarts.share is above 0: one collector remembers visited states, and "
+                "workers would each have a memory of their own, which no checkpoint holds",
+            ),
+            (
+                settings.llm.trainer != "orz" or bool(address or orz),
+                "ORZ's workers and collectors need one Ray cluster with room for both: start it "
+                "and name it in ray_address",
+            ),
+        )
+        broken = [text for holds, text in conditions if not holds]
+        if broken:
+            rules["collector_workers"] = workers, False, "; ".join(broken)
+        return rules
 
     def _mode_rules(self) -> dict[str, tuple[Any, bool, str]]:
         """What must hold of `wm_training_mode` and of the settings it reads, as `require` wants

@@ -16,8 +16,10 @@ import argparse
 import asyncio
 import json
 import logging
+import math
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
@@ -28,6 +30,7 @@ from priorzero.games.catalogue import resolve_games
 from priorzero.orz import ORZ_AVAILABLE, orz_status  # noqa: F401 (users look for it here)
 from priorzero.quiet import quiet_base
 from priorzero.ranks import ALONE, LostRank, Ranks, join, leave
+from priorzero.ray_link import ray_missing
 from priorzero.run.cli import calm_openmp, option_parser
 from priorzero.run.data_parallel import CommonStop, own_settings, require_possible
 from priorzero.run.experiment import set_aside
@@ -40,7 +43,15 @@ from priorzero.types import PriorZeroError
 from priorzero_config import PRESETS, SCHEDULE, HybridTrainingConfig
 
 if TYPE_CHECKING:
+    from easydict import EasyDict
+
+    from priorzero.collectors.messages import Share
+    from priorzero.collectors.worker import WorkerParts
+    from priorzero.games.group import GameEnvGroup
+    from priorzero.games.records import GameSpec
+    from priorzero.llm.build import LLMParts
     from priorzero.loop.parts import Parts
+    from priorzero.settings.experiment import ExperimentSettings
 
 logger = logging.getLogger("priorzero_orz_entry")
 
@@ -121,6 +132,9 @@ async def build(
         PriorZeroError: the game or a model cannot be had, or a required engine does not start.
     """
     settings, folder = config.priorzero_cfg, Path(config.priorzero_cfg.exp_name)
+    workers = 0 if eval_only else config.collector_workers
+    if workers and (missing := ray_missing()):
+        raise PriorZeroError(f"collector_workers is {workers}, and {missing}")
     seed, settings = settings.seed, own_settings(settings, ranks)
     own_folder = folder if ranks.first else folder / "ranks" / str(ranks.rank)
     # Before the imports: a wrong name should not cost the seconds they take.
@@ -131,25 +145,19 @@ async def build(
         eval_games = resolve_games(settings.env.eval_env_id, settings.env.games_dir)
 
     with quiet_base():
-        from ding.envs import get_vec_env_setting
         from ding.utils import set_pkg_seed
     from game_buffer_priorzero import PriorZeroGameBuffer
     from priorzero.compute import resolve_device
     from priorzero.data.archive import SegmentArchive
     from priorzero.decisions.recorder import Recorder
-    from priorzero.games.group import GameEnvGroup
-    from priorzero.games.rota import Rota
     from priorzero.lightzero import compile_priorzero
-    from priorzero.llm.build import build_llm
     from priorzero.loop.parts import Parts, seen_warning
     from priorzero.run.boards.wandb import open_wandb
     from priorzero.run.checkpoint import CheckpointStore
     from priorzero.run.metrics import MetricsWriter, NoMetrics, Stopwatch
     from priorzero.text.encoder import SentenceEncoder
-    from priorzero_collector import PriorZeroCollector
     from priorzero_evaluator import PriorZeroEvaluator
     from priorzero_policy import PriorZeroPolicy
-    from priorzero_prompts import ACTION_MARKER, prompt_builder
 
     async with AsyncExitStack() as opened:
         watch = Stopwatch()
@@ -176,38 +184,19 @@ async def build(
             set_pkg_seed(settings.seed, use_cuda=device == "cuda")
         buffer = PriorZeroGameBuffer(settings.policy, encoder.dim, settings.seed)
 
+        # Before ORZ's trainer, which would end a cluster that it joined with its own failure.
+        if workers:
+            await _join_ray(config, opened)
+
         # The LLM: trainer, engine, prior and training phase.
-        llm = None
-        if settings.llm.enable:
-            chosen = settings.llm.device
-            llm = await build_llm(
-                settings.llm,
-                device=device if chosen == "auto" else resolve_device(chosen, "llm.device"),
-                reduction=settings.policy.root_prior.reduction,
-                seed=settings.seed,
-                marker=ACTION_MARKER,
-                make_prompt=partial(prompt_builder, settings.llm.prompt),
-                folder=own_folder,
-            )
-            opened.push_async_callback(_close, llm.trainer)
-            opened.push_async_callback(_close, llm.engine)
+        llm = await _build_llm(settings, device, opened, own_folder)
 
         # The players, each with environments of its own, which begin with the first game.
-        make_env, collect_cfgs, eval_cfgs = get_vec_env_setting(compiled.env)
-        for cfgs, own in ((collect_cfgs, games), (eval_cfgs, eval_games)):
-            for cfg in cfgs:
-                cfg.env_id = own[0].env_id
-        rota = None
-        if len(games) > 1:
-            weights = settings.env.game_weights
-            rota = Rota(games, len(collect_cfgs), weights=weights, seed=settings.seed)
-        collect_envs = GameEnvGroup(
-            [partial(make_env, cfg=cfg) for cfg in collect_cfgs], seed=settings.seed, rota=rota
-        )
-        opened.push_async_callback(_close, collect_envs)
-        eval_envs = GameEnvGroup(
-            [partial(make_env, cfg=cfg) for cfg in eval_cfgs], seed=settings.seed
-        )
+        collect_envs = None
+        if not workers:
+            collect_envs = _collect_envs(settings, compiled, games)
+            opened.push_async_callback(_close, collect_envs)
+        eval_envs = _eval_envs(settings, compiled, eval_games)
         opened.push_async_callback(_close, eval_envs)
 
         recorder = Recorder(
@@ -221,19 +210,14 @@ async def build(
 
         prior = llm.prior if llm is not None else None
         history_length = settings.llm.prompt.history_length
-        collector = PriorZeroCollector(
-            settings.policy,
-            policy,
-            collect_envs,
-            encoder,
-            prior,
-            history_length=history_length,
-            seed=settings.seed,
-            llm_target_prior=settings.llm.sft.target_prior,
-            watch=watch,
-            recorder=recorder,
-            several_games=settings.env.several,
-        )
+        if workers:
+            plan = await asyncio.to_thread(_worker_plan, config, games)
+            collector = _remote_collector(config, plan, policy, encoder, llm, watch)
+            opened.push_async_callback(_close, collector)
+            if not config.resume:  # else they begin once it is known what has been played
+                await collector.start()
+        else:
+            collector = _collector(settings, policy, collect_envs, encoder, prior, watch, recorder)
         trained_on = {plain_name(g.env_id) for g in eval_games if g in games}
         if not trained_on:
             logger.warning(
@@ -297,6 +281,202 @@ async def build(
             ranks=ranks,
             closing=opened.pop_all(),
         )
+
+
+async def build_worker(plan: Mapping[str, Any], share: Share) -> WorkerParts:
+    """The parts of a collector worker (`priorzero/collectors/worker.py`), in its process.
+
+    Args:
+        plan: `settings` and `create` of the run, see `_worker_plan`.
+        share: of the environments.
+
+    Raises:
+        PriorZeroError: a game or a model cannot be had on this machine.
+    """
+    with quiet_base():
+        from ding.utils import set_pkg_seed
+    from priorzero.collectors.worker import WorkerParts
+    from priorzero.compute import resolve_device
+    from priorzero.lightzero import compile_priorzero
+    from priorzero.run.metrics import Stopwatch
+    from priorzero.text.encoder import SentenceEncoder
+    from priorzero_policy import PriorZeroPolicy
+
+    settings = share.settings(plan["settings"])
+    games = resolve_games(settings.env.env_id, settings.env.games_dir)
+    async with AsyncExitStack() as opened:
+        device = resolve_device(settings.policy.device)
+        set_pkg_seed(settings.seed, use_cuda=device == "cuda")
+        encoder = SentenceEncoder(
+            settings.text.encoder, device=device, cache_bytes=settings.text.cache_mib * 2**20
+        )
+        compiled = compile_priorzero(settings, plan["create"], encoder.dim)
+        policy = PriorZeroPolicy(compiled.policy)
+        policy.attach_encoder(encoder.encode)
+        policy = policy.snapshot()  # which cannot learn, and needs no optimiser
+
+        llm = await _build_llm(settings, device, opened)
+        envs = _collect_envs(settings, compiled, games, share)
+        opened.push_async_callback(_close, envs)
+
+        watch = Stopwatch()
+        prior = llm.prior if llm is not None else None
+        collector = _collector(settings, policy, envs, encoder, prior, watch)
+        return WorkerParts(collector, policy, llm, watch, opened.pop_all())
+
+
+async def _join_ray(config: HybridTrainingConfig, opened: AsyncExitStack) -> None:
+    """Bring this process into the run's Ray cluster, until `opened` is closed."""
+    from priorzero.ray_link import connect, disconnect, keep_signals
+
+    settings = config.priorzero_cfg.collectors
+    ours = await asyncio.to_thread(
+        connect,
+        config.cluster,
+        cpus=math.ceil(config.collector_workers * settings.worker_cpus),
+        gpus=None if settings.worker_gpus else 0,
+    )
+    keep_signals()
+    if ours:
+        opened.callback(disconnect)
+
+
+def _worker_plan(config: HybridTrainingConfig, games: Sequence[GameSpec]) -> dict[str, Any]:
+    """What `build_worker` is given. What settings leave to the machine is said as it was found
+    here: another machine may have other games and models.
+    """
+    from priorzero.llm.model import resolve_llm
+
+    settings = config.priorzero_cfg.as_dict()
+    if len(games) > 1 or settings["env"]["env_id"] == "auto":
+        settings["env"]["env_id"] = one_or_several([game.env_id for game in games])
+    if settings["llm"]["enable"] and settings["llm"]["model"] == "auto":
+        found = resolve_llm("auto")
+        settings["llm"]["model"] = "embedded" if found.source == "embedded" else found.path
+    return {"settings": settings, "create": config.priorzero_create_cfg}
+
+
+def _remote_collector(
+    config: HybridTrainingConfig, plan: Mapping[str, Any], policy, encoder, llm, watch
+):
+    """The collector of a run with workers; see `RemoteCollector`.
+
+    Args:
+        plan: of `_worker_plan`.
+    """
+    from priorzero.collectors.remote import RemoteCollector
+
+    settings = config.priorzero_cfg
+    if settings.decisions.collect_share:
+        logger.info(
+            "Decisions of training episodes are not recorded: they are taken in workers (those of "
+            "evaluations are, where decisions.evaluation is set)"
+        )
+    return RemoteCollector(
+        settings.collectors,
+        "priorzero_orz_entry:build_worker",
+        plan,
+        workers=config.collector_workers,
+        environments=settings.env.collector_env_num,
+        policy=policy,
+        encoder=encoder,
+        llm=llm,
+        seed=settings.seed,
+        watch=watch,
+        several_games=settings.env.several,
+    )
+
+
+def _collector(settings: ExperimentSettings, policy, envs, encoder, prior, watch, recorder=None):
+    """A collector in this process; see `PriorZeroCollector`."""
+    from priorzero_collector import PriorZeroCollector
+
+    return PriorZeroCollector(
+        settings.policy,
+        policy,
+        envs,
+        encoder,
+        prior,
+        history_length=settings.llm.prompt.history_length,
+        seed=settings.seed,
+        llm_target_prior=settings.llm.sft.target_prior,
+        watch=watch,
+        recorder=recorder,
+        several_games=settings.env.several,
+    )
+
+
+def _collect_envs(
+    settings: ExperimentSettings,
+    compiled: EasyDict,
+    games: Sequence[GameSpec],
+    share: Share | None = None,
+) -> GameEnvGroup:
+    """The training environments, which begin with the first game.
+
+    Args:
+        share: a worker's; None: all of them.
+    """
+    with quiet_base():
+        from ding.envs import get_vec_env_setting
+    from priorzero.games.group import GameEnvGroup
+    from priorzero.games.rota import Rota
+
+    make_env, cfgs, _ = get_vec_env_setting(compiled.env, eval_=False)
+    seed, first, rota = settings.seed, 0, None
+    if share is not None:
+        seed, first = share.seed, share.place
+    if len(games) > 1:
+        rota = Rota(games, len(cfgs), weights=settings.env.game_weights, seed=seed)
+    if share is not None:
+        cfgs = cfgs[share.first : share.first + share.environments]
+    for cfg in cfgs:
+        cfg.env_id = games[0].env_id
+    return GameEnvGroup([partial(make_env, cfg=cfg) for cfg in cfgs], seed, rota, first)
+
+
+def _eval_envs(
+    settings: ExperimentSettings, compiled: EasyDict, games: Sequence[GameSpec]
+) -> GameEnvGroup:
+    """The environments of the evaluation."""
+    with quiet_base():
+        from ding.envs import get_vec_env_setting
+    from priorzero.games.group import GameEnvGroup
+
+    make_env, _, cfgs = get_vec_env_setting(compiled.env, collect=False)
+    for cfg in cfgs:
+        cfg.env_id = games[0].env_id
+    return GameEnvGroup([partial(make_env, cfg=cfg) for cfg in cfgs], seed=settings.seed)
+
+
+async def _build_llm(
+    settings: ExperimentSettings, device: str, opened: AsyncExitStack, folder: Path | None = None
+) -> LLMParts | None:
+    """The LLM's parts, closed with `opened`; None without one.
+
+    Args:
+        device: of the world model.
+        folder: of the run; None in a worker.
+    """
+    if not settings.llm.enable:
+        return None
+    from priorzero.compute import resolve_device
+    from priorzero.llm.build import build_llm
+    from priorzero_prompts import ACTION_MARKER, prompt_builder
+
+    chosen = settings.llm.device
+    llm = await build_llm(
+        settings.llm,
+        device=device if chosen == "auto" else resolve_device(chosen, "llm.device"),
+        reduction=settings.policy.root_prior.reduction,
+        seed=settings.seed,
+        marker=ACTION_MARKER,
+        make_prompt=partial(prompt_builder, settings.llm.prompt),
+        folder=folder,
+    )
+    opened.push_async_callback(_close, llm.trainer)
+    opened.push_async_callback(_close, llm.engine)
+    return llm
 
 
 async def _close(part: Any) -> None:

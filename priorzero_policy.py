@@ -20,7 +20,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -189,6 +189,23 @@ class PriorZeroPolicy(UniZeroPolicy):
             if new:
                 # Batches of other texts may round otherwise.
                 self._name_actions(new, ranks.from_first)
+
+    # ---- playing in other processes --------------------------------------------------------------
+
+    def acting_weights(self) -> dict[str, np.ndarray]:
+        """Copies of the parameters that collection plans with now, by name. Action texts are not
+        among them: every process gives them to its network as it learns of them.
+        """
+        self._take_over()
+        return {n: p.detach().cpu().numpy().copy() for n, p in self._acting.named_parameters()}
+
+    @torch.no_grad()
+    def take_weights(self, weights: Mapping[str, np.ndarray]) -> None:
+        """Plan with these from here on, as `acting_weights` gave them elsewhere."""
+        own = dict(self._acting.named_parameters())
+        assert own.keys() == weights.keys(), "the networks differ"
+        for name, parameter in own.items():
+            parameter.copy_(torch.tensor(weights[name]))
 
     # ---- actions ---------------------------------------------------------------------------------
 

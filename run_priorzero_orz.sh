@@ -13,6 +13,8 @@ Usage: ./run_priorzero_orz.sh MODE [arguments]
   export  write the trained LLM of an experiment as a Hugging Face folder: export RUN OUT
   export-samples
           write what its LLM learns from as data of TRL or verl: export-samples RUN OUT --format trl|verl
+  worker  join this machine to a Ray cluster for collector workers (docs/COLLECTORS.md): worker head on the
+          first one, worker HEAD:6379 on the others
   test    the tests, on up to four cores (arguments go to pytest in place of that)
   check   report what this machine has: Python, torch, CUDA, vLLM, ORZ, games, models, memory, disk
   help    this text
@@ -121,7 +123,7 @@ install_lock() {
 mode=${1:-help}
 (($# == 0)) || shift
 case $mode in
-    debug | train | eval | warmup | export | export-samples | test | check) ;;
+    debug | train | eval | warmup | export | export-samples | worker | test | check) ;;
     help | -h | --help) usage && exit 0 ;;
     *) usage >&2 && die "mode '$mode' is unknown." ;;
 esac
@@ -142,6 +144,15 @@ case $mode in
     warmup) exec "$python" -m priorzero.warmup "$@" ;;
     export) exec "$python" -m priorzero.export "$@" ;;
     export-samples) exec "$python" -m priorzero.export_samples "$@" ;;
+    worker)
+        ray=$venv/bin/ray
+        [[ -x $ray ]] || die "Ray is not installed: .venv/bin/pip install --no-deps -r requirements/ray.lock"
+        (($# > 0)) || die "worker needs a place: head, or HOST:PORT of the head."
+        place=(--head)
+        [[ $1 == head ]] || place=("--address=$1")
+        # What Ray starts here finds the project, and the games of this machine.
+        PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$ray" start "${place[@]}" --block "${@:2}"
+        ;;
     test)
         # A worker per core, of which each has one thread: two files at a time on two cores.
         if (($# == 0)); then

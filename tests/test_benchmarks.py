@@ -136,6 +136,26 @@ def test_collect_benchmark(capsys):
     assert result["results"]["known"]["encoder_hit_rate"] == 1
 
 
+@pytest.mark.slow
+def test_collect_workers_benchmark(capsys, monkeypatch):
+    import importlib.util
+
+    from benchmarks import collect_workers
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # it is set there
+    workers = "0 2" if importlib.util.find_spec("ray") else "0"
+    sizes = (
+        "--segments 2 --segment-length 4 --max-steps 8 --envs 2 --simulations 2 --embed-dim 32 "
+        f"--rounds 2 --repeats 2 --no-llm --workers {workers}"
+    )
+    assert collect_workers.main([*sizes.split(), "--env-id", GAME]) == 0
+    result = last_line(capsys)
+    assert set(result["results"]) == set(workers.split())
+    for one in result["results"].values():
+        assert [run["steps"] for run in one["runs"]] == [16, 16] and one["speedup"] > 0
+        assert all(sum(run["seconds_per_stage"].values()) < run["seconds"] for run in one["runs"])
+
+
 def test_a_block_of_jericho_without_cache_lists_every_state(story):
     """`own_state_cache(envs, None)` really switches the cache of valid actions off."""
     from benchmarks.collect import own_state_cache

@@ -32,7 +32,8 @@ README, MANUAL, METRICS, ALGORITHM, DECISIONS, GAMES = (
     )
 )
 ORZ, TORCHRUN = ROOT / "docs" / "ORZ.md", ROOT / "docs" / "TORCHRUN.md"
-DOCUMENTS = [README, MANUAL, METRICS, ALGORITHM, DECISIONS, GAMES, ORZ, TORCHRUN]
+COLLECTORS = ROOT / "docs" / "COLLECTORS.md"
+DOCUMENTS = [README, MANUAL, METRICS, ALGORITHM, DECISIONS, GAMES, ORZ, COLLECTORS, TORCHRUN]
 SOURCES = [*ROOT.glob("*.py"), *(ROOT / "priorzero").rglob("*.py"), ROOT / "run_priorzero_orz.sh"]
 LAUNCHER_OPTIONS = {"--help"}
 # TensorBoard's, Ray's, pip's, torchrun's.
@@ -40,6 +41,7 @@ OTHERS_OPTIONS = {
     "--logdir",
     "--head",
     "--address",
+    "--num-cpus",
     "--num-gpus",
     "--no-deps",
     "--no-build-isolation",
@@ -164,7 +166,8 @@ def test_settings_exist(document):
     defaults = ExperimentSettings().as_dict()
     named = set(
         re.findall(
-            r"`((?:env|policy|text|llm|eval|decisions|metrics)(?:\.[a-z_]+)+)`", text_of(document)
+            r"`((?:env|policy|text|llm|eval|decisions|metrics|collectors)(?:\.[a-z_]+)+)`",
+            text_of(document),
         )
     )
     for name in named - {"llm.pt", "metrics.jsonl", "decisions.html"}:
@@ -352,6 +355,8 @@ def test_every_metric_of_a_run_is_explained(tiny_llm, tmp_path):
         "perf/turn",
         "perf/background",
         "perf/round",
+        "perf/worker",
+        "collect/staleness",
         "rft_group",
         "rft_orz",
         "plain_states",

@@ -154,6 +154,29 @@ def test_the_launcher_becomes_python_so_that_signals_reach_it(checkout):
     assert output.startswith(f"pid={process.pid} ")
 
 
+def test_a_machine_becomes_the_head_of_a_cluster_or_joins_one(checkout):
+    refused = checkout.run("worker", "head")
+    assert (
+        refused.returncode == 1 and "install --no-deps -r requirements/ray.lock" in refused.stderr
+    )
+
+    ray = checkout.root / ".venv" / "bin" / "ray"
+    ray.write_text('#!/usr/bin/env bash\necho "$* path=$PYTHONPATH"\n')
+    ray.chmod(0o755)
+
+    def joined(*arguments: str, **environment: str) -> str:
+        result = checkout.run("worker", *arguments, **environment)
+        assert result.returncode == 0, result.stderr
+        return result.stdout.strip()
+
+    root = checkout.root
+    assert joined("head", "--num-cpus=2") == f"start --head --block --num-cpus=2 path={root}"
+    told = joined("10.0.0.1:6379", PYTHONPATH="/mine")
+    assert told == f"start --address=10.0.0.1:6379 --block path={root}:/mine"
+    nowhere = checkout.run("worker")
+    assert nowhere.returncode == 1 and "head, or HOST:PORT" in nowhere.stderr
+
+
 def test_tests_run_quietly_on_several_cores_by_default(checkout):
     expected = "-m pytest -q -n logical --maxprocesses 4 --dist loadfile".split()
     assert checkout.run("test").stdout.splitlines()[1:] == [f"arg={a}" for a in expected]
@@ -259,6 +282,7 @@ def test_check_reports_what_is_here():
         "CUDA",
         "vLLM",
         "ORZ",
+        "Ray",
         "LLM",
         "encoder",
         "game",

@@ -30,18 +30,20 @@ class GameEnvGroup:
         envs: Sequence[Callable[[], TextGameEnv] | TextGameEnv],
         seed: int | None = None,
         rota: Rota | None = None,
+        first: int = 0,
     ) -> None:
         """Starts no interpreter yet.
 
         Args:
             envs: the environments, or functions that make them.
-            seed: the run's. Environment i gets `(seed, i)`, so its episodes depend on nothing
-                else. None leaves the seeds as they are.
+            seed: the run's. Environment i gets `(seed, first + i)`, so its episodes depend on
+                nothing else. None leaves the seeds as they are.
             rota: which game an environment's next episode plays; None: always the one it has.
+            first: number of the first environment among all of a run, where these are a part.
         """
         assert envs, "a GameEnvGroup needs at least one environment"
         self.envs: list[TextGameEnv] = [env if hasattr(env, "step") else env() for env in envs]
-        self._rota = rota
+        self._rota, self._first = rota, first
         self._pool = ThreadPoolExecutor(max_workers=len(self.envs), thread_name_prefix="game-env")
         if seed is not None:
             self.seed(seed)
@@ -52,7 +54,7 @@ class GameEnvGroup:
     def seed(self, seed: int, dynamic_seed: bool = True) -> None:
         """See `TextGameEnv.seed`; each environment gets its own index."""
         for index, env in enumerate(self.envs):
-            env.seed(seed, dynamic_seed, env_index=index)
+            env.seed(seed, dynamic_seed, env_index=self._first + index)
 
     def reset(self, env_ids: Iterable[int] | None = None) -> dict[int, dict[str, Any]]:
         """First observations of new episodes, by env id.
@@ -69,7 +71,7 @@ class GameEnvGroup:
     def _reset(self, i: int) -> dict[str, Any]:
         env = self.envs[i]
         if self._rota is not None:
-            env.play(self._rota.game(i, env.next_episode))
+            env.play(self._rota.game(self._first + i, env.next_episode))
         return env.reset()
 
     def play(self, game: GameSpec) -> None:

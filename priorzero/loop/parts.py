@@ -31,7 +31,7 @@ from priorzero.llm.update.samples import LLMSample
 from priorzero.loop.background import Background
 from priorzero.loop.progress import History, Progress
 from priorzero.play.players import Player
-from priorzero.play.results import CollectResult, EvalResult
+from priorzero.play.results import CollectResult, EvalResult, Totals
 from priorzero.ranks import ALONE, Ranks
 from priorzero.run.checkpoint import CheckpointStore
 from priorzero.run.metrics import MetricsWriter, NoMetrics, PeakMemory, Stopwatch
@@ -68,7 +68,6 @@ class Policy(Protocol):
 
     learn_mode: Any
     vocabulary: Any
-    positions_clamped: int
     acting_version: int
 
     def calibrate(self, steps: Sequence[StepRecord]) -> dict[str, float]: ...
@@ -113,7 +112,7 @@ class Buffer(Protocol):
 
 
 class Collector(Protocol):
-    """`PriorZeroCollector`."""
+    """`PriorZeroCollector`, or `RemoteCollector` (`priorzero/collectors/remote.py`)."""
 
     async def collect(
         self,
@@ -123,6 +122,8 @@ class Collector(Protocol):
         player: Player = "search",
         new_episodes: int | None = None,
     ) -> CollectResult: ...
+
+    def totals(self) -> Totals: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -146,7 +147,8 @@ class Parts:
     config: the schedule. settings: of all parts. folder: where everything of the run is written.
     eval_only: the run evaluates a checkpoint and leaves the training run's files alone. device: of
     the world model. games, eval_games: that are trained on, and evaluated. llm: None for pure
-    UniZero. ranks: the processes of a data-parallel run.
+    UniZero. collect_envs: None where collectors in other processes have them. ranks: the processes
+    of a data-parallel run.
     """
 
     config: Schedule
@@ -161,7 +163,7 @@ class Parts:
     policy: Policy
     buffer: Buffer
     llm: LLMParts | None
-    collect_envs: GameEnvGroup
+    collect_envs: GameEnvGroup | None
     collector: Collector
     evaluator: Evaluator
     recorder: Recorder

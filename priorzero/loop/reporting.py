@@ -86,7 +86,8 @@ def log_performance(
         transitions, seconds: of the iteration.
         schedule: see `log_iteration`.
     """
-    games, encoder = parts.collect_envs.stats(), parts.encoder.stats()
+    totals = parts.collector.totals()
+    games, encoder = totals.games, totals.encoder
     lookups = games["state_hits"] + games["state_misses"]
     asked = encoder["hits"] + encoder["misses"]
 
@@ -96,17 +97,17 @@ def log_performance(
         "env_steps_per_second": transitions / seconds,
         "valid_action_hit_rate": games["state_hits"] / lookups if lookups else 1.0,
         "encoder_hit_rate": encoder["hits"] / asked if asked else 0.0,
-        "positions_clamped": float(parts.policy.positions_clamped),
         "memory_gb": parts.memory.update(),
         "episodes_lost": float(parts.progress.episodes_lost),
         "save_failures": float(parts.progress.save_failures),
         "metrics_failures": float(parts.metrics.failures),
     }
     perf |= parts.recorder.stats()
+    perf |= totals.search | totals.workers
     perf |= {f"games_{k}": float(v) for k, v in games.items()}
     perf |= {f"vocabulary_{k}": float(v) for k, v in parts.policy.vocabulary.stats().items()}
     if parts.llm is not None:
-        llm = parts.llm.prior.stats() | parts.llm.phase.stats()
+        llm = totals.llm | parts.llm.phase.stats()
         perf |= {f"llm_{k}": v for k, v in llm.items()}
 
     if parts.background.degree:

@@ -216,7 +216,9 @@ async def _load_play(parts: Parts, state: Mapping[str, Any]) -> str:
     told = f"the replay buffer holds {parts.buffer.get_num_of_transitions()} transitions"
     if missing:
         told += f" ({missing} are not on disk any more)"
-    return f"{told}, {len(episodes['slots']) - lost} of {len(episodes['slots'])} episodes go on"
+    # Episodes that ran in other processes have no slots here.
+    running = len(episodes["slots"]) + episodes.get("elsewhere", 0)
+    return f"{told}, {running - lost} of {running} episodes go on"
 
 
 def _on_cpu(tree: Any) -> Any:

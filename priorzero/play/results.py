@@ -34,6 +34,22 @@ class CollectResult:
 
 
 @dataclass(frozen=True)
+class Totals:
+    """Totals of what collection plays with, since the process started.
+
+    games, encoder, llm: of environments, sentence encoder and prior, as their `stats` tell them;
+    llm is empty without one. search: positions_clamped. workers: of collectors in other processes;
+    empty where there are none.
+    """
+
+    games: Mapping[str, float]
+    encoder: Mapping[str, float]
+    llm: Mapping[str, float]
+    search: Mapping[str, float]
+    workers: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class EvalResult:
     """Episodes of one mode.
 

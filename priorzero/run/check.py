@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from priorzero.orz import orz_status
+from priorzero.ray_link import ray_missing
 from priorzero.types import PriorZeroError
 
 OK, ABSENT, MISSING = "ok", "absent", "MISSING"
@@ -114,6 +115,15 @@ def find_orz() -> Iterator[Finding]:
         yield Finding("ORZ", ABSENT, f"{reason} does not import: {last[-1] if last else '?'}")
 
 
+def find_ray() -> Iterator[Finding]:
+    """Ray, for collectors in other processes."""
+    missing = ray_missing()
+    if missing:
+        yield Finding("Ray", ABSENT, f"{missing}; collection is in the run's own process")
+    else:
+        yield Finding("Ray", OK, importlib.metadata.version("ray"))
+
+
 def find_models() -> Iterator[Finding]:
     """The LLM and the sentence encoder a run without settings would take."""
     from huggingface_hub import try_to_load_from_cache
@@ -178,6 +188,7 @@ CHECKS: dict[str, Callable[[], Iterator[Finding]]] = {
     "packages": find_packages,
     "vLLM": find_vllm,
     "ORZ": find_orz,
+    "Ray": find_ray,
     "models": find_models,
     "games": find_games,
     "resources": find_resources,

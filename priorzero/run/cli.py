@@ -95,6 +95,14 @@ def option_parser(description: str, presets: Sequence[str]) -> argparse.Argument
         help="evaluate a snapshot beside what follows",
     )
     parser.add_argument(
+        "--collector-workers",
+        type=int,
+        help="collect in so many processes, which may be on other machines; 0: in this one",
+    )
+    parser.add_argument(
+        "--ray-address", help="Ray cluster of these: host:port of its head, or auto; else its own"
+    )
+    parser.add_argument(
         "--set",
         action="append",
         default=[],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from priorzero.settings.collectors import CollectorSettings
 from priorzero.settings.decisions import DecisionSettings
 from priorzero.settings.env import EnvSettings
 from priorzero.settings.evaluation import LLM_MODES, EvalSettings
@@ -37,6 +38,8 @@ class ExperimentSettings(Settings):
     """The recording of decisions."""
     metrics: MetricsSettings = field(default_factory=MetricsSettings)
     """Where the numbers are shown."""
+    collectors: CollectorSettings = field(default_factory=CollectorSettings)
+    """Collectors in other processes, with collector_workers."""
 
     def rules(self) -> Iterator[Rule]:
         """See `Settings.rules`."""

@@ -13,7 +13,7 @@ from priorzero.data.archive import SegmentArchive
 from priorzero.data.batch import LearnOutput
 from priorzero.llm.seen import Seen
 from priorzero.loop.parts import Parts
-from priorzero.play.results import CollectResult, EvalResult
+from priorzero.play.results import CollectResult, EvalResult, Totals
 from priorzero.run.checkpoint import CheckpointStore
 from priorzero.run.metrics import MetricsWriter, Stopwatch
 from priorzero.settings.policy import AnnealingSettings
@@ -106,7 +106,7 @@ class Made:
             state_dict=dict,
             load_state_dict=lambda state: None,
         )
-        games = SimpleNamespace(stats=lambda: dict(state_hits=0, state_misses=0))
+        counted = dict(hits=0, misses=0, state_hits=0, state_misses=0)
         self.trainer = SimpleNamespace(
             version=0, state_dict=lambda: {"weights": 1}, load_state_dict=self._load_llm
         )
@@ -138,7 +138,6 @@ class Made:
                 offer_weights=self._offer,
                 acting_version=0,
                 vocabulary=nothing,
-                positions_clamped=0,
             ),
             buffer=SimpleNamespace(
                 push_game_segments=self._push,
@@ -163,9 +162,12 @@ class Made:
             )
             if llm
             else None,
-            collect_envs=games,
+            collect_envs=None,
             collector=SimpleNamespace(
-                collect=self._collect, state_dict=lambda: {"slots": [1, 2]}, resume=self._resume
+                collect=self._collect,
+                totals=lambda: Totals(counted, counted, {}, {"positions_clamped": 0.0}),
+                state_dict=lambda: {"slots": [1, 2]},
+                resume=self._resume,
             ),
             evaluator=SimpleNamespace(evaluate=self._evaluate, playing=self._playing),
             recorder=SimpleNamespace(stats=dict),

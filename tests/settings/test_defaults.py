@@ -25,6 +25,7 @@ ORDINARY = {
     "device",
     "overflow",
     "policy",
+    "ray_address",  # the schedule's is that of collectors too
     "reward",
     "seed",
     "temperature",

@@ -48,6 +48,13 @@ class LLMPhase:
         self._asked = gate or Gate()
         self._kept = Gate()
         self._canary: TokenisedRequest | None = None
+        self._followers: list[Callable[[], None]] = []
+
+    def follow(self, take: Callable[[], None]) -> None:
+        """Call `take` after each publication from here on, in a thread and while nothing trains:
+        for engines elsewhere that shall answer with the same weights.
+        """
+        self._followers.append(take)
 
     async def run(self, draw: Draw) -> dict[str, float]:
         """One phase: draw, train, publish.
@@ -141,6 +148,8 @@ class LLMPhase:
                 f"the LLM engine did not take over the trained weights: {error}. The last "
                 "checkpoint stands; continue it with --resume, or use --engine transformers"
             ) from error
+        for take in self._followers:
+            await asyncio.to_thread(take)
         return {f"push_{name}": float(value) for name, value in report.items()}
 
     def stats(self) -> dict[str, float]:

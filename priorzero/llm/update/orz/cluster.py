@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +12,11 @@ import torch
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from priorzero.orz import find_source
+from priorzero.ray_link import connect, counted, disconnect
 from priorzero.types import PriorZeroError
 
 if TYPE_CHECKING:
     from priorzero.settings.orz import OrzSettings
-
-logger = logging.getLogger(__name__)
 
 _ROOT = Path(__file__).resolve().parents[4]  # where the workers find this package
 
@@ -42,36 +40,14 @@ class Cluster:
 
     def __init__(self, settings: OrzSettings, *, cuda: bool) -> None:
         self._settings, self._cuda = settings, cuda
-        self._ours = not ray.is_initialized()
-        if self._ours:
-            self._connect()
+        self._ours = connect(
+            settings.ray_address, cpus=settings.workers, gpus=None if cuda else settings.workers
+        )
         try:
             self.placement = self._reserve()
         except BaseException:
             self._disconnect()
             raise
-
-    def _connect(self) -> None:
-        workers, address = self._settings.workers, self._settings.ray_address
-        try:
-            if address:
-                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-            else:
-                # Of a cluster that ended badly Ray finds traces, and would try to join it.
-                ray.init(
-                    address="local",
-                    num_cpus=max(workers, os.cpu_count() or 1),
-                    num_gpus=None if self._cuda else workers,
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                )
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            what = f"no Ray cluster answers at {address}" if address else "Ray does not start"
-            raise PriorZeroError(
-                f"{what} ({error}). Start one with `ray start --head`, or leave "
-                "llm.orz.ray_address empty for one of the run's own"
-            ) from error
 
     def _reserve(self):
         settings = self._settings
@@ -85,8 +61,8 @@ class Cluster:
             raise PriorZeroError(
                 f"Ray found no room for {settings.actor_nodes} x {bundles[0]} "
                 f"({settings.placement}) in {settings.start_timeout_s:.0f} s; it has "
-                f"{_counted(ray.cluster_resources())}, free are "
-                f"{_counted(ray.available_resources())}. Set llm.orz.actor_nodes and "
+                f"{counted(ray.cluster_resources())}, free are "
+                f"{counted(ray.available_resources())}. Set llm.orz.actor_nodes and "
                 "actor_gpus_per_node to what there is"
             ) from error
         return placement
@@ -109,8 +85,4 @@ class Cluster:
 
     def _disconnect(self) -> None:
         if self._ours:
-            ray.shutdown()
-
-
-def _counted(resources: dict[str, float]) -> str:
-    return ", ".join(f"{resources.get(name, 0):g} {name}" for name in ("GPU", "CPU"))
+            disconnect()
