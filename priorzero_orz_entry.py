@@ -96,7 +96,7 @@ async def train_priorzero_orz(
             summary = reporting.write_summary(parts) if ranks.first else {}
             saving.require_saved(parts)
 
-    if config.priorzero_cfg.decisions.page and not eval_only:
+    if config.priorzero_cfg.decisions.page and ranks.first and not eval_only:
         _leave_page(Path(config.priorzero_cfg.exp_name))  # its records are closed now
     return summary
 
