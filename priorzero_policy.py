@@ -48,6 +48,9 @@ with quiet_base():
     from ding.utils import POLICY_REGISTRY
     from lzero.policy.unizero import UniZeroPolicy
 
+# Among the weights that other processes are handed, which have the names of parameters.
+_TEMPERATURE = "prior temperature"
+
 
 @POLICY_REGISTRY.register("priorzero")
 class PriorZeroPolicy(UniZeroPolicy):
@@ -193,15 +196,23 @@ class PriorZeroPolicy(UniZeroPolicy):
     # ---- playing in other processes --------------------------------------------------------------
 
     def acting_weights(self) -> dict[str, np.ndarray]:
-        """Copies of the parameters that collection plans with now, by name. Action texts are not
-        among them: every process gives them to its network as it learns of them.
+        """Copies of the parameters that collection plans with now, by name, and the LLM's
+        temperature, where it is calibrated. Action texts are not among them: every process gives
+        them to its network as it learns of them.
         """
         self._take_over()
-        return {n: p.detach().cpu().numpy().copy() for n, p in self._acting.named_parameters()}
+        weights = {n: p.detach().cpu().numpy().copy() for n, p in self._acting.named_parameters()}
+        if self._settings.root_prior.calibrated:
+            weights[_TEMPERATURE] = np.array(self.prior_temperature)
+        return weights
 
     @torch.no_grad()
     def take_weights(self, weights: Mapping[str, np.ndarray]) -> None:
         """Plan with these from here on, as `acting_weights` gave them elsewhere."""
+        weights = dict(weights)
+        if self._settings.root_prior.calibrated:
+            self._calibrated = float(weights.pop(_TEMPERATURE))
+
         own = dict(self._acting.named_parameters())
         assert own.keys() == weights.keys(), "the networks differ"
         for name, parameter in own.items():

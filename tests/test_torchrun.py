@@ -117,6 +117,14 @@ def test_what_is_refused_is_said_once(tmp_path):
         (dict(wm_training_mode="alternating"), "wm_training_mode"),
         (dict(enable_llm=False, off_policy_degree=1), "off_policy_degree"),
         (dict(enable_llm=False, async_eval=True), "async_eval"),
+        (dict(enable_llm=False, collector_workers=2), "collector_workers"),
+        (
+            dict(
+                presets=("frozen",),
+                overrides=dict(policy=dict(root_prior=dict(temperature="auto"))),
+            ),
+            "policy.root_prior.temperature",
+        ),
         (
             dict(
                 enable_llm=False,

@@ -17,6 +17,7 @@ class Schedule(Protocol):
     wm_training_mode: str
     off_policy_degree: int
     async_eval: bool
+    collector_workers: int
     priorzero_cfg: ExperimentSettings
 
 
@@ -47,7 +48,17 @@ def require_possible(config: Schedule, eval_only: bool) -> None:
             "with torchrun it must be parallel, in which all processes train in every phase",
         ),
         "off_policy_degree": (config.off_policy_degree, config.off_policy_degree == 0, aside),
+        "collector_workers": (
+            config.collector_workers,
+            not config.collector_workers,
+            "with torchrun every process plays itself: take one of the two",
+        ),
         "async_eval": (config.async_eval, not config.async_eval, aside),
+        "policy.root_prior.temperature": (
+            policy.root_prior.temperature,
+            not (llm.enable and policy.root_prior.calibrated),
+            "with torchrun it must be a number: each process would calibrate one of its own",
+        ),
         "policy.action_vocabulary.kind": (
             policy.action_vocabulary.kind,
             policy.action_vocabulary.kind == "stable",

@@ -272,3 +272,20 @@ def test_it_is_saved_with_the_policy_and_given_back(make_policy):
     assert other.prior_temperature == 8.0
     fixed.learn_mode.load_state_dict(policy.learn_mode.state_dict())
     assert fixed.prior_temperature == 1.0
+
+
+def test_a_policy_in_another_process_is_handed_it_with_the_weights(make_policy):
+    policy, worker, fixed = make_policy(), make_policy(seed=1).snapshot(), make_policy(seed=2)
+    for one in (policy, worker):
+        one.settings.root_prior = auto()
+    policy.calibrate(decided(3.0, 30))
+    assert worker.prior_temperature == 8.0
+
+    worker.take_weights(policy.acting_weights())
+    assert worker.prior_temperature == policy.prior_temperature == pytest.approx(3.0)
+    np.testing.assert_array_equal(
+        plan(worker, "eval").prior.log_wm, plan(policy, "eval").prior.log_wm
+    )
+
+    names = {name for name, _ in fixed.network.named_parameters()}
+    assert fixed.acting_weights().keys() == names
