@@ -550,11 +550,13 @@ async def main(arguments: list[str] | None = None) -> int:
     setup_logging(None)
     args = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     debug_mode = os.environ.get("DEBUG_MODE", "").lower() in ("1", "true", "yes")
+
     ranks = ALONE
     try:
         ranks = join()
         if not ranks.first:
             setup_logging(None, logging.WARNING, f"[rank {ranks.rank}] ")
+
         with ranks.in_order():
             config = config_from(args, debug_mode)
             if args.llm_from is not None:
@@ -564,8 +566,10 @@ async def main(arguments: list[str] | None = None) -> int:
                 if not (config.resume or args.eval_only):
                     set_aside(folder)  # before this run's log is opened in it
                 setup_logging(folder / "log")
+
         await train_priorzero_orz(config, args.eval_only, ranks)
         leave(ranks)
+
     except LostRank as lost:
         logger.info("This process stops: %s", lost)
         return 1

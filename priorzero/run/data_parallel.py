@@ -34,6 +34,7 @@ def require_possible(config: Schedule, eval_only: bool) -> None:
     llm, policy = config.priorzero_cfg.llm, config.priorzero_cfg.policy
     trains = llm.enable and (llm.sft.enable or llm.rft.enable)
     aside = "training beside play would ask the other processes at times of its own"
+
     rules: dict[str, tuple[Any, bool, str]] = {
         "eval_only": (eval_only, not eval_only, "one process evaluates: start it without torchrun"),
         "llm": (
@@ -65,6 +66,7 @@ def require_possible(config: Schedule, eval_only: bool) -> None:
             "with torchrun it must be stable: an action has the same id in all processes",
         ),
     }
+
     require(rules)
 
 

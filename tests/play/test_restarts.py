@@ -74,6 +74,7 @@ def test_the_better_way_is_remembered():
 def test_a_place_is_made_only_where_it_is_kept():
     memory = remembered(("a", 5.0, 6, 1))
     memory.visit("a", 5.0, 6, lambda: pytest.fail("the same way again"))
+    assert len(memory) == 1 and memory.best_score == 5.0
 
 
 def test_a_full_memory_drops_the_tenth_with_the_least_weight():
