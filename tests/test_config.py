@@ -210,6 +210,20 @@ def test_a_temperature_is_a_number_or_auto():
     assert given("auto", target_prior="world_model").calibrated
 
 
+def test_a_temperature_of_sft_belongs_to_its_softmax_over_the_actions():
+    def given(sft, **train):
+        get_priorzero_config(overrides=dict(llm=dict(sft=sft, train=train)))
+
+    given(dict(temperature=8))
+    given(dict(temperature=1, target_prior="llm"), objective="tokens")
+    with pytest.raises(PriorZeroError, match="llm.sft.temperature is 0.0.*positive"):
+        given(dict(temperature=0))
+    with pytest.raises(PriorZeroError, match="llm.sft.temperature is 8.0.*target_prior llm"):
+        given(dict(temperature=8, target_prior="llm"))
+    with pytest.raises(PriorZeroError, match="llm.sft.temperature is 8.0.*objective is tokens"):
+        given(dict(temperature=8), objective="tokens")
+
+
 def test_all_impossible_values_are_named_at_once():
     with pytest.raises(PriorZeroError) as caught:
         get_priorzero_config(overrides=dict(policy=dict(num_simulations=0, device="tpu"), seed=-4))

@@ -184,11 +184,21 @@ class SFTSettings(Settings):
     """The prior in the targets, as policy.target_prior. mixture: what the search started from; llm:
     the LLM's own as it answered then, so that it learns what the search found and not the world
     model's opinion; world_model: the world model's policy."""
+    temperature: float = 1.0
+    """What is trained towards the target is softmax(l / temperature). With the number of
+    policy.root_prior.temperature the root reads what was trained; with a lower one it reads a
+    flattened copy of it."""
 
     def rules(self) -> Iterator[Rule]:
         """See `Settings.rules`."""
-        yield from positive(self, "samples", "recent_transitions")
+        yield from positive(self, "samples", "recent_transitions", "temperature")
         yield from one_of(self, "target_prior", "mixture", "world_model", "llm")
+        yield Rule(
+            "temperature",
+            self.temperature == 1 or self.target_prior != "llm",
+            "with target_prior llm it must be 1: that prior is the LLM's at temperature 1, which "
+            "training at another one would sharpen or flatten where the search found nothing",
+        )
 
 
 GROUP_ADVANTAGES = ("group", "group_mean", "leave_one_out")
@@ -405,6 +415,12 @@ class LLMSettings(Settings):
             not (self.sft.enable and self.rft.enable and self.rft.relative),
             f"rft.advantage is {self.rft.advantage}: the LLM plays alone, and SFT learns from a "
             "search. The preset llm_only has settings that fit",
+        )
+        yield Rule(
+            "sft.temperature",
+            self.sft.temperature == 1 or self.train.objective == "actions",
+            "train.objective is tokens, whose loss has no softmax over the valid actions: it must "
+            "be 1, or train.objective actions",
         )
         yield Rule(
             "rft.format_reward",

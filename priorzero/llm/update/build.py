@@ -24,7 +24,7 @@ def make_objectives(settings: LLMSettings, reduction: str) -> dict[str, Objectiv
     """
     objectives: dict[str, Objective] = {}
     if settings.sft.enable:
-        objectives["sft"] = SFT(settings.train.objective, reduction)
+        objectives["sft"] = SFT(settings.train.objective, reduction, settings.sft.temperature)
     if settings.rft.enable:
         rating = plugins.load(OBJECTIVES, settings.rft.objective)
         objectives["rft"] = RFT(

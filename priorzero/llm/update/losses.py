@@ -12,11 +12,13 @@ from typing import NamedTuple
 import torch
 
 
-def sft_action_loss(totals: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy -sum_a target_a log softmax(totals)_a (scalar); its minimum is the entropy of
-    `target` [A].
+def sft_action_loss(
+    totals: torch.Tensor, target: torch.Tensor, temperature: float = 1.0
+) -> torch.Tensor:
+    """Cross-entropy -sum_a target_a log softmax(totals / temperature)_a (scalar); its minimum is
+    the entropy of `target` [A].
     """
-    return -(target * totals.log_softmax(-1)).sum()
+    return -(target * (totals / temperature).log_softmax(-1)).sum()
 
 
 def sft_token_loss(sums: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

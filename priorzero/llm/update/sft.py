@@ -22,11 +22,12 @@ class SFT(Objective):
     Args:
         over: "actions": cross-entropy over the valid actions; "tokens": over their texts' tokens.
         reduction: how token log-probabilities become one number per action, "sum" or "mean".
+        temperature: the policy is the softmax of these numbers over it.
     """
 
-    def __init__(self, over: str, reduction: str) -> None:
+    def __init__(self, over: str, reduction: str, temperature: float = 1.0) -> None:
         assert over in ("actions", "tokens"), over
-        self._over, self._reduction = over, reduction
+        self._over, self._reduction, self._temperature = over, reduction, temperature
 
     def prepare(
         self, samples: Sequence[LLMSample], score: Score
@@ -38,7 +39,7 @@ class SFT(Objective):
         target = torch.tensor(prepared, dtype=torch.float32, device=device)  # [A]
         totals = answer.totals(self._reduction)  # [A]
 
-        action_loss = sft_action_loss(totals, target)
+        action_loss = sft_action_loss(totals, target, self._temperature)
         loss = action_loss
         if self._over == "tokens":
             loss = sft_token_loss(answer.totals("sum"), target)

@@ -37,6 +37,15 @@ def test_sft_action_gradient_is_policy_minus_target():
     assert totals.grad.tolist() == pytest.approx([0.25 - 1, 0.75])
 
 
+def test_sft_at_a_temperature_reads_the_root_of_the_odds():
+    """At temperature 2 odds of 1 to 9 are 1 to 3, and the gradient is half of policy - target."""
+    totals = (2 * TOTALS).requires_grad_()
+    loss = sft_action_loss(totals, torch.tensor([1.0, 0.0]), temperature=2.0)
+    assert loss.item() == pytest.approx(math.log(4))
+    loss.backward()
+    assert totals.grad.tolist() == pytest.approx([(0.25 - 1) / 2, 0.75 / 2])
+
+
 def test_sft_token_loss():
     assert float(
         sft_token_loss(torch.tensor([-2.0, -4.0]), torch.tensor([0.25, 0.75]))

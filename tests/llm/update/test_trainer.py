@@ -14,7 +14,7 @@ from priorzero.llm.engines.transformers_engine import TransformersEngine
 from priorzero.llm.weights import adapters
 from priorzero.llm.weights.canary import StaleWeightsError
 from priorzero.llm.weights.publish import publish
-from priorzero.settings.llm import LoraSettings
+from priorzero.settings.llm import LoraSettings, SFTSettings
 from priorzero.types import PriorZeroError
 from tests.llm.decisions import (
     REQUESTS,
@@ -53,6 +53,18 @@ def test_sft_loss_falls(byte_model, objective):
     assert history[0]["sft_target_entropy"] == pytest.approx(spread, rel=1e-5)
     assert history[-1]["sft_accuracy"] == 1.0 and trainer.version == 30
     assert policy(trainer, REQUESTS[2]).exp()[:2].tolist() == pytest.approx([0.7, 0.3], abs=0.15)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 4.0])
+def test_sft_brings_the_policy_at_its_temperature_to_the_target(byte_model, temperature):
+    """Then softmax(l) is the target to the power of the temperature, and not the target."""
+    trainer = trainer_of(byte_model, sft=SFTSettings(temperature=temperature))
+    history = [trainer.update({"sft": SAMPLES}) for _ in range(60)]
+    assert history[-1]["sft_kl"] < 0.02 < history[0]["sft_kl"]
+
+    log_policy = policy(trainer, REQUESTS[0])  # of its two actions
+    odds = float(log_policy[0] - log_policy[1])
+    assert odds == pytest.approx(temperature * math.log(0.7 / 0.3), rel=0.25)
 
 
 REWARDED = [
