@@ -105,15 +105,30 @@ async def train_priorzero_orz(
             summary = reporting.write_summary(parts) if ranks.first else {}
             saving.require_saved(parts)
 
-    if config.priorzero_cfg.decisions.page and ranks.first and not eval_only:
-        _leave_page(Path(config.priorzero_cfg.exp_name))  # its records are closed now
+    settings = config.priorzero_cfg
+    if settings.decisions.page and ranks.first and not eval_only:
+        _leave_page(Path(settings.exp_name), settings.decisions.page_mib)  # records are closed now
     return summary
 
 
-def _leave_page(folder: Path) -> None:
-    """Write the run's page. A run that recorded nothing, or a full disk, costs the page alone."""
+def _leave_page(folder: Path, most_mib: int) -> None:
+    """Write the run's page, if its records are at most `most_mib`. A run that recorded nothing, or
+    a full disk, costs the page alone.
+    """
+    from priorzero.decisions.reader import recorded_mib
     from priorzero.view import PAGE, write_page
 
+    recorded = recorded_mib(folder)
+    if recorded > most_mib:
+        logger.info(
+            "There is no page of this run yet: its records are %.1f MiB, more than "
+            "decisions.page_mib (%d), and take many times as much memory when it is made; "
+            "python -m priorzero.view %s makes it",
+            recorded,
+            most_mib,
+            folder,
+        )
+        return
     try:
         write_page([folder], folder / PAGE)
     except PriorZeroError as error:

@@ -223,7 +223,7 @@ def test_run_writes_its_files(finished):
     )
 
 
-def test_a_debug_run_leaves_a_page(finished):
+def test_a_run_leaves_a_page(finished):
     """Of its last evaluation too, so it is made of closed files."""
     page = experiment(finished[0]) / "decisions.html"
     assert f"✓ Wrote {page.relative_to(finished[0])}" in finished[1].output
@@ -518,6 +518,19 @@ def tiny_config(**settings):
         overrides=TINY,
         **settings,
     )
+
+
+async def test_more_records_than_the_page_may_have_leave_none(tmp_path, monkeypatch, caplog):
+    from priorzero_orz_entry import train_priorzero_orz
+
+    monkeypatch.chdir(tmp_path)
+    config = tiny_config(iterations=1, eval_freq=1)
+    config.priorzero_cfg.decisions.page_mib = 0
+    with caplog.at_level("INFO", "priorzero_orz_entry"):
+        await train_priorzero_orz(config)
+    folder = experiment(tmp_path)
+    assert any((folder / "decisions").iterdir()) and not (folder / "decisions.html").exists()
+    assert f"python -m priorzero.view {folder.relative_to(tmp_path)} makes it" in caplog.text
 
 
 async def test_one_part_that_does_not_close_keeps_no_other_open(tmp_path, monkeypatch, caplog):

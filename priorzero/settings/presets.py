@@ -57,8 +57,6 @@ DEBUG = Preset(
             sft=dict(samples=24, recent_transitions=400),
             rft=dict(samples=24, recent_transitions=200),
         ),
-        # A stranger's first run ends with something to look at.
-        decisions=dict(page=True),
     ),
     schedule=dict(
         iterations=60,
