@@ -372,11 +372,8 @@ class PriorZeroCollector:
         ended = []
         for slot, decision, move, vector in zip(slots, due, moves, vectors, strict=True):
             outcome = timesteps[slot.env_id]
-            if slot.tape is not None:
-                moment = decision.moment(chosen[slot.env_id], outcome, move.plan)
-                now = played.before + played.steps
-                names = self._policy.vocabulary.action_of
-                slot.tape.write(slot.timestep, moment, decision.valid_ids, names, env_steps=now)
+            now, names = played.before + played.steps, self._policy.vocabulary.action_of
+            decision.record(slot, chosen[slot.env_id], outcome, names, move.plan, env_steps=now)
             played.steps += 1
             played.steps_of[slot.game] += 1
             if outcome.info["done_kind"] == "hang":

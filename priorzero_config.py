@@ -7,180 +7,44 @@ Three levels, from what is changed most to what is changed least:
 * `get_priorzero_config`: the settings (`ExperimentSettings`, groups env, policy, text, llm, eval,
   decisions, metrics) and the class names DI-engine needs. Each setting stands once, with its
   meaning and default, in `priorzero/settings/`.
-* `PRESETS`: overlays with the same names, and the schedule that goes with them. Debug is one of
-  them, not a second set of settings.
+* `PRESETS` (`priorzero/settings/presets.py`): overlays with the same names, and the schedule that
+  goes with them. Debug is one of them, not a second set of settings.
 
-Unknown names, wrong types and impossible combinations are rejected on construction. This module
-imports nothing heavy.
+Unknown names, wrong types and impossible combinations are rejected on construction; what must hold
+of the schedule stands in `priorzero/settings/schedule.py`. This module imports nothing heavy.
 """
 
 from __future__ import annotations
 
 import copy
 import difflib
-import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
-from priorzero import plugins
-from priorzero.games import tales
 from priorzero.orz import ORZ_AVAILABLE, orz_status  # noqa: F401 (looked for here by users)
 from priorzero.settings.env import run_name
 from priorzero.settings.experiment import ExperimentSettings
-from priorzero.settings.llm import GROUP_ADVANTAGES, LLMSettings
+from priorzero.settings.presets import (  # noqa: F401 (users look for all of them here)
+    DEBUG,
+    FROZEN,
+    JERICHO_PROTOCOL,
+    LLM_ONLY,
+    LORA,
+    ORZ,
+    PRESETS,
+    PURE_UNIZERO,
+    RFT_ONLY,
+    SFT_ONLY,
+    TALES_JERICHO,
+    TALES_SW,
+    TALES_TWX,
+    Preset,
+    choose,
+    refuse_rft,
+)
 from priorzero.settings.record import merge, overlay, require
+from priorzero.settings.schedule import CHOICES, orz_rules, schedule_rules  # noqa: F401 (the same)
 from priorzero.types import PriorZeroError
-
-
-@dataclass(frozen=True)
-class Preset:
-    """Values that belong together."""
-
-    settings: Mapping[str, Any]
-    """Nested names and values of `ExperimentSettings`."""
-    schedule: Mapping[str, Any] = field(default_factory=dict)
-    """Attributes of `HybridTrainingConfig`."""
-
-
-# Minutes on two CPU cores instead of hours on a GPU; every part is on, every size is small.
-DEBUG = Preset(
-    settings=dict(
-        # Eight environments and short segments: 40 transitions an iteration, an LLM call for eight
-        # states.
-        env=dict(max_steps=50, collector_env_num=8, evaluator_env_num=2, n_evaluator_episode=2),
-        policy=dict(
-            embed_dim=128,
-            num_heads=4,
-            num_simulations=16,
-            game_segment_length=5,
-            num_segments=8,
-            batch_size=32,
-            replay_buffer_size=20_000,
-            learning_rate=3e-4,
-            replay_ratio=0.25,
-            action_vocabulary=dict(capacity=256, overflow=16),
-            # mean: the small model's sums favour the shortest commands ("look") by far.
-            root_prior=dict(anneal_env_steps=2400, reduction="mean"),
-        ),
-        llm=dict(
-            # A debug run has no minute to spare for vLLM's start, nor the memory for a second
-            # engine.
-            engine="transformers",
-            # The prompt is the present observation alone: a state met again is in the score cache.
-            prompt=dict(history_length=0, include_valid_actions=False, max_prompt_tokens=448),
-            # Adapters: with all weights and a few decisions per step the SFT loss rose. On the last
-            # six of the small model's thirty layers, because the time of a state met again, or
-            # trained on, goes with the layers that change.
-            lora=dict(enable=True, last_layers=6),
-            train=dict(learning_rate=2e-3, batch_size=4),
-            sft=dict(samples=24, recent_transitions=400),
-            rft=dict(samples=24, recent_transitions=200),
-        ),
-        # A stranger's first run ends with something to look at.
-        decisions=dict(page=True),
-    ),
-    schedule=dict(
-        iterations=60,
-        eval_freq=30,
-        save_freq=30,
-        # An iteration brings ten updates of the world model.
-        sequential_wm_updates=300,
-        sequential_llm_phases=12,
-        alternating_wm_updates=100,
-        alternating_llm_phases=2,
-    ),
-)
-
-PURE_UNIZERO = Preset(
-    dict(
-        llm=dict(enable=False),
-        policy=dict(root_prior=dict(mode="wm_logits")),
-        eval=dict(modes=["world_model"]),
-    )
-)
-
-# What the LLM learns from: the search alone, the world model's advantages alone, nothing.
-SFT_ONLY = Preset(dict(llm=dict(sft=dict(enable=True), rft=dict(enable=False))))
-RFT_ONLY = Preset(dict(llm=dict(sft=dict(enable=False), rft=dict(enable=True))))
-FROZEN = Preset(dict(llm=dict(sft=dict(enable=False), rft=dict(enable=False))))
-
-# The LLM alone, without search and world model: what planning has to beat.
-LLM_ONLY = Preset(
-    settings=dict(
-        llm=dict(
-            sft=dict(enable=False),
-            # Few decisions a step are too noisy for returns of whole episodes.
-            train=dict(batch_size=16),
-            # All that the present weights played, and nothing older. More decisions than where a
-            # search plays, because phases are fewer.
-            rft=dict(
-                enable=True,
-                advantage="group",
-                samples=96,
-                recent_transitions=20_000,
-                max_staleness=0,
-            ),
-        ),
-        eval=dict(modes=["llm", "random"]),
-    ),
-    schedule=dict(wm_training_mode="llm_only"),
-)
-
-# What Open-Reasoner-Zero's trainer does: PPO on tokens, all weights, learning from advantages.
-ORZ = Preset(
-    dict(
-        llm=dict(
-            trainer="orz",
-            sft=dict(enable=False),
-            lora=dict(enable=False),
-            train=dict(learning_rate=1e-6),
-            rft=dict(enable=True, objective="token", kl_estimator="k3"),
-        )
-    )
-)
-
-LORA = Preset(dict(llm=dict(lora=dict(enable=True), train=dict(learning_rate=2e-4))))
-
-# What published scores of Jericho's games were allowed: 8 environments, 100,000 steps each,
-# episodes of 100 steps (the defaults of DRRN and TDQN, github.com/microsoft/tdqn).
-# `priorzero.compare` prints them beside ours.
-JERICHO_PROTOCOL = Preset(
-    settings=dict(
-        env=dict(max_steps=100, collector_env_num=8, evaluator_env_num=5, n_evaluator_episode=10),
-        policy=dict(num_segments=8, game_segment_length=20),
-    ),
-    # 5,000 times 160 steps; an evaluation every 40,000 steps.
-    schedule=dict(iterations=5000, eval_freq=250, save_freq=250),
-)
-
-# What published scores of TALES were given: each game once, for 100 steps, those of the two
-# generated kinds in one variation of the test set. Training plays what --env-id names.
-_TALES = dict(max_steps=100, evaluator_env_num=1, n_evaluator_episode=1)
-TALES_JERICHO = Preset(dict(env=_TALES))
-TALES_TWX = Preset(dict(env=_TALES | dict(eval_env_id=list(tales.TEXTWORLD_EXPRESS))))
-TALES_SW = Preset(
-    dict(
-        env=_TALES | dict(eval_env_id=list(tales.SCIENCEWORLD)),
-        # A task has thousands of commands.
-        policy=dict(action_vocabulary=dict(capacity=4096)),
-    )
-)
-
-PRESETS = dict(
-    debug=DEBUG,
-    pure_unizero=PURE_UNIZERO,
-    sft_only=SFT_ONLY,
-    rft_only=RFT_ONLY,
-    frozen=FROZEN,
-    llm_only=LLM_ONLY,
-    lora=LORA,
-    jericho_protocol=JERICHO_PROTOCOL,
-    tales_jericho=TALES_JERICHO,
-    tales_twx=TALES_TWX,
-    tales_sw=TALES_SW,
-    orz=ORZ,
-)
 
 # Class names for DI-engine's registries, and the modules that register them.
 CREATE = dict(
@@ -218,9 +82,9 @@ def get_priorzero_config(
     Raises:
         PriorZeroError: an unknown name, a wrong type or an impossible combination.
     """
-    chosen = _presets(debug_mode, presets)
+    chosen = choose(debug_mode, presets)
     if enable_rft:
-        _refuse_rft(chosen)
+        refuse_rft(chosen)
 
     layers = [preset.settings for preset in chosen.values()]
     if not enable_llm:
@@ -242,28 +106,6 @@ def get_priorzero_config_for_quick_test(
 ) -> tuple[ExperimentSettings, dict[str, Any]]:
     """`get_priorzero_config` in debug mode."""
     return get_priorzero_config(env_id=env_id, seed=seed, debug_mode=True, **settings)
-
-
-def _presets(debug_mode: bool, names: tuple[str, ...]) -> dict[str, Preset]:
-    """Name -> preset in the order in which they are applied, debug first.
-
-    Raises:
-        PriorZeroError: a name does not exist.
-    """
-    for name in names:
-        if name not in PRESETS:
-            raise PriorZeroError(f"preset {name!r} does not exist; there are {', '.join(PRESETS)}")
-    ordered = ["debug"] if debug_mode or "debug" in names else []
-    return {name: PRESETS[name] for name in [*ordered, *names]}
-
-
-def _refuse_rft(presets: Mapping[str, Preset]) -> None:
-    for name, preset in presets.items():
-        if preset.settings.get("llm", {}).get("rft", {}).get("enable") is False:
-            raise PriorZeroError(
-                f"--rft (enable_rft) switches on what preset {name!r} switches off; leave one of "
-                "them out"
-            )
 
 
 def _default_name(settings: ExperimentSettings, debug: bool) -> str:
@@ -379,7 +221,7 @@ class HybridTrainingConfig:
         asked = type(self).debug_mode if debug_mode is None else debug_mode
         if schedule.get("use_orz_trainer", type(self).use_orz_trainer) and "orz" not in presets:
             presets = ("orz", *presets)
-        chosen = _presets(asked, presets)
+        chosen = choose(asked, presets)
         self.debug_mode = "debug" in chosen
         address = schedule.get("ray_address", type(self).ray_address)
         if address and isinstance(address, str):
@@ -429,61 +271,25 @@ class HybridTrainingConfig:
         Raises:
             PriorZeroError: names every impossible value of the schedule, or of the settings.
         """
-        smallest = dict(
-            wm_train_freq=1,
-            llm_train_freq=1,
-            sequential_wm_updates=1,
-            sequential_llm_phases=1,
-            alternating_wm_updates=1,
-            alternating_llm_phases=1,
-            llm_only_episodes=2,
-            iterations=1,
-            eval_freq=0,
-            save_freq=0,
-            sample_prompt_freq=0,
-            off_policy_degree=-1,
-            collector_workers=0,
+        names = _schedule_names(type(self))
+        values = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        missing = {
+            name: ("missing", False, "a setting is declared with its default")
+            for name in names
+            if name not in values
+        }
+        rules = schedule_rules(
+            values,
+            self.priorzero_cfg,
+            defaults={name: getattr(HybridTrainingConfig, name) for name in SCHEDULE},
+            read_by=READ_BY,
+            own_mode=type(self).__name__ if self._own_schedule() else "",
         )
-        rules = {}
-        for name, low in smallest.items():
-            value = getattr(self, name)
-            rules[name] = (
-                value,
-                type(value) is int and value >= low,
-                f"it must be an integer >= {low}",
-            )
-        for name in ("resume", "debug_mode", "sequential_repeat", "async_eval"):
-            value = getattr(self, name)
-            rules[name] = value, isinstance(value, bool), "it must be True or False"
-        rules["checkpoint"] = (
-            self.checkpoint,
-            isinstance(self.checkpoint, str),
-            "it must be latest, best or a folder's name",
-        )
+        require(rules | missing)
 
-        for name in _schedule_names(type(self)):
-            if not hasattr(self, name):
-                rules[name] = "missing", False, "a setting is declared with its default"
-        for name, choices in CHOICES.items():
-            value = getattr(self, name)
-            rules[name] = value, value in choices, f"it must be {' or '.join(choices)}"
-
-        # A value that is impossible in itself is told as that.
-        for name, rule in (self._mode_rules() | self._ray_rules()).items():
-            if name not in rules or rules[name][1]:
-                rules[name] = rule
-        asked, llm = self.use_orz_trainer, self.priorzero_cfg.llm
-        rules["use_orz_trainer"] = (
-            asked,
-            asked in (None, True, False) and not (asked is False and llm.trainer == "orz"),
-            "llm.trainer is orz: leave one of them out"
-            if asked is False
-            else "it must be True, False or None",
-        )
-        require(rules)
         self.priorzero_cfg.validate()
-        if asked:
-            require(_orz_rules(llm))
+        if self.use_orz_trainer:
+            require(orz_rules(self.priorzero_cfg.llm))
 
     def settle_trainer(self, eval_only: bool = False) -> str:
         """Decide who trains the LLM, and write it into `use_orz_trainer` and `llm.trainer`. Called
@@ -514,7 +320,7 @@ class HybridTrainingConfig:
         elif found and not asked and self.collector_workers and not self.cluster:
             why = "collector_workers is set, and ray_address names no cluster with room for both"
         elif found:
-            rules = {} if asked else _orz_rules(llm)
+            rules = {} if asked else orz_rules(llm)
             why = next(
                 (f"{name} is {value!r}" for name, (value, holds, _) in rules.items() if not holds),
                 "",
@@ -533,89 +339,6 @@ class HybridTrainingConfig:
         """Address of this run's Ray cluster, by whichever setting; empty for one of its own."""
         return self.ray_address or self.priorzero_cfg.llm.orz.ray_address
 
-    def _ray_rules(self) -> dict[str, tuple[Any, bool, str]]:
-        """What must hold of `collector_workers` and `ray_address`, as `require` wants it."""
-        settings, address = self.priorzero_cfg, self.ray_address
-        orz, is_text = settings.llm.orz.ray_address, isinstance(address, str)
-        rules = {
-            "ray_address": (
-                address,
-                is_text and (not address or orz in ("", address)),
-                f"llm.orz.ray_address is {orz!r}, and a run is in one Ray cluster"
-                if is_text
-                else "it must be host:port, auto or empty",
-            )
-        }
-        workers = self.collector_workers
-        if type(workers) is not int or workers <= 0:
-            return rules
-
-        conditions = (
-            (
-                workers <= settings.env.collector_env_num,
-                f"each needs an environment, and env.collector_env_num is "
-                f"{settings.env.collector_env_num}",
-            ),
-            (
-                workers <= settings.policy.num_segments,
-                f"each has a part of an iteration's segments, and policy.num_segments is "
-                f"{settings.policy.num_segments}",
-            ),
-            (
-                not settings.policy.restarts.share,
-                "policy.restarts.share is above 0: one collector remembers visited states, and "
-                "workers would each have a memory of their own, which no checkpoint holds",
-            ),
-            (
-                settings.llm.trainer != "orz" or bool(address or orz),
-                "ORZ's workers and collectors need one Ray cluster with room for both: start it "
-                "and name it in ray_address",
-            ),
-        )
-        broken = [text for holds, text in conditions if not holds]
-        if broken:
-            rules["collector_workers"] = workers, False, "; ".join(broken)
-        return rules
-
-    def _mode_rules(self) -> dict[str, tuple[Any, bool, str]]:
-        """What must hold of `wm_training_mode` and of the settings it reads, as `require` wants
-        it.
-        """
-        mode, rules = self.wm_training_mode, {}
-        if self._own_schedule():
-            name = type(self).__name__
-            text = f"class {name} has an iterate of its own: leave wm_training_mode out"
-            rules["wm_training_mode"] = mode, mode == name, text
-        else:
-            files = plugins.names("priorzero.loop.schedules")
-            text = f"priorzero/loop/schedules holds {', '.join(files)}"
-            rules["wm_training_mode"] = mode, mode in files, text
-
-        if mode != "parallel" and self.off_policy_degree:
-            text = f"training beside collection is parallel's alone, and this is {mode}: take 0"
-            rules["off_policy_degree"] = self.off_policy_degree, False, text
-        if mode not in tuple(READ_BY):
-            return rules
-        for owner, names in READ_BY.items():
-            for name in names:
-                if owner != mode and getattr(self, name) not in _defaults(name):
-                    text = f"only wm_training_mode {owner} reads it, and this is {mode}"
-                    rules[name] = getattr(self, name), False, text
-
-        llm = self.priorzero_cfg.llm
-        learns = llm.enable and (llm.sft.enable or llm.rft.enable)
-        if mode in ("sequential", "alternating") and not learns:
-            text = "the LLM has turns, and there is none that learns: take parallel"
-            rules["wm_training_mode"] = mode, False, text
-        rules |= _who_plays(mode, llm)
-        if mode == "alternating" and self.alternating_first == "llm":
-            rules["alternating_llm_collect"] = (
-                self.alternating_llm_collect,
-                self.alternating_llm_collect in ("everything", "world_model"),
-                "alternating_first is llm, which must play before it can learn",
-            )
-        return rules
-
     def as_dict(self) -> dict[str, Any]:
         """Everything, as saved beside the run."""
         schedule = {name: getattr(self, name) for name in _schedule_names(type(self))}
@@ -632,46 +355,6 @@ READ_BY = {
     mode: tuple(name for name in SCHEDULE if name.startswith(f"{mode}_"))
     for mode in ("parallel", "sequential", "alternating", "llm_only")
 }
-
-CHOICES = dict(
-    alternating_first=("world_model", "llm"),
-    alternating_llm_collect=("everything", "world_model", "nothing"),
-)
-
-
-def _orz_rules(llm: LLMSettings) -> dict[str, tuple[Any, bool, str]]:
-    """What ORZ's trainer needs of the settings, as `require` wants it."""
-    return {
-        f"llm.{rule.name}": (
-            functools.reduce(getattr, rule.name.split("."), llm),
-            rule.holds,
-            f"{rule.text} (the preset orz has settings that fit)",
-        )
-        for rule in llm.orz_rules()
-    }
-
-
-def _who_plays(mode: str, llm: LLMSettings) -> dict[str, tuple[Any, bool, str]]:
-    """Advantages must fit the player, as `require` wants it: those of groups need episodes that the
-    LLM played alone, all others a search.
-    """
-    advantage, groups = llm.rft.advantage, ", ".join(GROUP_ADVANTAGES)
-    if mode == "llm_only":
-        learns = llm.enable and llm.rft.enable and llm.rft.relative
-        text = "then an LLM plays alone, and llm.enable and llm.rft.enable must be true and "
-        text += f"llm.rft.advantage one of {groups}: take the preset llm_only"
-        return {"wm_training_mode": (mode, learns, text)}
-
-    searched = not (llm.enable and llm.rft.enable and llm.rft.relative)
-    text = f"a search plays in wm_training_mode {mode}: {groups} compare episodes that the LLM "
-    text += "plays alone (the preset llm_only)"
-    return {"llm.rft.advantage": (advantage, searched, text)}
-
-
-def _defaults(name: str) -> list[Any]:
-    """The values an attribute has where the user says nothing."""
-    laid_over = [p.schedule[name] for p in PRESETS.values() if name in p.schedule]
-    return [getattr(HybridTrainingConfig, name), *laid_over]
 
 
 def _schedule_names(cls: type[HybridTrainingConfig]) -> tuple[str, ...]:

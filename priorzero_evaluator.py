@@ -195,13 +195,10 @@ class PriorZeroEvaluator:
                     {s.env_id: c.action for s, c in zip(running, choices, strict=True)},
                 )
 
+            action_of = self._policy.vocabulary.action_of
             for slot, choice in zip(running, choices, strict=True):
                 outcome = timesteps[slot.env_id]
-                if slot.tape is not None:
-                    decision = choice.decision
-                    moment = decision.moment(choice.action, outcome, choice.plan)
-                    names = self._policy.vocabulary.action_of
-                    slot.tape.write(slot.timestep, moment, decision.valid_ids, names)
+                choice.decision.record(slot, choice.action, outcome, action_of, choice.plan)
                 reward = float(outcome.reward)
                 slot.transcript += _script(slot, choice, reward)
                 slot.advance(choice.action, reward, outcome.obs, choice.action_id)

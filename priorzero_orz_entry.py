@@ -7,7 +7,7 @@ The loop itself is `priorzero/loop/train.py`. Another program calls `train_prior
 or `build(config)` where it wants the parts.
 
 Processes that vLLM starts import this module again as `__main__`. So the top of the file imports
-what is light, and everything that loads torch is imported in one block inside `build`.
+what is light; what loads torch is imported inside `build` and the functions that make single parts.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from priorzero.export import trained_llm
 from priorzero.games.catalogue import resolve_games
@@ -46,12 +47,20 @@ if TYPE_CHECKING:
     from easydict import EasyDict
 
     from priorzero.collectors.messages import Share
+    from priorzero.collectors.remote import RemoteCollector
     from priorzero.collectors.worker import WorkerParts
+    from priorzero.decisions.recorder import Recorder
     from priorzero.games.group import GameEnvGroup
     from priorzero.games.records import GameSpec
     from priorzero.llm.build import LLMParts
+    from priorzero.llm.prior import LLMPrior
     from priorzero.loop.parts import Parts
+    from priorzero.run.metrics import MetricsWriter, NoMetrics, Stopwatch
     from priorzero.settings.experiment import ExperimentSettings
+    from priorzero.text.encoder import SentenceEncoder
+    from priorzero_collector import PriorZeroCollector
+    from priorzero_evaluator import PriorZeroEvaluator
+    from priorzero_policy import PriorZeroPolicy
 
 logger = logging.getLogger("priorzero_orz_entry")
 
@@ -96,15 +105,30 @@ async def train_priorzero_orz(
             summary = reporting.write_summary(parts) if ranks.first else {}
             saving.require_saved(parts)
 
-    if config.priorzero_cfg.decisions.page and ranks.first and not eval_only:
-        _leave_page(Path(config.priorzero_cfg.exp_name))  # its records are closed now
+    settings = config.priorzero_cfg
+    if settings.decisions.page and ranks.first and not eval_only:
+        _leave_page(Path(settings.exp_name), settings.decisions.page_mib)  # records are closed now
     return summary
 
 
-def _leave_page(folder: Path) -> None:
-    """Write the run's page. A run that recorded nothing, or a full disk, costs the page alone."""
+def _leave_page(folder: Path, most_mib: int) -> None:
+    """Write the run's page, if its records are at most `most_mib`. A run that recorded nothing, or
+    a full disk, costs the page alone.
+    """
+    from priorzero.decisions.reader import recorded_mib
     from priorzero.view import PAGE, write_page
 
+    recorded = recorded_mib(folder)
+    if recorded > most_mib:
+        logger.info(
+            "There is no page of this run yet: its records are %.1f MiB, more than "
+            "decisions.page_mib (%d), and take many times as much memory when it is made; "
+            "python -m priorzero.view %s makes it",
+            recorded,
+            most_mib,
+            folder,
+        )
+        return
     try:
         write_page([folder], folder / PAGE)
     except PriorZeroError as error:
@@ -139,42 +163,27 @@ async def build(
     own_folder = folder if ranks.first else folder / "ranks" / str(ranks.rank)
     # Before the imports: a wrong name should not cost the seconds they take.
     not_orz = config.settle_trainer(eval_only)
-    games = resolve_games(settings.env.env_id, settings.env.games_dir)
-    eval_games = games
-    if settings.env.eval_env_id is not None:
-        eval_games = resolve_games(settings.env.eval_env_id, settings.env.games_dir)
+    games, eval_games = _games_of(settings)
 
     with quiet_base():
         from ding.utils import set_pkg_seed
     from game_buffer_priorzero import PriorZeroGameBuffer
     from priorzero.compute import resolve_device
     from priorzero.data.archive import SegmentArchive
-    from priorzero.decisions.recorder import Recorder
     from priorzero.lightzero import compile_priorzero
-    from priorzero.loop.parts import Parts, seen_warning
-    from priorzero.run.boards.wandb import open_wandb
+    from priorzero.loop.parts import Parts
     from priorzero.run.checkpoint import CheckpointStore
-    from priorzero.run.metrics import MetricsWriter, NoMetrics, Stopwatch
-    from priorzero.text.encoder import SentenceEncoder
-    from priorzero_evaluator import PriorZeroEvaluator
+    from priorzero.run.metrics import Stopwatch
     from priorzero_policy import PriorZeroPolicy
 
     async with AsyncExitStack() as opened:
         watch = Stopwatch()
-        metrics = NoMetrics()
-        if ranks.first:
-            metrics = MetricsWriter(folder / "log", open_wandb(folder, settings.metrics))
-        opened.push_async_callback(_close, metrics)
+        metrics = _closed_with(opened, _metrics(settings, folder, ranks))
 
         # The world model.
         device = resolve_device(settings.policy.device)
         set_pkg_seed(seed, use_cuda=device == "cuda")
-        encoder = await asyncio.to_thread(
-            SentenceEncoder,
-            settings.text.encoder,
-            device=device,
-            cache_bytes=settings.text.cache_mib * 2**20,
-        )
+        encoder = await asyncio.to_thread(_encoder, settings, device)
         compiled = compile_priorzero(settings, config.priorzero_create_cfg, encoder.dim)
         policy = await asyncio.to_thread(PriorZeroPolicy, compiled.policy)
         policy.attach_encoder(encoder.encode)
@@ -194,71 +203,18 @@ async def build(
         # The players, each with environments of its own, which begin with the first game.
         collect_envs = None
         if not workers:
-            collect_envs = _collect_envs(settings, compiled, games)
-            opened.push_async_callback(_close, collect_envs)
-        eval_envs = _eval_envs(settings, compiled, eval_games)
-        opened.push_async_callback(_close, eval_envs)
-
-        recorder = Recorder(
-            folder / "decisions",
-            settings.decisions,
-            reduction=settings.policy.root_prior.reduction,
-            decode=llm.engine.tokeniser.decode if llm is not None else None,
-            again=eval_only,
-        )
-        opened.push_async_callback(_close, recorder)
-
+            collect_envs = _closed_with(opened, _collect_envs(settings, compiled, games))
+        eval_envs = _closed_with(opened, _eval_envs(settings, compiled, eval_games))
+        recorder = _closed_with(opened, _recorder(settings, folder, llm, again=eval_only))
         prior = llm.prior if llm is not None else None
-        history_length = settings.llm.prompt.history_length
+        shared = _Shared(settings, policy, encoder, prior, watch, recorder)
         if workers:
-            plan = await asyncio.to_thread(_worker_plan, config, games)
-            collector = _remote_collector(config, plan, policy, encoder, llm, watch)
-            opened.push_async_callback(_close, collector)
-            if not config.resume:  # else they begin once it is known what has been played
-                await collector.start()
+            collector = await _remote_collector(config, games, policy, encoder, llm, watch, opened)
         else:
-            collector = _collector(settings, policy, collect_envs, encoder, prior, watch, recorder)
-        trained_on = {plain_name(g.env_id) for g in eval_games if g in games}
-        if not trained_on:
-            logger.warning(
-                "env.eval_env_id %s names no game that is trained on: no checkpoint will be marked "
-                "as the best, and --checkpoint best finds none",
-                settings.env.eval_env_id,
-            )
-        evaluator = PriorZeroEvaluator(
-            settings.policy,
-            policy,
-            eval_envs,
-            encoder,
-            prior,
-            history_length=history_length,
-            seed=settings.seed,
-            temperature=settings.eval.temperature,
-            transcripts=folder / "transcripts" if settings.eval.transcripts else None,
-            watch=watch,
-            recorder=recorder,
-            games=eval_games if settings.env.several or eval_games != games else None,
-            judged_by=trained_on,
-            several_games=settings.env.several,
-        )
+            collector = _collector(shared, collect_envs)
+        evaluator = _evaluator(shared, eval_envs, folder, games, eval_games)
 
-        seen = seen_warning(games + eval_games, llm.seen) if llm is not None else ""
-        logger.info(
-            banner(
-                config,
-                folder=folder,
-                games=games,
-                eval_games=eval_games,
-                llm=llm.name if llm is not None else "none (pure UniZero)",
-                device=device,
-                parameters=sum(p.numel() for p in policy.network.parameters()),
-                orz=orz_status(),
-                not_orz=not_orz,
-                warning=seen,
-                processes=ranks.size,
-            )
-        )
-        return Parts(
+        parts = Parts(
             config=config,
             settings=settings,
             folder=folder,
@@ -279,8 +235,11 @@ async def build(
             checkpoints=CheckpointStore(own_folder / "ckpt"),
             archive=SegmentArchive(own_folder / "replay", settings.policy.replay_save_mib * 2**20),
             ranks=ranks,
-            closing=opened.pop_all(),
+            closing=opened,
         )
+        _tell(parts, not_orz)
+        parts.closing = opened.pop_all()
+        return parts
 
 
 async def build_worker(plan: Mapping[str, Any], share: Share) -> WorkerParts:
@@ -299,7 +258,6 @@ async def build_worker(plan: Mapping[str, Any], share: Share) -> WorkerParts:
     from priorzero.compute import resolve_device
     from priorzero.lightzero import compile_priorzero
     from priorzero.run.metrics import Stopwatch
-    from priorzero.text.encoder import SentenceEncoder
     from priorzero_policy import PriorZeroPolicy
 
     settings = share.settings(plan["settings"])
@@ -307,22 +265,92 @@ async def build_worker(plan: Mapping[str, Any], share: Share) -> WorkerParts:
     async with AsyncExitStack() as opened:
         device = resolve_device(settings.policy.device)
         set_pkg_seed(settings.seed, use_cuda=device == "cuda")
-        encoder = SentenceEncoder(
-            settings.text.encoder, device=device, cache_bytes=settings.text.cache_mib * 2**20
-        )
+        encoder = _encoder(settings, device)
         compiled = compile_priorzero(settings, plan["create"], encoder.dim)
         policy = PriorZeroPolicy(compiled.policy)
         policy.attach_encoder(encoder.encode)
         policy = policy.snapshot()  # which cannot learn, and needs no optimiser
 
         llm = await _build_llm(settings, device, opened)
-        envs = _collect_envs(settings, compiled, games, share)
-        opened.push_async_callback(_close, envs)
+        envs = _closed_with(opened, _collect_envs(settings, compiled, games, share))
 
         watch = Stopwatch()
         prior = llm.prior if llm is not None else None
-        collector = _collector(settings, policy, envs, encoder, prior, watch)
+        collector = _collector(_Shared(settings, policy, encoder, prior, watch), envs)
         return WorkerParts(collector, policy, llm, watch, opened.pop_all())
+
+
+# ---- the parts, one by one -----------------------------------------------------------------------
+
+
+def _games_of(settings: ExperimentSettings) -> tuple[tuple[GameSpec, ...], tuple[GameSpec, ...]]:
+    """The games that are trained on, and those that are evaluated."""
+    env = settings.env
+    games = resolve_games(env.env_id, env.games_dir)
+    if env.eval_env_id is None:
+        return games, games
+    return games, resolve_games(env.eval_env_id, env.games_dir)
+
+
+def _metrics(settings: ExperimentSettings, folder: Path, ranks: Ranks) -> MetricsWriter | NoMetrics:
+    """Where the numbers go; only the first of several processes writes them."""
+    from priorzero.run.boards.wandb import open_wandb
+    from priorzero.run.metrics import MetricsWriter, NoMetrics
+
+    if not ranks.first:
+        return NoMetrics()
+    return MetricsWriter(folder / "log", open_wandb(folder, settings.metrics))
+
+
+def _encoder(settings: ExperimentSettings, device: str) -> SentenceEncoder:
+    """The frozen encoder of observations and actions."""
+    from priorzero.text.encoder import SentenceEncoder
+
+    return SentenceEncoder(
+        settings.text.encoder, device=device, cache_bytes=settings.text.cache_mib * 2**20
+    )
+
+
+def _recorder(
+    settings: ExperimentSettings, folder: Path, llm: LLMParts | None, again: bool
+) -> Recorder:
+    """Who writes decisions down.
+
+    Args:
+        folder: of the run.
+        again: an evaluation of a run that is over.
+    """
+    from priorzero.decisions.recorder import Recorder
+
+    return Recorder(
+        folder / "decisions",
+        settings.decisions,
+        reduction=settings.policy.root_prior.reduction,
+        decode=llm.engine.tokeniser.decode if llm is not None else None,
+        again=again,
+    )
+
+
+def _tell(parts: Parts, not_orz: str) -> None:
+    """Log what is about to run.
+
+    Args:
+        not_orz: why ORZ's trainer does not train; empty where it does.
+    """
+    text = banner(
+        parts.config,
+        folder=parts.folder,
+        games=parts.games,
+        eval_games=parts.eval_games,
+        llm=parts.llm_name,
+        device=parts.device,
+        parameters=sum(p.numel() for p in parts.policy.network.parameters()),
+        orz=orz_status(),
+        not_orz=not_orz,
+        warning=parts.llm_warning,
+        processes=parts.ranks.size,
+    )
+    logger.info(text)
 
 
 async def _join_ray(config: HybridTrainingConfig, opened: AsyncExitStack) -> None:
@@ -356,13 +384,17 @@ def _worker_plan(config: HybridTrainingConfig, games: Sequence[GameSpec]) -> dic
     return {"settings": settings, "create": config.priorzero_create_cfg}
 
 
-def _remote_collector(
-    config: HybridTrainingConfig, plan: Mapping[str, Any], policy, encoder, llm, watch
-):
-    """The collector of a run with workers; see `RemoteCollector`.
-
-    Args:
-        plan: of `_worker_plan`.
+async def _remote_collector(
+    config: HybridTrainingConfig,
+    games: Sequence[GameSpec],
+    policy: PriorZeroPolicy,
+    encoder: SentenceEncoder,
+    llm: LLMParts | None,
+    watch: Stopwatch,
+    opened: AsyncExitStack,
+) -> RemoteCollector:
+    """The collector of a run with workers, which have started; those of a resumed run start once
+    it is known what has been played. Closed with `opened`.
     """
     from priorzero.collectors.remote import RemoteCollector
 
@@ -372,10 +404,10 @@ def _remote_collector(
             "Decisions of training episodes are not recorded: they are taken in workers (those of "
             "evaluations are, where decisions.evaluation is set)"
         )
-    return RemoteCollector(
+    collector = RemoteCollector(
         settings.collectors,
         "priorzero_orz_entry:build_worker",
-        plan,
+        await asyncio.to_thread(_worker_plan, config, games),
         workers=config.collector_workers,
         environments=settings.env.collector_env_num,
         policy=policy,
@@ -385,23 +417,81 @@ def _remote_collector(
         watch=watch,
         several_games=settings.env.several,
     )
+    _closed_with(opened, collector)
+    if not config.resume:
+        await collector.start()
+    return collector
 
 
-def _collector(settings: ExperimentSettings, policy, envs, encoder, prior, watch, recorder=None):
-    """A collector in this process; see `PriorZeroCollector`."""
+@dataclass(frozen=True)
+class _Shared:
+    """What collector and evaluator both play with; the prior is None without an LLM."""
+
+    settings: ExperimentSettings
+    policy: PriorZeroPolicy
+    encoder: SentenceEncoder
+    prior: LLMPrior | None
+    watch: Stopwatch
+    recorder: Recorder | None = None
+
+
+def _collector(shared: _Shared, envs: GameEnvGroup) -> PriorZeroCollector:
+    """A collector in this process."""
     from priorzero_collector import PriorZeroCollector
 
+    settings = shared.settings
     return PriorZeroCollector(
         settings.policy,
-        policy,
+        shared.policy,
         envs,
-        encoder,
-        prior,
+        shared.encoder,
+        shared.prior,
         history_length=settings.llm.prompt.history_length,
         seed=settings.seed,
         llm_target_prior=settings.llm.sft.target_prior,
-        watch=watch,
-        recorder=recorder,
+        watch=shared.watch,
+        recorder=shared.recorder,
+        several_games=settings.env.several,
+    )
+
+
+def _evaluator(
+    shared: _Shared,
+    envs: GameEnvGroup,
+    folder: Path,
+    games: Sequence[GameSpec],
+    eval_games: Sequence[GameSpec],
+) -> PriorZeroEvaluator:
+    """The evaluator of a run.
+
+    Args:
+        folder: of the run.
+        games: that are trained on, by which checkpoints are judged. eval_games: that are played.
+    """
+    from priorzero_evaluator import PriorZeroEvaluator
+
+    settings = shared.settings
+    trained_on = {plain_name(g.env_id) for g in eval_games if g in games}
+    if not trained_on:
+        logger.warning(
+            "env.eval_env_id %s names no game that is trained on: no checkpoint will be marked "
+            "as the best, and --checkpoint best finds none",
+            settings.env.eval_env_id,
+        )
+    return PriorZeroEvaluator(
+        settings.policy,
+        shared.policy,
+        envs,
+        shared.encoder,
+        shared.prior,
+        history_length=settings.llm.prompt.history_length,
+        seed=settings.seed,
+        temperature=settings.eval.temperature,
+        transcripts=folder / "transcripts" if settings.eval.transcripts else None,
+        watch=shared.watch,
+        recorder=shared.recorder,
+        games=eval_games if settings.env.several or eval_games != games else None,
+        judged_by=trained_on,
         several_games=settings.env.several,
     )
 
@@ -474,9 +564,18 @@ async def _build_llm(
         make_prompt=partial(prompt_builder, settings.llm.prompt),
         folder=folder,
     )
-    opened.push_async_callback(_close, llm.trainer)
-    opened.push_async_callback(_close, llm.engine)
+    _closed_with(opened, llm.trainer)
+    _closed_with(opened, llm.engine)
     return llm
+
+
+Closable = TypeVar("Closable")
+
+
+def _closed_with(opened: AsyncExitStack, part: Closable) -> Closable:
+    """The part, which `_close` closes with `opened`."""
+    opened.push_async_callback(_close, part)
+    return part
 
 
 async def _close(part: Any) -> None:

@@ -19,6 +19,7 @@ from priorzero.comparison.figures import compare
 from priorzero.comparison.page import page, write_files
 from priorzero.comparison.runs import group_runs, read_runs
 from priorzero.run.logs import setup_logging
+from priorzero.say import say
 from priorzero.settings.record import require
 from priorzero.types import PriorZeroError
 
@@ -74,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
     report = {"command": "python -m priorzero.compare " + shlex.join(arguments)} | report
     if args.out is not None:
         write_files(args.out, report, games)
-    sys.stdout.write(page(report))
+    say(page(report))
     return 0
 
 

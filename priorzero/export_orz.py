@@ -13,16 +13,14 @@ import argparse
 import json
 import logging
 import sys
-from pathlib import Path
 from typing import Any
 
-from priorzero.export import FACTS, read_settings
-from priorzero.export_samples import read_samples, require_same_tokenizer
+from priorzero.export import FACTS
+from priorzero.export_samples import add_common_options, read_decisions
 from priorzero.run.cli import calm_openmp
 from priorzero.run.logs import setup_logging
 from priorzero.run.output import new_folder, require_free
-from priorzero.settings.experiment import ExperimentSettings
-from priorzero.settings.record import overlay, require
+from priorzero.settings.record import require
 from priorzero.types import PriorZeroError
 
 logger = logging.getLogger("priorzero.export_orz")  # also where this module is __main__
@@ -34,15 +32,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m priorzero.export_orz", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="an experiment's folder")
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; new, or empty")
-    parser.add_argument(
-        "--checkpoint", default="latest", help="latest, best or a checkpoint folder's name"
-    )
-    parser.add_argument("--count", type=int, help="decisions to draw; default: all")
-    parser.add_argument(
-        "--tokenizer", help="folder or hub name of the LLM, where the run's own is gone"
-    )
+    add_common_options(parser)
     return parser.parse_args(arguments)
 
 
@@ -61,34 +51,19 @@ def export_orz(args: argparse.Namespace) -> dict[str, Any]:
     positive = args.count is None or args.count > 0
     require({"--count": (args.count, positive, "it must be positive")})
     require_free(args.out)
-    settings = overlay(ExperimentSettings(), read_settings(args.run))
+    decisions = read_decisions(args, "orz")
 
-    # These load torch, which should not delay --help or a wrong option.
-    from priorzero.llm.model import load_tokenizer, resolve_llm
+    # This loads torch, which should not delay --help or a wrong option.
     from priorzero.llm.update.rows import Texts, orz_dialogue
 
-    samples, meta = read_samples(args.run, settings, args.checkpoint, args.count)
-    name = args.tokenizer or settings.llm.model
-    tokenizer = load_tokenizer(resolve_llm(name))
-    require_same_tokenizer(samples, tokenizer, settings, name)
-
-    texts = Texts(tokenizer)
-    dialogues = [orz_dialogue(one, texts, settings.llm.prompt, tokenizer) for one in samples]
-    facts = {
-        "run": str(args.run.resolve()),
-        "checkpoint": meta["checkpoint"],
-        "iteration": meta.get("iteration"),
-        "game": meta.get("game"),
-        "tokenizer": name,
-        "format": "orz",
-        "decisions": len(samples),
-    }
+    texts, prompt = Texts(decisions.tokenizer), decisions.settings.llm.prompt
+    dialogues = [orz_dialogue(one, texts, prompt, decisions.tokenizer) for one in decisions.samples]
     with new_folder(args.out) as whole:
         whole.mkdir()
         text = json.dumps(dialogues, ensure_ascii=False, indent=1, allow_nan=False)
         (whole / PROMPTS).write_text(text, encoding="utf-8")
-        (whole / FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
-    return facts
+        (whole / FACTS).write_text(json.dumps(decisions.facts, indent=1), encoding="utf-8")
+    return decisions.facts
 
 
 def main(arguments: list[str] | None = None) -> int:

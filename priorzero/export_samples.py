@@ -15,6 +15,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ from priorzero.settings.record import overlay, require
 from priorzero.types import PriorZeroError
 
 if TYPE_CHECKING:
-    from priorzero.llm.update.rows import Row
+    from priorzero.llm.update.rows import Row, Texts
     from priorzero.llm.update.samples import LLMSample
 
 logger = logging.getLogger("priorzero.export_samples")  # also where this module is __main__
@@ -43,13 +44,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m priorzero.export_samples", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="an experiment's folder")
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; new, or empty")
+    add_common_options(parser)
     parser.add_argument("--format", choices=["trl", "verl"], required=True)
-    parser.add_argument(
-        "--checkpoint", default="latest", help="latest, best or a checkpoint folder's name"
-    )
-    parser.add_argument("--count", type=int, help="decisions to draw; default: all")
     parser.add_argument(
         "--draws",
         type=int,
@@ -59,10 +55,20 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--parquet", action="store_true", help="Parquet instead of JSON lines; needs pyarrow"
     )
+    return parser.parse_args(arguments)
+
+
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """What every export of a run's decisions asks: see `read_decisions`."""
+    parser.add_argument("run", type=Path, metavar="RUN", help="an experiment's folder")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; new, or empty")
+    parser.add_argument(
+        "--checkpoint", default="latest", help="latest, best or a checkpoint folder's name"
+    )
+    parser.add_argument("--count", type=int, help="decisions to draw; default: all")
     parser.add_argument(
         "--tokenizer", help="folder or hub name of the LLM, where the run's own is gone"
     )
-    return parser.parse_args(arguments)
 
 
 def export_samples(args: argparse.Namespace) -> dict[str, Any]:
@@ -90,32 +96,17 @@ def export_samples(args: argparse.Namespace) -> dict[str, Any]:
             "--parquet needs the package pyarrow, which is not installed: pip install pyarrow, or "
             "leave it out; TRL and verl read JSON lines too"
         )
-    settings = overlay(ExperimentSettings(), read_settings(args.run))
+    decisions = read_decisions(args, args.format)
 
-    # These load torch, which should not delay --help or a wrong option.
-    from priorzero.llm.model import load_tokenizer, resolve_llm
+    # This loads torch, which should not delay --help or a wrong option.
     from priorzero.llm.update.rows import Texts
 
-    samples, meta = read_samples(args.run, settings, args.checkpoint, args.count)
-    name = args.tokenizer or settings.llm.model
-    tokenizer = load_tokenizer(resolve_llm(name))
-    require_same_tokenizer(samples, tokenizer, settings, name)
-    texts = Texts(tokenizer)
-
-    facts = {
-        "run": str(args.run.resolve()),
-        "checkpoint": meta["checkpoint"],
-        "iteration": meta.get("iteration"),
-        "game": meta.get("game"),
-        "tokenizer": name,
-        "format": args.format,
-        "decisions": len(samples),
-    }
+    texts, facts = Texts(decisions.tokenizer), decisions.facts
     with new_folder(args.out) as whole:
         whole.mkdir()
         facts["rows"] = {
             file: _write_rows(whole / file, rows, args.parquet)
-            for file, rows in _files(samples, settings, texts, tokenizer, args, facts["game"])
+            for file, rows in _files(decisions, texts, args)
         }
         facts["texts_that_tokenise_otherwise"] = texts.differing
         (whole / FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
@@ -123,28 +114,78 @@ def export_samples(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _files(
-    samples: list[LLMSample],
-    settings: ExperimentSettings,
-    texts,
-    tokenizer,
-    args: argparse.Namespace,
-    game: str,
+    decisions: Decisions, texts: Texts, args: argparse.Namespace
 ) -> Iterable[tuple[str, Iterable[Row]]]:
     """Names of the files and their rows."""
     import numpy as np
 
     from priorzero.llm.update.rows import sft_rows, unpaired_rows, verl_rows
 
+    samples, settings = decisions.samples, decisions.settings
     ending = "parquet" if args.parquet else "jsonl"
     if args.format == "verl":
         yield (
             f"train.{ending}",
-            verl_rows(samples, texts, settings.llm.prompt, tokenizer, game),
+            verl_rows(
+                samples,
+                texts,
+                settings.llm.prompt,
+                decisions.tokenizer,
+                decisions.facts["game"],
+            ),
         )
         return
     rng = np.random.default_rng(settings.seed)
     yield f"sft.{ending}", sft_rows(samples, texts, args.draws, rng)
     yield f"unpaired.{ending}", unpaired_rows(samples, texts)
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What a run's LLM learns from, with all that an export needs to write it.
+
+    Attributes:
+        samples: in the order drawn.
+        settings: of the run.
+        tokenizer: of its LLM.
+        facts: what `priorzero.json` begins with.
+    """
+
+    samples: list[LLMSample]
+    settings: ExperimentSettings
+    tokenizer: Any
+    facts: dict[str, Any]
+
+
+def read_decisions(args: argparse.Namespace, form: str) -> Decisions:
+    """The decisions that a command line asks for.
+
+    Args:
+        args: of `add_common_options`.
+        form: name of what is written, for the facts.
+
+    Raises:
+        PriorZeroError: something is missing, damaged or does not fit.
+    """
+    settings = overlay(ExperimentSettings(), read_settings(args.run))
+
+    # This loads torch, which should not delay --help or a wrong option.
+    from priorzero.llm.model import load_tokenizer, resolve_llm
+
+    samples, meta = read_samples(args.run, settings, args.checkpoint, args.count)
+    name = args.tokenizer or settings.llm.model
+    tokenizer = load_tokenizer(resolve_llm(name))
+    _require_same_tokenizer(samples, tokenizer, settings, name)
+    facts = {
+        "run": str(args.run.resolve()),
+        "checkpoint": meta["checkpoint"],
+        "iteration": meta.get("iteration"),
+        "game": meta.get("game"),
+        "tokenizer": name,
+        "format": form,
+        "decisions": len(samples),
+    }
+    return Decisions(samples, settings, tokenizer, facts)
 
 
 def read_samples(
@@ -201,7 +242,7 @@ def _as_arrays(tree: Any) -> Any:
     return tree.numpy() if hasattr(tree, "numpy") else tree
 
 
-def require_same_tokenizer(
+def _require_same_tokenizer(
     samples: list[LLMSample], tokenizer, settings: ExperimentSettings, name: str
 ) -> None:
     """Raise PriorZeroError where a prompt does not end as every prompt does, in this tokenizer's

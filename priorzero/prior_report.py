@@ -25,6 +25,7 @@ from priorzero.evidence.metrics import REDUCTIONS
 from priorzero.evidence.variants import VARIANTS
 from priorzero.run.cli import calm_openmp
 from priorzero.run.logs import setup_logging
+from priorzero.say import say
 from priorzero.settings.llm import PromptSettings
 from priorzero.settings.record import require
 from priorzero.types import PriorZeroError
@@ -176,7 +177,7 @@ async def main(arguments: list[str] | None = None) -> int:
         "minutes": (time.time() - started) / 60,
     }
     write_report(args.out, source | report)
-    sys.stdout.write(page(source | report))
+    say(page(source | report))
     return 0
 
 

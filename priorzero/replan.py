@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from priorzero.run.cli import calm_openmp
 from priorzero.run.logs import setup_logging
+from priorzero.say import say
 from priorzero.settings.env import plain_name
 from priorzero.settings.record import parse_assignment
 from priorzero.types import HistoryItem, PriorZeroError, TextState, world_text
@@ -299,7 +300,7 @@ def main(arguments: list[str] | None = None) -> int:
     except PriorZeroError as error:
         logger.error("Error: %s", error)
         return 2
-    sys.stdout.write(table(replanned))
+    say(table(replanned))
     return 0
 
 

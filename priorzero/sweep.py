@@ -26,6 +26,7 @@ from typing import Any
 from priorzero.run.cli import calm_openmp
 from priorzero.run.logs import setup_logging
 from priorzero.run.provenance import find_commit, machine_facts
+from priorzero.say import say
 from priorzero.settings.record import overlay
 from priorzero.settings.sweep import SweepSettings
 from priorzero.sweeping.plan import check_commands, planned_runs, read_sweep
@@ -169,7 +170,7 @@ def _show_plan(settings: SweepSettings) -> int:
     runs = planned_runs(settings)
     check_commands(runs)
     for run in runs:
-        sys.stdout.write(f"{run.name}: {shlex.join(['python', *run.command(run.name)])}\n")
+        say(f"{run.name}: {shlex.join(['python', *run.command(run.name)])}\n")
     return 0
 
 

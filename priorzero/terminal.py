@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from priorzero.run.cli import calm_openmp
 from priorzero.run.logs import setup_logging
+from priorzero.say import say
 from priorzero.settings.env import SUITE, plain_name
 from priorzero.settings.record import parse_assignment, require
 from priorzero.types import PriorZeroError
@@ -313,10 +314,10 @@ async def play(args: argparse.Namespace) -> None:
             prior,
             history_length=settings.llm.prompt.history_length,
             env_steps=saved.meta["env_steps"],
-            tell=lambda text: print(text, end="", flush=True),
+            tell=say,
             game=plain_name(game) if settings.env.several else "",
         )
-        print(f"{env.game.title}: {env.game.goal}\n/help tells what may be typed.")
+        say(f"{env.game.title}: {env.game.goal}\n/help tells what may be typed.\n")
         await session.play(typed_lines())
     finally:
         env.close()

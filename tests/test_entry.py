@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import os
 import re
 import shutil
@@ -46,6 +47,7 @@ SETTINGS = [
     for name, value in values.items()
 ]
 EXPERIMENT = "tiny"
+BASE = ["--env-id=tw-simple", f"--exp-name={EXPERIMENT}", "--no-llm", *SETTINGS]
 
 
 def environment() -> dict[str, str]:
@@ -70,11 +72,7 @@ class Job:
     def __init__(self, cwd: Path, *arguments: str, tiny: bool = True) -> None:
         self.cwd = cwd
         self._log = cwd / f"stderr-{time.monotonic_ns()}"
-        base = (
-            ["--env-id=tw-simple", f"--exp-name={EXPERIMENT}", "--no-llm", *SETTINGS]
-            if tiny
-            else []
-        )
+        base = BASE if tiny else []
         with self._log.open("w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "priorzero_orz_entry", *base, *arguments],
@@ -223,7 +221,7 @@ def test_run_writes_its_files(finished):
     )
 
 
-def test_a_debug_run_leaves_a_page(finished):
+def test_a_run_leaves_a_page(finished):
     """Of its last evaluation too, so it is made of closed files."""
     page = experiment(finished[0]) / "decisions.html"
     assert f"✓ Wrote {page.relative_to(finished[0])}" in finished[1].output
@@ -400,9 +398,27 @@ def test_damaged_checkpoints_are_passed_over_or_named_and_left_alone(copied):
     assert (store / "latest").read_text() == "iter_00000002_2"
 
 
-def test_checkpoint_of_another_network_is_refused_and_its_settings_stay(copied):
+@pytest.fixture
+def refused(monkeypatch, caplog):
+    """`await refused(cwd, *arguments)`: the same command in this process, without the seconds that
+    a new one takes to import everything; for commands that are refused.
+    """
+    import priorzero_orz_entry
+
+    async def command(cwd: Path, *arguments: str, tiny: bool = True) -> Finished:
+        monkeypatch.chdir(cwd)
+        monkeypatch.setenv("DEBUG_MODE", "True")
+        monkeypatch.setattr(priorzero_orz_entry, "setup_logging", lambda *_: None)
+        with caplog.at_level(logging.INFO):
+            status = await priorzero_orz_entry.main([*(BASE if tiny else []), *arguments])
+        return Finished(status, "\n".join(caplog.messages))
+
+    return command
+
+
+async def test_checkpoint_of_another_network_is_refused_and_its_settings_stay(copied, refused):
     before = files(experiment(copied) / "ckpt"), (experiment(copied) / "config.json").read_bytes()
-    result = run(copied, "--iterations=3", "--resume", "--set=policy.embed_dim=64")
+    result = await refused(copied, "--iterations=3", "--resume", "--set=policy.embed_dim=64")
     assert_one_error(
         result, "does not fit these settings (for example: size mismatch", "config.json"
     )
@@ -460,11 +476,11 @@ def assert_one_error(result: Finished, *parts: str) -> None:
     ],
     ids=lambda value: value[0].split("=", 1)[-1] if value[0].startswith("--") else "",
 )
-def test_what_the_user_can_mend_is_one_error(tmp_path, arguments, parts):
+async def test_what_the_user_can_mend_is_one_error(tmp_path, arguments, parts, refused):
     (tmp_path / "data_priorzero").mkdir()
     kept = tmp_path / "data_priorzero" / "kept.txt"
     kept.write_text("here before")
-    assert_one_error(run(tmp_path, *arguments, tiny=False), *parts)
+    assert_one_error(await refused(tmp_path, *arguments, tiny=False), *parts)
     assert kept.read_text() == "here before"
 
 
@@ -518,6 +534,19 @@ def tiny_config(**settings):
         overrides=TINY,
         **settings,
     )
+
+
+async def test_more_records_than_the_page_may_have_leave_none(tmp_path, monkeypatch, caplog):
+    from priorzero_orz_entry import train_priorzero_orz
+
+    monkeypatch.chdir(tmp_path)
+    config = tiny_config(iterations=1, eval_freq=1)
+    config.priorzero_cfg.decisions.page_mib = 0
+    with caplog.at_level("INFO", "priorzero_orz_entry"):
+        await train_priorzero_orz(config)
+    folder = experiment(tmp_path)
+    assert any((folder / "decisions").iterdir()) and not (folder / "decisions.html").exists()
+    assert f"python -m priorzero.view {folder.relative_to(tmp_path)} makes it" in caplog.text
 
 
 async def test_one_part_that_does_not_close_keeps_no_other_open(tmp_path, monkeypatch, caplog):

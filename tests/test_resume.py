@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -49,8 +50,14 @@ def both(tmp_path: Path, *arguments: str, tiny: bool = True) -> tuple[Path, Path
     return whole, parts, result
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
-    whole, parts, result = both(tmp_path, *EVAL)
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> tuple[Path, Path, Finished]:
+    """`both` of a run without an LLM; tests read it, or work on a copy."""
+    return both(tmp_path_factory.mktemp("plain"), *EVAL)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(plain):
+    whole, parts, result = plain
     names = ("collect", "prior", "wm", "eval")
     rows = computed(whole, *names)
     assert computed(parts, *names) == rows
@@ -149,12 +156,14 @@ def test_with_several_games_too(tmp_path):
     assert values[0] == pytest.approx(sum(values[1:]) / 2)
 
 
-def test_a_full_disk_at_the_last_save_is_one_error_and_the_checkpoint_before_goes_on(tmp_path):
+def test_a_full_disk_at_the_last_save_is_one_error_and_the_checkpoint_before_goes_on(
+    plain, tmp_path
+):
     """A real file system error: no file may grow beyond what a checkpoint needs."""
-    result = run(tmp_path, "--iterations=1", "--eval-freq=0")
-    assert result.status == 0, result.output
+    shutil.copytree(experiment(plain[0]), experiment(tmp_path))
     store = experiment(tmp_path) / "ckpt"
-    size = (store / "iter_00000001" / "state.pt").stat().st_size
+    assert (store / "latest").read_text() == "iter_00000004"
+    size = (store / "iter_00000004" / "state.pt").stat().st_size
 
     # The command line, in a process that may not write more than half a checkpoint into a file.
     code = (
@@ -166,7 +175,7 @@ def test_a_full_disk_at_the_last_save_is_one_error_and_the_checkpoint_before_goe
     arguments = ["--env-id=tw-simple", "--exp-name=tiny", "--no-llm", *SETTINGS]
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments]
-        + ["--iterations=3", "--eval-freq=0", "--save-freq=1", "--resume"],
+        + ["--iterations=6", "--eval-freq=0", "--save-freq=1", "--resume"],
         cwd=tmp_path,
         env=environment(),
         capture_output=True,
@@ -176,12 +185,12 @@ def test_a_full_disk_at_the_last_save_is_one_error_and_the_checkpoint_before_goe
     )
     failed = Finished(done.returncode, done.stderr)
     assert_one_error(failed, "the run's last checkpoint could not be written", "--resume")
-    for iteration in (2, 3):
+    for iteration in (5, 6):
         assert f"the checkpoint of iteration {iteration} could not be written" in failed.output
-    assert (store / "latest").read_text() == "iter_00000001"
+    assert (store / "latest").read_text() == "iter_00000004"
     rows = [r for r in metrics(experiment(tmp_path)) if r["namespace"] == "perf"]
-    assert [r["save_failures"] for r in rows] == [0.0, 0.0, 1.0]
-    assert read_json(experiment(tmp_path) / "summary.json")["iterations"] == 3
+    assert [r["save_failures"] for r in rows[-2:]] == [0.0, 1.0]
+    assert read_json(experiment(tmp_path) / "summary.json")["iterations"] == 6
 
-    result = run(tmp_path, "--iterations=2", "--eval-freq=0", "--resume")
-    assert result.status == 0 and "Resumed tw-simple at iteration 1" in result.output
+    result = run(tmp_path, "--iterations=5", "--eval-freq=0", "--resume")
+    assert result.status == 0 and "Resumed tw-simple at iteration 4" in result.output

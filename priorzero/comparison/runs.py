@@ -34,6 +34,7 @@ _SAME_GROUP = (
     "settings.metrics.wandb_project",
     "settings.metrics.live",
     "settings.decisions.page",
+    "settings.decisions.page_mib",
 )
 
 _OF_SUMMARY: dict[str, Callable[[Mapping[str, list[float]]], float]] = {

@@ -37,6 +37,11 @@ def is_recorded(run: Path) -> bool:
     return any((run / "decisions").glob("*.jsonl.gz"))
 
 
+def recorded_mib(run: Path) -> float:
+    """How much is recorded in a run's folder, in MiB on disk."""
+    return sum(path.stat().st_size for path in (run / "decisions").glob("*.jsonl.gz")) / 2**20
+
+
 def read_episodes(run: Path) -> list[RecordedEpisode]:
     """The recorded episodes, in the order of the training; evaluations stand before what was
     collected after them.

@@ -16,6 +16,7 @@ from pathlib import Path
 from priorzero.games import cache_file
 from priorzero.games.catalogue import resolve_game
 from priorzero.games.valid_actions import ValidActionCache, default_cache_path
+from priorzero.say import say
 from priorzero.types import PriorZeroError
 
 
@@ -89,10 +90,10 @@ def main(arguments: list[str] | None = None) -> int:
     cache = ValidActionCache(args.cache or default_cache_path())
     try:
         if args.command == "info":
-            print(describe(cache, args.file))
+            say(describe(cache, args.file) + "\n")
         else:
             act = export_states if args.command == "export" else import_states
-            print(act(cache, args.game, args.games_dir, args.file))
+            say(act(cache, args.game, args.games_dir, args.file) + "\n")
     except PriorZeroError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from priorzero.games import kinds
+from priorzero.games.records import GameSpec
 from priorzero.games.valid_actions import cache_root
 from priorzero.types import PriorZeroError
 
@@ -154,7 +155,39 @@ def set_java_options() -> None:
         os.environ["JAVA_TOOL_OPTIONS"] = f"{_JAVA_OPTIONS} {users}".strip()
 
 
-def examine(kind: str, game: GameId, package: str, version: str, revision: int) -> dict[str, Any]:
+def java_game(
+    env_id: str, kind: str, game: GameId, package: str, version: str, *, fixed: str, revision: int
+) -> GameSpec:
+    """A game as its kind's `find` returns it; the package tells task and expert's commands, once
+    per id.
+
+    Args:
+        env_id: as it was asked for.
+        kind: file name of the kind.
+        game: the id taken apart, which exists as far as the parent can tell.
+        package, version: the distribution that generates it, as installed.
+        fixed: the option that names the variation. Without it the task changes by the episode.
+        revision: of what the kind's `examine`, state and hash are; raised when they change.
+
+    Raises:
+        PriorZeroError: the game does not exist or cannot be opened.
+    """
+    found = _examine(kind, game, package, version, revision)
+    goal = found["task"] if fixed in game.options else "Do what the task says."
+    return GameSpec(
+        env_id=env_id,
+        kind=kind,
+        path=str(game),
+        title=f"{game.prefix}-{game.game}",
+        goal=f"{goal} The best possible score is {MAX_SCORE:g}.",
+        max_score=MAX_SCORE,
+        max_steps=MAX_STEPS,
+        story_key=f"{game}/{package}-{version}/v{revision}",
+        walkthrough=tuple(found["walkthrough"]),
+    )
+
+
+def _examine(kind: str, game: GameId, package: str, version: str, revision: int) -> dict[str, Any]:
     """What `Game.examine(game)` of a kind answers in a process of its own, or answered before.
 
     Args:

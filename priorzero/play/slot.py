@@ -17,6 +17,8 @@ from priorzero.search.roots import Root, SearchOutput
 from priorzero.types import ActionScores, HistoryItem, TextState, TokenisedRequest, world_text
 
 if TYPE_CHECKING:
+    from ding.envs import BaseEnvTimestep
+
     from priorzero.decisions.recorder import Tape
 
 
@@ -201,11 +203,30 @@ class Decision:
             llm_target_prior,
         )
 
-    def moment(self, command: str, outcome, plan: SearchOutput | None = None) -> Moment:
-        """The decision as it is recorded, once `command` was played."""
-        return Moment(
+    def record(
+        self,
+        slot: Slot,
+        command: str,
+        outcome: BaseEnvTimestep,
+        action_of: Callable[[int], str | None],
+        plan: SearchOutput | None = None,
+        **facts: Any,
+    ) -> None:
+        """Write the decision down, where its episode is recorded.
+
+        Args:
+            slot: of the episode, before it moves on.
+            command: what was played. outcome: what the environment answered.
+            action_of: the vocabulary's name of an action id.
+            plan: the search's; None where none was made.
+            facts: of this decision, see `Tape.write`.
+        """
+        if slot.tape is None:
+            return
+        moment = Moment(
             self.state, self.valid_actions, command, outcome, self.request, self.scores, plan
         )
+        slot.tape.write(slot.timestep, moment, self.valid_ids, action_of, **facts)
 
 
 def decide(

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from priorzero.orz import orz_status
 from priorzero.ray_link import ray_missing
+from priorzero.say import say
 from priorzero.types import PriorZeroError
 
 OK, ABSENT, MISSING = "ok", "absent", "MISSING"
@@ -216,10 +217,10 @@ def main() -> int:
     logging.disable(logging.WARNING)  # only the report belongs on the terminal
     findings = collect()
     for finding in findings:
-        sys.stdout.write(f"{finding.status:8}{finding.name:14}{finding.text}\n")
+        say(f"{finding.status:8}{finding.name:14}{finding.text}\n")
     missing = [finding.name for finding in findings if finding.status == MISSING]
     verdict = f"missing: {', '.join(missing)}" if missing else "everything needed is here"
-    sys.stdout.write(f"\n{verdict}\n")
+    say(f"\n{verdict}\n")
     return 1 if missing else 0
 
 

@@ -65,7 +65,7 @@ def option_parser(description: str, presets: Sequence[str]) -> argparse.Argument
         action="append",
         default=[],
         choices=sorted(presets),
-        help="may be given several times; what each sets stands in priorzero_config.py",
+        help="may be given several times; what each sets stands in priorzero/settings/presets.py",
     )
     parser.add_argument("--eval-freq", type=int, help="iterations between evaluations; 0: none")
     parser.add_argument(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from priorzero.settings.record import Rule, Settings, in_unit_interval, positive
+from priorzero.settings.record import Rule, Settings, in_unit_interval, not_negative, positive
 
 
 @dataclass(kw_only=True)
@@ -23,11 +23,15 @@ class DecisionSettings(Settings):
     max_mib: int = 1024
     """MiB on disk after which nothing further is recorded."""
 
-    page: bool = False
+    page: bool = True
     """At the end of the run, write what `python -m priorzero.view` shows to `decisions.html` in its
-    folder. It is made of all records at once, in memory."""
+    folder."""
+    page_mib: int = 16
+    """MiB of records, as on disk, above which the page is not written by itself: it is made of all
+    of them at once, which take many times as much memory. 0: only where nothing is recorded."""
 
     def rules(self) -> Iterator[Rule]:
         """See `Settings.rules`."""
         yield from in_unit_interval(self, "collect_share")
         yield from positive(self, "max_mib")
+        yield from not_negative(self, "page_mib")

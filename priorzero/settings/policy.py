@@ -346,18 +346,6 @@ class PolicySettings(Settings):
         yield from one_of(self, "value_bootstrap", "target_network", "search")
         yield from one_of(self, "policy_target", "regularised", "visits")
         yield from one_of(self, "target_prior", "mixture", "world_model", "llm")
-        yield Rule(
-            "annealing.duration",
-            not self.annealing.duration or self.root_policy != "gumbel",
-            "root_policy gumbel draws by itself: it knows neither temperature nor Dirichlet noise",
-        )
-        yield Rule("target_prior", self.takes_target_prior(self.target_prior), NO_OPERATOR)
-        yield Rule(
-            "root_prior.temperature",
-            not self.root_prior.calibrated or self.target_prior != "llm",
-            "target_prior llm puts the LLM's own opinion at temperature 1 into the targets that it "
-            "is fitted to: take target_prior mixture or world_model, or a number",
-        )
         yield from one_of(self, "train_dtype", "auto", "float32", "bfloat16")
         yield from one_of(self, "compile_update", "off", "default", "reduce-overhead")
         yield from one_of(self, "search_backend", "auto", "fused", "plain")
@@ -393,8 +381,28 @@ class PolicySettings(Settings):
         yield from in_unit_interval(
             self, "root_noise_weight", "target_update_theta", "reanalyse_ratio"
         )
+        yield Rule("discount_factor", 0 < self.discount_factor <= 1, "it must lie in (0, 1]")
 
-        # Several settings that have to fit together.
+        yield from self._search_rules()
+        yield from self._sequence_rules()
+
+    def _search_rules(self) -> Iterator[Rule]:
+        """What a root policy and the LLM's temperature can be combined with."""
+        yield Rule(
+            "annealing.duration",
+            not self.annealing.duration or self.root_policy != "gumbel",
+            "root_policy gumbel draws by itself: it knows neither temperature nor Dirichlet noise",
+        )
+        yield Rule("target_prior", self.takes_target_prior(self.target_prior), NO_OPERATOR)
+        yield Rule(
+            "root_prior.temperature",
+            not self.root_prior.calibrated or self.target_prior != "llm",
+            "target_prior llm puts the LLM's own opinion at temperature 1 into the targets that it "
+            "is fitted to: take target_prior mixture or world_model, or a number",
+        )
+
+    def _sequence_rules(self) -> Iterator[Rule]:
+        """Of the network's sizes, and of the sequences it is trained on."""
         parts = max(1, self.num_heads), max(1, self.group_size)
         yield Rule(
             "embed_dim",
@@ -413,7 +421,6 @@ class PolicySettings(Settings):
             f"it must lie in 0..context_steps - 1 ({self.context_steps - 1}): a root looks back no "
             "further",
         )
-        yield Rule("discount_factor", 0 < self.discount_factor <= 1, "it must lie in (0, 1]")
         yield Rule(
             "replay_buffer_size",
             self.replay_buffer_size >= self.game_segment_length,

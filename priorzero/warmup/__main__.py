@@ -10,6 +10,7 @@ on one of them, or on a relative, tells so.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import shlex
 import sys
@@ -25,25 +26,6 @@ from priorzero.settings.warmup import GENERATORS, PROMPTS, WarmupSettings
 from priorzero.types import PriorZeroError
 
 logger = logging.getLogger("priorzero.warmup")
-
-_OPTIONS = (
-    "llm",
-    "games",
-    "exclude",
-    "textworld",
-    "textworld_kinds",
-    "steps",
-    "decisions",
-    "prompts",
-    "reduction",
-    "weights",
-    "learning_rate",
-    "epochs",
-    "minutes",
-    "jobs",
-    "device",
-    "seed",
-)
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -107,7 +89,9 @@ def settings_from(args: argparse.Namespace) -> WarmupSettings:
     Raises:
         PriorZeroError: an unknown or impossible setting.
     """
-    given = {name: getattr(args, name) for name in _OPTIONS}
+    names = {field.name for field in dataclasses.fields(WarmupSettings)}
+    # Options that have the name of a setting; None: not given.
+    given = {name: value for name, value in vars(args).items() if name in names}
     layers = [parse_assignment(text) for text in args.assignments]
     layers.append({name: value for name, value in given.items() if value is not None})
     settings = overlay(WarmupSettings(), merge(*layers))

@@ -102,7 +102,7 @@ class Tuning:
 
     def run(self) -> Tuned:
         """Train; the trainer then holds the best weights."""
-        started = self._clock()
+        started, reduction = self._clock(), self._settings.reduction
         before = self._evaluate()
         uniform = uniform_figures([e.outcomes for e in self._held_out])
         logger.info("Uniform choice on the games held out: %s", _told(uniform))
@@ -124,10 +124,7 @@ class Tuning:
                 )
                 logger.warning("It ends: %s; the weights before that are kept", done.ended)
                 break
-            if (
-                now[self._settings.reduction]["log_loss"]
-                < best[self._settings.reduction]["log_loss"]
-            ):
+            if now[reduction]["log_loss"] < best[reduction]["log_loss"]:
                 best, kept, worse = now, self._weights(), 0
             else:
                 worse += 1

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from priorzero.comparison import published
-from priorzero.games import tales
 from priorzero.games.java_games import GameId, is_installed
 from priorzero.games.kinds import textworld_express
+from priorzero.settings import tales
 from priorzero.settings.env import plain_name
 from priorzero_config import HybridTrainingConfig
 

@@ -2,7 +2,8 @@
 per action.
 
 Slow parts: the reference itself, and vLLM's CPU engine, which is started once for the module, once
-more after it was killed, and once in a process that is killed itself.
+more after it was killed, and once in bfloat16. That it ends with a process that is killed:
+tests/test_entry_vllm.py.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -124,8 +124,11 @@ def reinforced(smollm, **rft):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("surrogate", ["clipped", "reinforce"])
-@pytest.mark.parametrize("objective", ["action", "token", "sequence"])
+@pytest.mark.parametrize(
+    ("objective", "surrogate"),
+    # Each once; all pairs of them on tiny models: tests/llm/update/test_objectives.py.
+    [("action", "clipped"), ("token", "reinforce"), ("sequence", "clipped")],
+)
 def test_reinforcement_of_the_real_model(objective, surrogate, smollm):
     """A good action gets likelier, a bad one less; a written thought goes with the good one."""
     few = short_requests(smollm)
@@ -320,46 +323,6 @@ async def test_vllm_in_bfloat16_with_and_without_reasoning_and_after_an_update(
         assert moved > 0.5
     finally:
         await engine.close()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
-def test_a_killed_trainer_leaves_no_engine_behind(smollm, tmp_path):
-    import psutil
-
-    script, report = tmp_path / "trainer.py", tmp_path / "pids"
-    script.write_text(
-        "import asyncio, pathlib, time, torch\n"
-        "from priorzero.llm.model import resolve_llm\n"
-        "from priorzero.settings.llm import VLLMSettings\n"
-        "from priorzero.llm.engines.vllm_engine import VLLMEngine\n"
-        "async def main():\n"
-        "    settings = VLLMSettings(max_model_len=256, kv_cache_gb=0.25)\n"
-        "    device = torch.device('cpu')\n"
-        "    engine = await VLLMEngine.start(resolve_llm('embedded'), settings, device=device)\n"
-        f"    pathlib.Path({str(report)!r}).write_text(' '.join(map(str, engine.process_ids)))\n"
-        "    time.sleep(600)\n"
-        "if __name__ == '__main__':\n"
-        "    asyncio.run(main())\n"
-    )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    trainer = subprocess.Popen([sys.executable, str(script)], env=environment, cwd=tmp_path)
-    try:
-        deadline = time.monotonic() + 240
-        while not (report.exists() and report.read_text()):
-            assert trainer.poll() is None and time.monotonic() < deadline, (
-                "the engine did not start"
-            )
-            time.sleep(0.5)
-        engines = [psutil.Process(int(pid)) for pid in report.read_text().split()]
-        assert engines
-    finally:
-        trainer.kill()
-        trainer.wait()
-    _, alive = psutil.wait_procs(engines, timeout=20)
-    for process in alive:
-        process.kill()
-    assert not alive
 
 
 def test_asyncio_is_not_blocked_by_the_module():

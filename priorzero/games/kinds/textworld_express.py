@@ -10,10 +10,9 @@ from typing import Any
 
 from priorzero.games.java_games import (
     MAX_SCORE,
-    MAX_STEPS,
     GameId,
-    examine,
     is_installed,
+    java_game,
     require_package,
     set_java_options,
     variation_of,
@@ -74,18 +73,8 @@ class Game(GameKind):
                 + ", ".join(GAMES)
             )
 
-        found = examine("textworld_express", game, PACKAGE, version, _REVISION)
-        goal = found["task"] if "seed" in game.options else "Do what the task says."
-        return GameSpec(
-            env_id=env_id,
-            kind="textworld_express",
-            path=str(game),
-            title=f"{PREFIX}-{game.game}",
-            goal=f"{goal} The best possible score is {MAX_SCORE:g}.",
-            max_score=MAX_SCORE,
-            max_steps=MAX_STEPS,
-            story_key=f"{game}/{PACKAGE}-{version}/v{_REVISION}",
-            walkthrough=tuple(found["walkthrough"]),
+        return java_game(
+            env_id, "textworld_express", game, PACKAGE, version, fixed="seed", revision=_REVISION
         )
 
     @classmethod

@@ -84,11 +84,15 @@ async def create_engine(
 
     name, reason = choose_engine(settings, device)
     fell_back = False
-    if name == "transformers":
-        engine = await transformers()
-    else:
+    if name == "vllm":
         try:
-            first = await vllm()
+            engine: LLMEngine = ResilientEngine(
+                await vllm(),
+                vllm,
+                None if settings.required else transformers,
+                max_restarts=settings.max_restarts,
+                attempts=settings.attempts,
+            )
         except LLMEngineError as error:
             if settings.required:
                 raise PriorZeroError(
@@ -96,18 +100,11 @@ async def create_engine(
                     "vLLM for this device (see requirements/README.md), drop llm.required to let "
                     "transformers take over, or set llm.engine to transformers"
                 ) from error
-            engine, reason, fell_back = await transformers(), f"vLLM cannot be used: {error}", True
-        else:
-            engine = ResilientEngine(
-                first,
-                vllm,
-                None if settings.required else transformers,
-                max_restarts=settings.max_restarts,
-                attempts=settings.attempts,
-            )
+            reason, fell_back = f"vLLM cannot be used: {error}", True
+            logger.warning("LLM engine falls back from vLLM to transformers: %s", reason)
+    if name == "transformers" or fell_back:
+        engine = await transformers()
 
-    if fell_back:
-        logger.warning("LLM engine falls back from vLLM to transformers: %s", reason)
     # Also 0, so that a run without a fallback says so.
     engine.counters["engine_fallbacks"] += fell_back
     logger.info("LLM engine: %s, because %s", engine.name, reason)
