@@ -133,6 +133,7 @@ def warm_up(
     """
     # These load torch, which should not delay --help or a wrong option.
     import numpy as np
+    import torch
 
     from priorzero.compute import resolve_device
     from priorzero.export import write_llm
@@ -199,7 +200,8 @@ def warm_up(
         },
         base_seen,
     )
-    write_llm(trainer.weights(), tokenizer, facts, out, adapter)
+    dtype = getattr(torch, settings.adapter_dtype)
+    write_llm(trainer.weights(), tokenizer, facts, out, adapter, dtype)
     return facts
 
 
