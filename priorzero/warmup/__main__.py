@@ -14,6 +14,7 @@ import logging
 import shlex
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -169,10 +170,11 @@ def warm_up(
     model, tokenizer = load_llm(resolved, device)
     identity = ModelIdentity.of(model)
     tokeniser = Tokeniser(tokenizer, model_max_tokens(model.config))
-    train = drawn(make_examples(train_walks, settings, tokeniser), settings.decisions, rng)
-    held_out = drawn(
-        make_examples(held_walks, settings, tokeniser), settings.held_out_decisions, rng
+    examples = partial(
+        make_examples, settings=settings, tokeniser=tokeniser, join_heads=device == "cuda"
     )
+    train = drawn(examples(train_walks), settings.decisions, rng)
+    held_out = drawn(examples(held_walks), settings.held_out_decisions, rng)
     logger.info(
         "%d decisions of %d games to train on, %d of %d games held out; %s train",
         len(train),
