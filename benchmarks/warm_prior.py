@@ -5,11 +5,13 @@ family of the game that is judged left out of the training.
     python -m benchmarks.warm_prior --judge tw-cooking:seed=4 --also tw-simple --out results/X
 
 One warm-up per family of the judged games (`priorzero/games/families.py`): a story's relatives, or
-all games of a generator. `--also` names generated games that are judged by the first of these LLMs:
-it has seen others of their generator. A family that is done is kept in OUT and not done again, so
-that the command can be given in parts, with `--minutes` for each training and `--total-minutes` for
-the whole. Decisions can be collected beforehand, where there is no GPU: `python -m priorzero.warmup
---collect` with the same games and settings. Nothing is judged on the games for judging only.
+all games of a generator. With `--together N` one per N families, all of which are left out of it:
+as strict, with less to train on and less to do. `--also` names generated games that are judged by
+the first of these LLMs: it has seen others of their generator. What is done is kept in OUT and not
+done again, so that the command can be given in parts, with `--minutes` for each training and
+`--total-minutes` for the whole. Decisions can be collected beforehand, where there is no GPU:
+`python -m priorzero.warmup --collect` with the same games and settings. Nothing is judged on the
+games for judging only.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--also", nargs="*", default=[], help="generated games to judge on as well")
     parser.add_argument("--textworld", type=int, default=24, help="generated games to train on")
     parser.add_argument("--steps", type=int, default=100, help="walkthrough commands judged a game")
+    parser.add_argument("--together", type=int, default=1, help="families left out of a warm-up")
     parser.add_argument("--prompt", default="bare", help="prompt variant, in training and report")
     parser.add_argument("--episodes", type=int, default=0, help="of the LLM alone, per player")
     parser.add_argument("--minutes", type=float, default=0.0, help="of one training; 0: no limit")
@@ -78,20 +81,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace, source: Row) -> list[str]:
-    """Every family that is not done yet; returns those for which there was no time."""
+    """Every group of families that is not done yet; returns those for which there was no time."""
     started = time.monotonic()
     args.out.mkdir(parents=True, exist_ok=True)
     also, left = list(args.also), []
-    for family, games in families(args.judge).items():
+    for family, games in groups(families(args.judge), args.together).items():
         place = args.out / f"{_file_name(family)}.json"
         if place.is_file():
-            also = []  # judged with the first family
+            also = []  # judged with the first group
             continue
         if args.total_minutes and time.monotonic() - started > 60 * args.total_minutes:
             left.append(family)
             continue
         say(f"{family}: {', '.join(games)} left out of the training")
-        row = one_family(args, family, games, also, source)
+        row = one_group(args, family, games, also, source)
         place.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
         also = []
     return left
@@ -116,10 +119,17 @@ def families(games: Sequence[str]) -> dict[str, list[str]]:
     return found
 
 
-def one_family(
+def groups(found: dict[str, list[str]], together: int) -> dict[str, list[str]]:
+    """Names of so many families, in their order, -> the judged games of all of them."""
+    names = list(found)
+    parts = [names[i : i + together] for i in range(0, len(names), together)]
+    return {", ".join(part): [game for name in part for game in found[name]] for part in parts}
+
+
+def one_group(
     args: argparse.Namespace, family: str, games: list[str], also: list[str], source: Row
 ) -> Row:
-    """Warm an LLM up without this family, and judge it before and after.
+    """Warm an LLM up without these games' families, and judge it before and after.
 
     Raises:
         PriorZeroError: nothing to train on, or something cannot be had.

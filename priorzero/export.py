@@ -30,6 +30,8 @@ from priorzero.settings.record import overlay
 from priorzero.types import PriorZeroError
 
 if TYPE_CHECKING:
+    import torch
+
     from priorzero.llm.weights.export import Weights
 
 logger = logging.getLogger("priorzero.export")  # also where this module is __main__
@@ -181,7 +183,12 @@ def _seen(run: Path, meta: Mapping[str, Any]) -> Seen:
 
 
 def write_llm(
-    weights: Weights, tokenizer, facts: dict[str, Any], out: Path, adapter: bool = False
+    weights: Weights,
+    tokenizer,
+    facts: dict[str, Any],
+    out: Path,
+    adapter: bool = False,
+    adapter_dtype: torch.dtype | None = None,
 ) -> None:
     """Write an LLM as a Hugging Face folder, whole or not at all.
 
@@ -190,6 +197,7 @@ def write_llm(
         facts: what `priorzero.json` says.
         out: new, or an empty folder.
         adapter: the low-rank adapters apart, in PEFT's format.
+        adapter_dtype: of theirs; None: as they are.
 
     Raises:
         PriorZeroError: it cannot be written.
@@ -197,7 +205,10 @@ def write_llm(
     from safetensors import SafetensorError
 
     with new_folder(out, SafetensorError) as whole:
-        (weights.save_adapter if adapter else weights.save)(whole)
+        if adapter:
+            weights.save_adapter(whole, adapter_dtype)
+        else:
+            weights.save(whole)
         tokenizer.save_pretrained(whole)
         generation = weights.generation_config
         if generation is not None and not adapter:

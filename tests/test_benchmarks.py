@@ -502,7 +502,7 @@ def test_warm_prior_leaves_families_out_and_tells_before_and_after(monkeypatch, 
 
     trained = []
 
-    def one_family(args, family, games, also, source):
+    def one_group(args, family, games, also, source):
         trained.append((family, games, also))
         rows = [
             {"game": g, "llm": llm, "reduction": r, "mrr": mrr, "mrr_error": 0.1, "log_loss": loss}
@@ -512,7 +512,7 @@ def test_warm_prior_leaves_families_out_and_tells_before_and_after(monkeypatch, 
         ]
         return {"uniform": [{"game": g, "mrr": 0.2} for g in games + also], "prior": rows}
 
-    monkeypatch.setattr(warm_prior, "one_family", one_family)
+    monkeypatch.setattr(warm_prior, "one_group", one_group)
     command = ["--judge", "tw-coin:seed=1", "tw-simple:seed=2", "tw-coin:seed=3", "--commit", "abc"]
     command += ["--also", "tw-cooking:seed=4", "--out", str(tmp_path)]
     assert warm_prior.main(command) == 0
@@ -526,6 +526,12 @@ def test_warm_prior_leaves_families_out_and_tells_before_and_after(monkeypatch, 
 
     # A second start does nothing again.
     assert warm_prior.main(command) == 0 and len(trained) == 2
+
+    # Two families out of one warm-up.
+    trained.clear()
+    assert warm_prior.main([*command, "--together", "2", "--out", str(tmp_path / "two")]) == 0
+    games = ["tw-coin:seed=1", "tw-coin:seed=3", "tw-simple:seed=2"]
+    assert trained == [("tw-coin, tw-simple", games, ["tw-cooking:seed=4"])]
 
 
 # ---- ORZ's trainer against the built-in one ------------------------------------------------------

@@ -3,6 +3,7 @@
 | module | what it holds |
 | --- | --- |
 | `walk` | a game's walkthrough, with what every valid command would have led to |
+| `kept` | walks on disk, for the next report or warm-up |
 | `metrics` | ranks, calibration, reductions: pure functions |
 | `variants` | the prompts an LLM is asked with |
 | `scores` | what an LLM says to every step of a walk |

@@ -12,6 +12,7 @@ from typing import Any
 
 from priorzero.compute import resolve_device
 from priorzero.evidence.choice import best_settings, held_out
+from priorzero.evidence.kept import kept_walk
 from priorzero.evidence.metrics import (
     REDUCTIONS,
     Judged,
@@ -42,6 +43,7 @@ from priorzero.types import PriorZeroError
 logger = logging.getLogger(__name__)
 
 PLAYED = ("bare", "history")  # prompt variants of play: without and with history
+_WALK_VERSION = 1  # of what `walk` gives; raised when it changes
 _ENVIRONMENTS = 8  # episodes at once
 
 Row = dict[str, Any]
@@ -116,8 +118,9 @@ async def measure(plan: Plan) -> dict[str, Any]:
 
 
 def _walk(game: GameSpec, plan: Plan) -> Walk:
-    """A walk that can be judged by."""
-    walked = walk(game, plan.steps, plan.prompt.history_length)
+    """A walk that can be judged by; from the disk where it was walked before."""
+    facts = (_WALK_VERSION, plan.steps, plan.prompt.history_length)
+    walked, _ = kept_walk("walks", facts, game, lambda: walk(game, *facts[1:]))
     if not walked.judged:
         raise PriorZeroError(
             f"none of the {len(walked.steps)} walked commands of {game.env_id} can be judged (they "

@@ -131,6 +131,9 @@ def _resolve(name: str) -> ResolvedModel:
         return _resolve_default()
 
     folder = Path(name).expanduser()
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        path = str(warm_checkpoint(embedded_checkpoint(), cache_dir(), folder))
+        return ResolvedModel(path, folder.name, "local", f"adapters of {EMBEDDED_NAME} lie there")
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise PriorZeroError(

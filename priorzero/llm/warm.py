@@ -1,8 +1,8 @@
-"""The embedded LLM with a warm-up's adapters, which this repository carries.
+"""The embedded LLM with a warm-up's adapters: those which this repository carries, or a folder's.
 
-They were made by the command in `embedded_warm/priorzero.json`, on games that TextWorld generates
-from seeds no run plays. At first use they are merged into the embedded LLM, in the cache; after
-that it loads like any other folder.
+The repository's were made by the command in `embedded_warm/priorzero.json`, on games that TextWorld
+generates from seeds no run plays. At first use adapters are merged into the embedded LLM, in the
+cache; after that it loads like any other folder.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def warm_checkpoint(base: Path, cache: Path, adapters: Path = ADAPTERS) -> Path:
         adapters: in PEFT's format, with the warm-up's record.
 
     Raises:
-        PriorZeroError: the adapters were made for another LLM.
+        PriorZeroError: the adapters were made for another LLM, or nothing says for which.
     """
     weights = adapters / "adapter_model.safetensors"
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:12]
@@ -66,11 +66,11 @@ def _merge(base: Path, adapters: Path, out: Path) -> None:
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    facts = json.loads((adapters / FACTS).read_text(encoding="utf-8"))
+    made_for = _base_weights(adapters / FACTS)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-    if ModelIdentity.of(model).weights != facts["base"]["weights"]:
+    if ModelIdentity.of(model).weights != made_for:
         raise PriorZeroError(
-            f"the adapters of embedded-warm were made for another {base.name} than the one that is "
+            f"the adapters in {adapters} were made for another LLM than the {base.name} that is "
             "installed; use --llm embedded, or make a warm-up of your own"
         )
 
@@ -83,3 +83,18 @@ def _merge(base: Path, adapters: Path, out: Path) -> None:
     Weights(module).save(out)
     AutoTokenizer.from_pretrained(base).save_pretrained(out)
     shutil.copy(adapters / FACTS, out / FACTS)
+
+
+def _base_weights(path: Path) -> str:
+    """Identity of the weights that the adapters of this record were trained on.
+
+    Raises:
+        PriorZeroError: there is no such record, or it does not say.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["base"]["weights"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PriorZeroError(
+            f"{path} does not say which LLM these adapters were made for ({error!r}); give a "
+            "folder that `warmup --adapter` wrote, or a whole checkpoint"
+        ) from error

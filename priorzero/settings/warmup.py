@@ -92,6 +92,8 @@ class WarmupSettings(Settings):
     schedule and its steps are set from what stands above and the number of decisions."""
     lora: LoraSettings = field(default_factory=lambda: LoraSettings(enable=True, last_layers=6))
     """The adapters."""
+    adapter_dtype: str = "float32"
+    """Number format of a file of adapters: float32, float16 (half the size), bfloat16."""
 
     def rules(self) -> Iterator[Rule]:
         """See `Settings.rules`."""
@@ -131,4 +133,5 @@ class WarmupSettings(Settings):
         yield from one_of(self, "reduction", "sum", "mean")
         yield from one_of(self, "weights", "auto", "all", "adapters")
         yield from one_of(self, "device", "auto", "cpu", "cuda")
+        yield from one_of(self, "adapter_dtype", "float32", "float16", "bfloat16")
         yield Rule("lora.enable", self.lora.enable, "weights=all trains without adapters")

@@ -15,6 +15,7 @@ import logging
 import shlex
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,7 @@ def warm_up(
     """
     # These load torch, which should not delay --help or a wrong option.
     import numpy as np
+    import torch
 
     from priorzero.compute import resolve_device
     from priorzero.export import write_llm
@@ -152,10 +154,11 @@ def warm_up(
     model, tokenizer = load_llm(resolved, device)
     identity = ModelIdentity.of(model)
     tokeniser = Tokeniser(tokenizer, model_max_tokens(model.config))
-    train = drawn(make_examples(train_walks, settings, tokeniser), settings.decisions, rng)
-    held_out = drawn(
-        make_examples(held_walks, settings, tokeniser), settings.held_out_decisions, rng
+    examples = partial(
+        make_examples, settings=settings, tokeniser=tokeniser, join_heads=device == "cuda"
     )
+    train = drawn(examples(train_walks), settings.decisions, rng)
+    held_out = drawn(examples(held_walks), settings.held_out_decisions, rng)
     logger.info(
         "%d decisions of %d games to train on, %d of %d games held out; %s train",
         len(train),
@@ -183,7 +186,8 @@ def warm_up(
         },
         base_seen,
     )
-    write_llm(trainer.weights(), tokenizer, facts, out, adapter)
+    dtype = getattr(torch, settings.adapter_dtype)
+    write_llm(trainer.weights(), tokenizer, facts, out, adapter, dtype)
     return facts
 
 

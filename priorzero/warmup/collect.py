@@ -4,28 +4,23 @@ that stray; kept on disk by game and settings.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 
+from priorzero.evidence.kept import kept_walk
 from priorzero.evidence.walk import Walk, WalkStep, walk, wander
 from priorzero.games import kinds
 from priorzero.games.families import kinship
 from priorzero.games.kinds import GameKind
 from priorzero.games.records import GameSpec
-from priorzero.games.valid_actions import cache_root
 from priorzero.settings.warmup import WarmupSettings
-from priorzero.types import HistoryItem, PriorZeroError, TextState
+from priorzero.types import PriorZeroError
 
 logger = logging.getLogger(__name__)
 
@@ -75,13 +70,16 @@ def collect(
 
 def _of_game(game: GameSpec, settings: WarmupSettings) -> tuple[Walk, str]:
     """A game's decisions, and where they come from."""
-    path = _place(game, settings)
-    known = _read(path, game)
-    if known is not None:
-        return known, "from the cache"
-    made = _walk(game, settings)
-    _write(path, made)
-    return made, "walked"
+    facts = (
+        _VERSION,
+        settings.steps,
+        settings.history_length,
+        settings.wanders,
+        settings.stray,
+        settings.seed,
+    )
+    walked, known = kept_walk("warmup", facts, game, lambda: _walk(game, settings))
+    return walked, "from the cache" if known else "walked"
 
 
 def _walk(game: GameSpec, settings: WarmupSettings) -> Walk:
@@ -105,64 +103,5 @@ def _once(steps: Sequence[WalkStep]) -> list[WalkStep]:
     return list(dict.fromkeys(steps))
 
 
-# ---- on disk -------------------------------------------------------------------------------------
-
-
-def _place(game: GameSpec, settings: WarmupSettings) -> Path:
-    facts = [
-        _VERSION,
-        game.story_key,
-        game.goal,
-        game.walkthrough,
-        settings.steps,
-        settings.history_length,
-        settings.wanders,
-        settings.stray,
-        settings.seed,
-    ]
-    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
-    return cache_root() / "warmup" / f"{digest}.json.gz"
-
-
 def _number(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
-
-
-def _write(path: Path, walked: Walk) -> None:
-    """Beside its place, then renamed. A disk that takes nothing costs the next start time only."""
-    data = json.dumps({"fault": walked.fault, "steps": [asdict(s) for s in walked.steps]})
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(gzip.compress(data.encode(), mtime=0))
-        os.replace(file.name, path)
-    except OSError as error:
-        logger.warning("%s cannot be written (%s): walked again next time", path, error)
-
-
-def _read(path: Path, game: GameSpec) -> Walk | None:
-    """None where it is not there, or damaged: then it is walked again."""
-    if not path.is_file():
-        return None
-    try:
-        found = json.loads(gzip.decompress(path.read_bytes()))
-        return Walk(game, tuple(map(_step, found["steps"])), found["fault"])
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        logger.warning("%s is damaged (%r): %s is walked again", path, error, game.env_id)
-        return None
-
-
-def _step(row: dict) -> WalkStep:
-    state = row["state"]
-    return WalkStep(
-        TextState(
-            state["observation"],
-            tuple(state["valid_actions"]),
-            tuple(HistoryItem(**item) for item in state["history"]),
-            state["goal"],
-            state["score"],
-        ),
-        row["command"],
-        tuple(row["outcomes"]),
-        row["idle"],
-    )

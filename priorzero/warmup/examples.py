@@ -51,9 +51,18 @@ class Example:
 
 
 def make_examples(
-    walks: Sequence[Walk], settings: WarmupSettings, tokeniser: Tokeniser
+    walks: Sequence[Walk],
+    settings: WarmupSettings,
+    tokeniser: Tokeniser,
+    *,
+    join_heads: bool = False,
 ) -> list[Example]:
     """Every decision that leaves a choice, once per prompt of `settings.prompts`.
+
+    Args:
+        join_heads: no heads; they begin the bodies. Only states with one head share a forward, and
+            each game has its own, so a step over many games would be as many forwards, which costs
+            a GPU more than computing each head anew. On a CPU heads are worth keeping apart.
 
     Raises:
         PromptTooLongError: a prompt does not fit the model.
@@ -67,6 +76,8 @@ def make_examples(
         build = prompt_builder(replace(prompt, **VARIANTS[variant]), tokeniser.tokenizer)
         prompts = [build(step.state)[:2] for step in steps]
         requests = tokeniser.requests(prompts, [step.state.valid_actions for step in steps])
+        if join_heads:
+            requests = [replace(r, head_ids=(), body_ids=r.prompt_ids) for r in requests]
         found += [Example(r, s.outcomes) for r, s in zip(requests, steps, strict=True)]
     return found
 

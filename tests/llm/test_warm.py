@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,34 @@ def test_the_adapters_of_this_repository_belong_to_the_embedded_llm(tmp_path):
     merged = warm_checkpoint(base, tmp_path)
     assert set(read_seen(merged).families) <= {"tw-simple", "tw-coin", "tw-cooking"}
     assert sum(p.stat().st_size for p in ADAPTERS.iterdir()) < 20 * 2**20
+
+
+def test_a_folder_of_adapters_is_an_llm(tiny_llm, adapters, tmp_path, monkeypatch):
+    folder, wrapped = adapters
+    monkeypatch.setenv("PRIORZERO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("priorzero.llm.model.embedded_checkpoint", lambda: Path(tiny_llm))
+    (tmp_path / "cache" / "models").mkdir(parents=True)
+
+    resolved = resolve_llm(str(folder))
+    assert resolved.name == folder.name and resolved.source == "local"
+    model, _ = load_llm(resolved)
+    merged = Weights(wrapped).tensors()
+    assert all(torch.equal(t, merged[n]) for n, t in Weights(model).tensors().items())
+
+
+def test_adapters_that_do_not_say_for_which_llm_are_refused(tiny_llm, adapters, tmp_path):
+    folder, _ = adapters
+    (folder / FACTS).unlink()
+    with pytest.raises(PriorZeroError, match="does not say which LLM"):
+        warm_checkpoint(Path(tiny_llm), tmp_path, folder)
+
+
+def test_adapters_in_half_the_size_are_nearly_the_same(tiny_llm, adapters, tmp_path):
+    folder, wrapped = adapters
+    (folder / "adapter_model.safetensors").unlink()
+    Weights(wrapped).save_adapter(tmp_path / "half", torch.float16)
+    shutil.move(tmp_path / "half" / "adapter_model.safetensors", folder)
+    model, _ = load_llm(resolve_llm(str(warm_checkpoint(Path(tiny_llm), tmp_path, folder))))
+    merged = Weights(wrapped).tensors()
+    for name, tensor in Weights(model).tensors().items():
+        assert torch.allclose(tensor, merged[name], atol=1e-3), name

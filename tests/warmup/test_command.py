@@ -75,6 +75,21 @@ def test_a_report_on_a_relative_says_so(warm, tmp_path, monkeypatch):
     assert kinship(resolve_game(seen)).game == seen
 
 
+def test_adapters_are_written_apart_in_the_format_asked_for(tiny_llm, tmp_path, monkeypatch):
+    from safetensors.torch import load_file
+
+    handlers = logging.getLogger().handlers[:]
+    monkeypatch.setenv("PRIORZERO_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "adapters"
+    command = f"--out {out} --llm {tiny_llm} --weights adapters --adapter {SIZES} --decisions 4"
+    assert main(shlex.split(f"{command} --set lora.last_layers=1 --set adapter_dtype=float16")) == 0
+    logging.getLogger().handlers[:] = handlers
+    assert {t.dtype for t in load_file(out / "adapter_model.safetensors").values()} == {
+        torch.float16
+    }
+    assert json.loads((out / "priorzero.json").read_text())["form"] == "adapter"
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

@@ -80,6 +80,21 @@ def test_right_commands_share_the_target(tiny_llm):
     assert drawn(examples, 0, np.random.default_rng(0)) == examples
 
 
+def test_joined_heads_are_the_same_prompts(tiny_llm, one_thread):
+    """On a GPU: then all decisions of a step share a forward, whichever games they are of."""
+    _, trainer = tuning(tiny_llm)
+    _, tokenizer = load_llm(resolve_llm(tiny_llm))
+    step = WalkStep(TextState("Here.", ("get lamp", "look")), "look", (1, 0), False)
+    arguments = [Walk(SPEC, (step,))], WarmupSettings(), Tokeniser(tokenizer, 1024)
+    (apart,) = make_examples(*arguments)
+    (joined,) = make_examples(*arguments, join_heads=True)
+    assert apart.request.head_ids and joined.request.head_ids == ()
+    assert joined.request.prompt_ids == apart.request.prompt_ids
+    one, other = trainer.score([apart.request, joined.request])
+    for mine, its in zip(one.token_logprobs, other.token_logprobs, strict=True):
+        assert mine == pytest.approx(its, abs=1e-5)
+
+
 # ---- training ------------------------------------------------------------------------------------
 
 
