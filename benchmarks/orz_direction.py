@@ -17,7 +17,9 @@ best and worst; one that was taken several times counts once, with its mean. Rep
 * engine_differs: of the engine's answers from the trainer's own forward after the last update,
   largest of any action of all states; canary is the same as a run checks it, on one state;
 * seconds of an update, tokens computed in it, and the memory of the process with all its children,
-  in GiB: in all, and what the trainer took beyond what stood before it was made.
+  in GiB: in all, and what the trainer took beyond what stood before it was made;
+* with `--device cuda` the most that tensors took of the GPU (torch's allocator), in this process,
+  where model and transformers' engine are, and in ORZ's worker; a vLLM engine is in neither.
 """
 
 from __future__ import annotations
@@ -64,6 +66,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "auto"], default="float32", help="of the forward"
     )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers")
     parser.add_argument("--learning-rate", type=float, help="default: the run's")
     parser.add_argument("--trainer", choices=TRAINERS, help=argparse.SUPPRESS)
@@ -111,6 +114,8 @@ def settings_of(args: argparse.Namespace, trainer: str) -> ExperimentSettings:
 
 async def measure(args: argparse.Namespace) -> tuple[dict[str, Any], torch.Tensor]:
     """What one trainer did, and the gradient of its first step."""
+    import torch
+
     from priorzero.export_samples import read_samples
     from priorzero.llm.build import build_llm
     from priorzero.run.checkpoint import CheckpointStore
@@ -128,7 +133,7 @@ async def measure(args: argparse.Namespace) -> tuple[dict[str, Any], torch.Tenso
         started = time.perf_counter()
         llm = await build_llm(
             settings.llm,
-            device="cpu",
+            device=args.device,
             reduction=settings.policy.root_prior.reduction,
             seed=settings.seed,
             marker=ACTION_MARKER,
@@ -167,6 +172,10 @@ async def measure(args: argparse.Namespace) -> tuple[dict[str, Any], torch.Tenso
         "grad_norm": [phase["rft_grad_norm"] for phase in phases],
         "policy_loss": [phase["rft_policy_loss"] for phase in phases],
         "computed_tokens": phases[0]["rft_tokens"],
+        "gpu_gb": {
+            "process": torch.cuda.max_memory_reserved() / 2**30,
+            "worker": max(phase.get("rft_orz_gpu_gb", 0.0) for phase in phases),
+        },
         "seconds_start": started,
         "seconds_update": seconds,
         "memory_gb": peak,
@@ -301,7 +310,8 @@ def told(found: dict[str, Any]) -> str:
     return (
         f"of decisions with a positive and with a negative advantage {policy} nats among the valid "
         f"actions, {tokens} of the tokens; engine differs by {found['engine_differs']:.2g}; "
-        f"{found['seconds_update'][-1]:.1f} s an update, {found['memory_gb']:.1f} GiB"
+        f"{found['seconds_update'][-1]:.1f} s an update, {found['memory_gb']:.1f} GiB, of the GPU "
+        f"{found['gpu_gb']['process']:.1f} and in a worker {found['gpu_gb']['worker']:.1f}"
     )
 
 
@@ -317,7 +327,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
 
     result = compare(given)
-    asked = {name: getattr(args, name) for name in ("count", "updates", "dtype", "engine")}
+    asking = ("count", "updates", "dtype", "engine", "device")
+    asked = {name: getattr(args, name) for name in asking}
     finish({"benchmark": "orz_direction"} | asked | result | {"machine": machine_facts()})
     return 0
 

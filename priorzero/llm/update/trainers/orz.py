@@ -153,7 +153,7 @@ class OrzTrainer(BuiltinTrainer):
         """See `LLMTrainer.update`.
 
         Metrics are named as the built-in trainer's; those it cannot know of ORZ's steps are
-        missing. Of its own: rft_orz_token_entropy and rft_orz_packs.
+        missing. Of its own: rft_orz_token_entropy, rft_orz_packs and rft_orz_gpu_gb.
         """
         if self._session is None:
             return super().update(samples)
@@ -323,5 +323,6 @@ def _metrics(learnt: Learnt, plan: Plan, passes: int) -> dict[str, float]:
         "learning_rate": learnt.status["actor_lr"],
         "epochs": float(passes),
         "orz_packs": float(len(packs)),
+        "orz_gpu_gb": learnt.gpu_gb,
         "tokens": float(passes * sum(len(d.ids) for pack in packs for d in pack.decisions)),
     }
