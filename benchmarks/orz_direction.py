@@ -8,7 +8,8 @@ one optimiser step, without KL and without the weight for the search's draw, so 
 alone decide. Of all decisions that the LLM could have learnt from, those are taken that turned out
 best and worst; one that was taken several times counts once, with its mean. Reported are:
 
-* gradient_cosine: between the two gradients of the first step (Adam's first moment holds it);
+* gradient_cosine: between the two gradients of the first step (Adam's first moment holds it), and
+  the weights whose gradients differ most;
 * of each trainer the change, from before the first update to after each, of what the engine gives
   to the action played, mean over the decisions with a positive and with a negative advantage:
   `tokens` of the summed log-probability of its tokens, which all rise together where answers in
@@ -32,7 +33,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from priorzero.types import ActionScores
 
 TRAINERS = ("builtin", "orz")
+WORST = 12  # weights whose gradients differ most, reported one by one
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -112,7 +114,7 @@ def settings_of(args: argparse.Namespace, trainer: str) -> ExperimentSettings:
     return settings
 
 
-async def measure(args: argparse.Namespace) -> tuple[dict[str, Any], torch.Tensor]:
+async def measure(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """What one trainer did, and the gradient of its first step."""
     import torch
 
@@ -204,12 +206,40 @@ def clearest(samples: Sequence[LLMSample], count: int) -> list[LLMSample]:
     return distinct[: count // 2] + distinct[len(distinct) - (count - count // 2) :]
 
 
-def first_gradient(trainer) -> torch.Tensor:
-    """Up to a factor: Adam's first moment after one step."""
+def first_gradient(trainer) -> dict[str, torch.Tensor]:
+    """Name of a weight -> up to one factor for all: Adam's first moment after one step."""
+    state = trainer.state_dict()
+    kept = state["optimizer"]["state"]
+    moments = (kept[i]["exp_avg"].flatten().cpu().double() for i in sorted(kept))
+    return dict(zip(state["model"], moments, strict=True))
+
+
+def compare_gradients(
+    ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]
+) -> dict[str, Any]:
+    """Cosine of all, and of the weights that make most of the difference between the two, scaled to
+    the same length.
+    """
     import torch
 
-    kept = trainer.state_dict()["optimizer"]["state"]
-    return torch.cat([kept[i]["exp_avg"].flatten().cpu() for i in sorted(kept)])
+    def whole(gradient: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return torch.cat([gradient[name] for name in ours])
+
+    length, other = whole(ours).norm(), whole(theirs).norm()
+    apart = {name: (ours[name] / length - theirs[name] / other).square().sum() for name in ours}
+    total = sum(apart.values())
+    worst = sorted(apart, key=lambda name: -apart[name])[:WORST]
+    return {
+        "gradient_cosine": float(whole(ours) @ whole(theirs) / (length * other)),
+        "gradient_differs": [
+            {
+                "weight": name,
+                "cosine": float(torch.cosine_similarity(ours[name], theirs[name], dim=0)),
+                "share_of_difference": float(apart[name] / total),
+            }
+            for name in worst
+        ],
+    }
 
 
 def moves(
@@ -294,11 +324,11 @@ def compare(arguments: list[str]) -> dict[str, Any]:
             subprocess.run([*command, "--trainer", name, "--out", str(out)], check=True, cwd=ROOT)
             kept = torch.load(out)
             found[name] = json.loads(kept["found"])
-            gradients.append(kept["gradient"].double())
+            gradients.append(kept["gradient"])
             say(f"{name}: {told(found[name])}")
-    cosine = float(torch.cosine_similarity(*gradients, dim=0))
-    say(f"cosine of the first step's gradients: {cosine:.6f}")
-    return {"gradient_cosine": cosine, "trainers": found}
+    compared = compare_gradients(*gradients)
+    say(f"cosine of the first step's gradients: {compared['gradient_cosine']:.6f}")
+    return compared | {"trainers": found}
 
 
 def told(found: dict[str, Any]) -> str:
