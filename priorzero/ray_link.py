@@ -50,7 +50,7 @@ def connect(address: str, *, cpus: int, gpus: int) -> bool:
     threading.Thread(target=_live, args=arguments, name="ray", daemon=True).start()
     try:
         begun.result()
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # of any class: a start that takes too long raises a bare one
         what = f"no Ray cluster answers at {address}" if address else "Ray does not start"
         raise PriorZeroError(
             f"{what} ({error}). Start one with `ray start --head`, or leave ray_address "

@@ -185,7 +185,10 @@ class OrzTrainer(BuiltinTrainer):
             return done | {"skipped_steps": 1.0, "seconds": time.perf_counter() - started}
 
         plan = self._plan(samples, targets)
-        return_freed_memory()  # the workers want it, where they are on this machine
+        # The workers want the memory, where they are on this machine and on this GPU.
+        return_freed_memory()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
         learnt = self._session.learn(plan, self._mirrored)
         self._take(learnt)
 
