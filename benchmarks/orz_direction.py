@@ -8,7 +8,8 @@ one optimiser step, without KL and without the weight for the search's draw, so 
 alone decide. Of all decisions that the LLM could have learnt from, those are taken that turned out
 best and worst; one that was taken several times counts once, with its mean. Reported are:
 
-* gradient_cosine: between the two gradients of the first step (Adam's first moment holds it);
+* gradient_cosine: between the two gradients of the first step (Adam's first moment holds it), and
+  the weights whose gradients differ most;
 * of each trainer the change, from before the first update to after each, of what the engine gives
   to the action played, mean over the decisions with a positive and with a negative advantage:
   `tokens` of the summed log-probability of its tokens, which all rise together where answers in
@@ -17,7 +18,9 @@ best and worst; one that was taken several times counts once, with its mean. Rep
 * engine_differs: of the engine's answers from the trainer's own forward after the last update,
   largest of any action of all states; canary is the same as a run checks it, on one state;
 * seconds of an update, tokens computed in it, and the memory of the process with all its children,
-  in GiB: in all, and what the trainer took beyond what stood before it was made.
+  in GiB: in all, and what the trainer took beyond what stood before it was made;
+* with `--device cuda` the most that tensors took of the GPU (torch's allocator), in this process,
+  where model and transformers' engine are, and in ORZ's worker; a vLLM engine is in neither.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -51,6 +54,7 @@ if TYPE_CHECKING:
     from priorzero.types import ActionScores
 
 TRAINERS = ("builtin", "orz")
+WORST = 12  # weights whose gradients differ most, reported one by one
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -64,6 +68,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "auto"], default="float32", help="of the forward"
     )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers")
     parser.add_argument("--learning-rate", type=float, help="default: the run's")
     parser.add_argument("--trainer", choices=TRAINERS, help=argparse.SUPPRESS)
@@ -109,8 +114,10 @@ def settings_of(args: argparse.Namespace, trainer: str) -> ExperimentSettings:
     return settings
 
 
-async def measure(args: argparse.Namespace) -> tuple[dict[str, Any], torch.Tensor]:
+async def measure(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """What one trainer did, and the gradient of its first step."""
+    import torch
+
     from priorzero.export_samples import read_samples
     from priorzero.llm.build import build_llm
     from priorzero.run.checkpoint import CheckpointStore
@@ -128,7 +135,7 @@ async def measure(args: argparse.Namespace) -> tuple[dict[str, Any], torch.Tenso
         started = time.perf_counter()
         llm = await build_llm(
             settings.llm,
-            device="cpu",
+            device=args.device,
             reduction=settings.policy.root_prior.reduction,
             seed=settings.seed,
             marker=ACTION_MARKER,
@@ -167,6 +174,10 @@ async def measure(args: argparse.Namespace) -> tuple[dict[str, Any], torch.Tenso
         "grad_norm": [phase["rft_grad_norm"] for phase in phases],
         "policy_loss": [phase["rft_policy_loss"] for phase in phases],
         "computed_tokens": phases[0]["rft_tokens"],
+        "gpu_gb": {
+            "process": torch.cuda.max_memory_reserved() / 2**30,
+            "worker": max(phase.get("rft_orz_gpu_gb", 0.0) for phase in phases),
+        },
         "seconds_start": started,
         "seconds_update": seconds,
         "memory_gb": peak,
@@ -195,12 +206,40 @@ def clearest(samples: Sequence[LLMSample], count: int) -> list[LLMSample]:
     return distinct[: count // 2] + distinct[len(distinct) - (count - count // 2) :]
 
 
-def first_gradient(trainer) -> torch.Tensor:
-    """Up to a factor: Adam's first moment after one step."""
+def first_gradient(trainer) -> dict[str, torch.Tensor]:
+    """Name of a weight -> up to one factor for all: Adam's first moment after one step."""
+    state = trainer.state_dict()
+    kept = state["optimizer"]["state"]
+    moments = (kept[i]["exp_avg"].flatten().cpu().double() for i in sorted(kept))
+    return dict(zip(state["model"], moments, strict=True))
+
+
+def compare_gradients(
+    ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]
+) -> dict[str, Any]:
+    """Cosine of all, and of the weights that make most of the difference between the two, scaled to
+    the same length.
+    """
     import torch
 
-    kept = trainer.state_dict()["optimizer"]["state"]
-    return torch.cat([kept[i]["exp_avg"].flatten().cpu() for i in sorted(kept)])
+    def whole(gradient: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return torch.cat([gradient[name] for name in ours])
+
+    length, other = whole(ours).norm(), whole(theirs).norm()
+    apart = {name: (ours[name] / length - theirs[name] / other).square().sum() for name in ours}
+    total = sum(apart.values())
+    worst = sorted(apart, key=lambda name: -apart[name])[:WORST]
+    return {
+        "gradient_cosine": float(whole(ours) @ whole(theirs) / (length * other)),
+        "gradient_differs": [
+            {
+                "weight": name,
+                "cosine": float(torch.cosine_similarity(ours[name], theirs[name], dim=0)),
+                "share_of_difference": float(apart[name] / total),
+            }
+            for name in worst
+        ],
+    }
 
 
 def moves(
@@ -285,11 +324,11 @@ def compare(arguments: list[str]) -> dict[str, Any]:
             subprocess.run([*command, "--trainer", name, "--out", str(out)], check=True, cwd=ROOT)
             kept = torch.load(out)
             found[name] = json.loads(kept["found"])
-            gradients.append(kept["gradient"].double())
+            gradients.append(kept["gradient"])
             say(f"{name}: {told(found[name])}")
-    cosine = float(torch.cosine_similarity(*gradients, dim=0))
-    say(f"cosine of the first step's gradients: {cosine:.6f}")
-    return {"gradient_cosine": cosine, "trainers": found}
+    compared = compare_gradients(*gradients)
+    say(f"cosine of the first step's gradients: {compared['gradient_cosine']:.6f}")
+    return compared | {"trainers": found}
 
 
 def told(found: dict[str, Any]) -> str:
@@ -301,7 +340,8 @@ def told(found: dict[str, Any]) -> str:
     return (
         f"of decisions with a positive and with a negative advantage {policy} nats among the valid "
         f"actions, {tokens} of the tokens; engine differs by {found['engine_differs']:.2g}; "
-        f"{found['seconds_update'][-1]:.1f} s an update, {found['memory_gb']:.1f} GiB"
+        f"{found['seconds_update'][-1]:.1f} s an update, {found['memory_gb']:.1f} GiB, of the GPU "
+        f"{found['gpu_gb']['process']:.1f} and in a worker {found['gpu_gb']['worker']:.1f}"
     )
 
 
@@ -317,7 +357,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
 
     result = compare(given)
-    asked = {name: getattr(args, name) for name in ("count", "updates", "dtype", "engine")}
+    asking = ("count", "updates", "dtype", "engine", "device")
+    asked = {name: getattr(args, name) for name in asking}
     finish({"benchmark": "orz_direction"} | asked | result | {"machine": machine_facts()})
     return 0
 

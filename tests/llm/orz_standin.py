@@ -64,7 +64,7 @@ class StandIn:
         state = self._state(moments)
         if self.spoils:
             next(iter(state["model"].values())).fill_(torch.nan)
-        return Learnt(state, status, norms, 0.0)
+        return Learnt(state, status, norms, 0.0, 0.0)
 
     def _loss(self, pack: Pack, old: torch.Tensor) -> torch.Tensor:
         ratio, advantages = (self._logprobs(pack) - old).exp(), pack.tensors().advantages[0]

@@ -321,7 +321,9 @@ class RFT(Objective):
         return {"kl_coef": self._kl_coef.value} | self._advantages.state_dict()
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        self._kl_coef.value = state["kl_coef"]
+        # Where it is fixed the setting decides, which a resumed run may have another of.
+        if self._settings.kl_target:
+            self._kl_coef.value = state["kl_coef"]
         self._advantages.load_state_dict(state)
 
 

@@ -65,3 +65,17 @@ def test_workers_are_spread_and_leave_the_cluster_as_it_was(address, byte_model)
             orz.make(byte_model, None, of, "sum")
     finally:
         ray.shutdown()
+
+
+def test_a_start_that_takes_too_long_is_told(byte_model, monkeypatch):
+    """Ray's bare exception, on a machine that is busy."""
+    import ray
+
+    from priorzero.llm.update.trainers import orz
+
+    def late(**given):
+        raise Exception("the current node timed out during startup")
+
+    monkeypatch.setattr(ray, "init", late)
+    with pytest.raises(PriorZeroError, match="Ray does not start .*timed out"):
+        orz.make(byte_model, None, orz_settings(), "sum")

@@ -151,7 +151,8 @@ def test_the_kl_coefficient_follows_its_target():
 
 
 def test_what_is_remembered_between_phases_is_kept():
-    first, second = rft(kl_coef=0.1, kl_target=0.1, advantage="running"), rft(advantage="running")
+    adapting = dict(kl_target=0.1, advantage="running")
+    first, second = rft(kl_coef=0.1, **adapting), rft(kl_coef=0.3, **adapting)
     drawn = [sample(TWO, value_target=v) for v in (1.0, 3.0)]
     first.prepare(drawn, scored(QUARTER))
     first.finish({"kl_reference": 1.0})
@@ -160,6 +161,11 @@ def test_what_is_remembered_between_phases_is_kept():
     (a,), (b,) = both[0][0], both[1][0]
     assert float(a.advantage) == float(b.advantage) != 0.0
     assert both[1][1]["kl_coef"] == 0.2
+
+    # A weight that is fixed is the setting's, also where a run goes on with another.
+    fixed = rft(kl_coef=0.0)
+    fixed.load_state_dict(first.state_dict())
+    assert fixed.prepare(drawn, scored(QUARTER))[1]["kl_coef"] == 0.0
 
 
 def test_a_hopeless_action_has_its_true_ratio(byte_model):

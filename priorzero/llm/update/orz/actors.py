@@ -19,10 +19,12 @@ from deepspeed.utils import (
 from priorzero.llm.update.orz.contract import MOMENTS
 from priorzero.llm.update.orz.mends import (
     accumulate,
+    float32_logits,
     link_moments,
     no_cuda_for_good,
     orz_imported,
     separate_samples,
+    torch_adam,
 )
 
 with orz_imported() as MENDS:
@@ -43,9 +45,11 @@ class PolicyActor(PolicyRayActorBase):
         return self.model.model
 
     def init_model_from_pretrained(self, strategy, pretrain: str) -> None:
-        """Load the model; see `separate_samples` for what is mended in it."""
+        """Load the model, and mend what is wrong in it."""
+        torch_adam()
         super().init_model_from_pretrained(strategy, pretrain)
         separate_samples(self._engine.module, self.args.flash_attn)
+        float32_logits(self._engine.module)
 
     def begin(self, steps: int) -> None:
         """Before a phase of so many optimiser steps; ORZ knows one number for all phases."""
@@ -64,6 +68,10 @@ class PolicyActor(PolicyRayActorBase):
     def norms(self) -> list[float]:
         """Of the phase's gradients, before clipping; a number per optimiser step."""
         return self._norms
+
+    def gpu_gb(self) -> float:
+        """GiB of its GPU that torch has held at the most; 0 on a CPU."""
+        return torch.cuda.max_memory_reserved() / 2**30
 
     def gather(self, moments: bool) -> dict[str, Any] | None:
         """The weights in float32 under their Hugging Face names, on the CPU.
@@ -102,7 +110,9 @@ class PolicyActor(PolicyRayActorBase):
                 )
                 safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
         for kept in self._engine.optimizer.optimizer.state.values():
-            kept["step"] = state["steps"]
+            counted = kept["step"]  # torch's optimiser counts in a tensor, DeepSpeed's in a number
+            steps = torch.as_tensor(state["steps"], dtype=torch.float32)
+            kept["step"] = steps.to(counted) if torch.is_tensor(counted) else state["steps"]
         self.scheduler.last_epoch = state["steps"] - 1
         self.scheduler.step()
 

@@ -11,6 +11,7 @@ import ray.exceptions
 import torch
 from ray.util.placement_group import placement_group, remove_placement_group
 
+from priorzero.llm.update.orz.mends import ACCELERATOR
 from priorzero.orz import find_source
 from priorzero.ray_link import connect, counted, disconnect
 from priorzero.types import PriorZeroError
@@ -40,9 +41,9 @@ class Cluster:
 
     def __init__(self, settings: OrzSettings, *, cuda: bool) -> None:
         self._settings, self._cuda = settings, cuda
-        self._ours = connect(
-            settings.ray_address, cpus=settings.workers, gpus=None if cuda else settings.workers
-        )
+        # torch's count: Ray's own is 0 where the driver's library is not to be asked.
+        gpus = torch.cuda.device_count() if cuda else settings.workers
+        self._ours = connect(settings.ray_address, cpus=settings.workers, gpus=gpus)
         try:
             self.placement = self._reserve()
         except BaseException:
@@ -74,7 +75,7 @@ class Cluster:
         variables = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
         if not self._cuda:
             threads = max(1, torch.get_num_threads() // self._settings.actor_gpus_per_node)
-            variables |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
+            variables |= {ACCELERATOR: "cpu", "OMP_NUM_THREADS": str(threads)}
         return {"env_vars": variables}
 
     def close(self) -> None:

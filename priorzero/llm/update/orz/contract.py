@@ -24,12 +24,14 @@ class Learnt:
             optimiser; and where they were asked for, its `MOMENTS` under the same names.
         status: ORZ's own numbers, means over the packs.
         norms: of the gradients before clipping, one per optimiser step.
+        gpu_gb: GiB of its GPU that a worker's tensors took at the most so far; 0 on a CPU.
         kl: from the reference before the phase (k3), mean over the tokens that have one.
     """
 
     state: dict[str, Any]
     status: dict[str, float]
     norms: list[float]
+    gpu_gb: float
     kl: float
 
 

@@ -3,7 +3,7 @@
 ORZ was written for ray 2.40, torch 2.5, transformers 4.48 and vllm 0.6.5. Each mend is one function
 here, with the versions that need it; it looks for the fault itself, so that nothing is mended
 where nothing is broken. They are applied where ORZ is imported, by `orz_imported`, in the run's
-process and in every Ray worker, and nowhere else; the last three by the worker itself
+process and in every Ray worker, and nowhere else; the last five by the worker itself
 (`actors.py`). No file of ORZ is changed.
 
 | mend | needed by | what is missing there |
@@ -14,6 +14,8 @@ process and in every Ray worker, and nowhere else; the last three by the worker 
 | `engine_module` | every vllm but 0.6 | the V0 engine; our own engines answer instead |
 | `no_cuda` | a machine without CUDA | `torch.cuda.current_device` and two more |
 | `separate_samples` | transformers >= 4.48 | attention that reads the samples' numbers in a mask |
+| `float32_logits` | transformers >= 4.45 | logits in float32 from a model in bfloat16 |
+| `torch_adam` | a machine without CUDA's or a C++ compiler | an optimiser that need not be built |
 | `accumulate` | deepspeed 0.19 | gradients of all packs of a step but the last, with ZeRO 2 |
 | `link_moments` | deepspeed 0.19 | the moments of ORZ's second group of weights |
 """
@@ -21,8 +23,10 @@ process and in every Ray worker, and nowhere else; the last three by the worker 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.machinery
 import importlib.util
+import os
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +37,7 @@ import torch
 from priorzero.orz import find_source
 from priorzero.types import PriorZeroError
 
+ACCELERATOR = "DS_ACCELERATOR"  # what DeepSpeed asks the environment for
 ENGINE_MODULE = "orz.exp_engine.accelerators.inference.vllm_engine"
 
 
@@ -134,8 +139,10 @@ def no_cuda() -> Iterator[bool]:
 
 
 def no_cuda_for_good() -> None:
-    """`no_cuda` for the rest of this process: a Ray worker that trains on the CPU."""
-    if not torch.cuda.is_available():
+    """`no_cuda` for the rest of this process: a Ray worker that trains on the CPU, where there is
+    no GPU or where DeepSpeed is told to leave it alone.
+    """
+    if os.environ.get(ACCELERATOR) == "cpu" or not torch.cuda.is_available():
         _replace(torch.cuda, _CUDA_ON_CPU)
 
 
@@ -156,6 +163,31 @@ def separate_samples(model: torch.nn.Module, flash: bool) -> None:
     model.register_forward_pre_hook(without_mask, with_kwargs=True)
     if not flash:
         model.set_attn_implementation("sdpa")
+
+
+def float32_logits(model: torch.nn.Module) -> None:
+    """transformers >= 4.45: a model in bfloat16 gives its logits in bfloat16, and ORZ takes their
+    log-softmax as it gets them. Near -8, two log-probabilities then differ by 1/32 or not at all,
+    and so does PPO's ratio.
+
+    Args:
+        model: Hugging Face causal LM inside ORZ's actor.
+    """
+
+    def in_float32(module, args, output):
+        output.logits = output.logits.float()
+        return output
+
+    model.register_forward_hook(in_float32)
+
+
+def torch_adam() -> None:
+    """Every deepspeed: its own AdamW is built at the first use, for GPUs by nvcc, for CPUs by g++.
+    torch's, which is fused too, takes the same steps. With `adam_offload` DeepSpeed's stays.
+    """
+    from orz.ppo import openrlhf_deepspeed
+
+    openrlhf_deepspeed.FusedAdam = functools.partial(torch.optim.AdamW, fused=True)
 
 
 def accumulate(engine, last: bool) -> None:

@@ -107,9 +107,10 @@ class DecisionTrainer(RayPPOTrainer):
             [self._buffer(*pair) for pair in zip(packs, olds, strict=True)], self.global_step
         )
         norms = (await self.policy_model.async_run_method("norms"))[0]
+        gpu_gb = max(await self.policy_model.async_run_method("gpu_gb"))
         self.global_step += 1
         state, self._state = self._state, None
-        return Learnt(state, dict(status), norms, _kl(packs, olds))
+        return Learnt(state, dict(status), norms, gpu_gb, _kl(packs, olds))
 
     def _buffer(
         self, packs: Sequence[PackTensors], olds: Sequence[torch.Tensor]

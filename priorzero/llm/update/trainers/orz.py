@@ -153,7 +153,7 @@ class OrzTrainer(BuiltinTrainer):
         """See `LLMTrainer.update`.
 
         Metrics are named as the built-in trainer's; those it cannot know of ORZ's steps are
-        missing. Of its own: rft_orz_token_entropy and rft_orz_packs.
+        missing. Of its own: rft_orz_token_entropy, rft_orz_packs and rft_orz_gpu_gb.
         """
         if self._session is None:
             return super().update(samples)
@@ -185,7 +185,10 @@ class OrzTrainer(BuiltinTrainer):
             return done | {"skipped_steps": 1.0, "seconds": time.perf_counter() - started}
 
         plan = self._plan(samples, targets)
-        return_freed_memory()  # the workers want it, where they are on this machine
+        # The workers want the memory, where they are on this machine and on this GPU.
+        return_freed_memory()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
         learnt = self._session.learn(plan, self._mirrored)
         self._take(learnt)
 
@@ -323,5 +326,6 @@ def _metrics(learnt: Learnt, plan: Plan, passes: int) -> dict[str, float]:
         "learning_rate": learnt.status["actor_lr"],
         "epochs": float(passes),
         "orz_packs": float(len(packs)),
+        "orz_gpu_gb": learnt.gpu_gb,
         "tokens": float(passes * sum(len(d.ids) for pack in packs for d in pack.decisions)),
     }
