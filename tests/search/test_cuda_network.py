@@ -34,9 +34,7 @@ def test_says_what_the_fused_memory_says(make_policy, randomise, kind):
     count = contexts.visible.shape[1]
     weights = fuse(model, ACTIONS, count + 2 + 2 * SIMULATIONS - 1)
     memory = FusedMemory(weights, shape_of(model), 8, count + 2, SIMULATIONS)
-    found = CudaNetwork(
-        side_by_side(weights), shape_of(model), 8, count + 2, SIMULATIONS, "ieee"
-    )
+    found = CudaNetwork(side_by_side(weights), shape_of(model), 8, count + 2, SIMULATIONS, "ieee")
     for _ in range(2):
         memory.begin(contexts)
         found.begin(contexts)

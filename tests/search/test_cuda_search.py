@@ -38,11 +38,13 @@ class OnDevice:
 
         # A first search in the same memory, of which the second must see nothing.
         self.tree.begin(search, rule)
+        self.tree.plant()
         for _ in range(simulations // 2):
             self.select()
             self.expand(np.ones(self.rows), np.ones(self.rows), np.ones((self.rows, self.ids)))
         self.simulation = 0
         self.tree.begin(search, rule)
+        self.tree.plant()
 
     def select(self):
         parents, actions = (x.cpu().numpy()[: self.rows] for x in self.tree.select())
