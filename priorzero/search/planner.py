@@ -259,7 +259,9 @@ def fused_simulations(
                 f"a fused search on a GPU needs Triton ({error}): install the CUDA lock, or set "
                 "policy.search_backend=plain"
             ) from error
-        return CudaSimulations(model, settings.num_simulations, settings.context_steps)
+        return CudaSimulations(
+            model, settings.num_simulations, settings.context_steps, settings.search_precision
+        )
 
     from priorzero.search.fused.cpu import CpuSimulations
 

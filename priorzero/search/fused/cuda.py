@@ -37,8 +37,9 @@ logger = logging.getLogger(__name__)
 _MOST_GRAPHS = 8
 _SMALLEST_IDS = 32
 _ALIGNED = 64  # bytes; what an array's address is a multiple of
-# What Triton calls the ways to multiply (`policy.search_precision`).
-TRITONS_NAMES = dict(float32="ieee", tf32x3="tf32x3", tf32="tf32")
+# What Triton calls the ways to multiply (`policy.search_precision`). "tf32x3" is as exact as plain
+# single precision ("ieee"), which knows no tensor cores.
+_PRECISIONS = dict(float32="tf32x3", tf32="tf32")
 
 
 class Upload:
@@ -277,7 +278,7 @@ class CudaSimulations:
         self, model: PriorZeroModel, simulations: int, context_steps: int, precision: str
     ) -> None:
         self._model, self._simulations = model, simulations
-        self._precision = TRITONS_NAMES[precision]
+        self._precision = _PRECISIONS[precision]
         self._context = 2 * context_steps - 1
         self._ids = len(model.world_model.head_policy.head_module[2].bias)
         self._weights = side_by_side(fuse(model, self._ids, self._context + 2 * simulations - 1))

@@ -7,7 +7,6 @@ Letters: `B` roots, `C` context steps, `S` arena slots, `N` nodes, `L` layers, `
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -20,7 +19,8 @@ from priorzero.world_model.inference import ContextMemory
 
 _CHUNK = 32  # slots that a query attends to at a time
 _ALIGNED = 64  # where the second of two heads may begin: blocks of a product lie in one of them
-_BLOCKS = 128  # of a product, to occupy the device
+_MOST_BLOCKS = 192  # of a product that is cut into parts; an H100 has 132 multiprocessors
+_STAGES = 4  # blocks of a product that are loaded ahead
 
 
 class CudaWeights(NamedTuple):
@@ -47,13 +47,13 @@ class CudaWeights(NamedTuple):
 def side_by_side(fused: FusedWeights) -> CudaWeights:
     """Put these weights' heads beside each other."""
     cut = triton.cdiv(len(fused.reward.bias), _ALIGNED) * _ALIGNED
-    reward, latent, after_action = _beside(fused.reward, fused.latent, cut)
-    value, policy, after_latent = _beside(fused.value, fused.policy, cut)
+    reward, latent, after_action = beside(fused.reward, fused.latent, cut)
+    value, policy, after_latent = beside(fused.value, fused.policy, cut)
     fused = fused._replace(reward=reward, latent=latent, value=value, policy=policy)
     return CudaWeights(fused, after_action, after_latent, cut)
 
 
-def _beside(first: Affine, second: Affine, cut: int) -> tuple[Affine, Affine, Affine]:
+def beside(first: Affine, second: Affine, cut: int) -> tuple[Affine, Affine, Affine]:
     """Both as views of one piece of memory, and that; zeros fill the gap."""
     weight = first.weight.new_zeros(cut + len(second.bias), len(first.weight))
     bias = first.bias.new_zeros(len(weight))
@@ -65,28 +65,79 @@ def _beside(first: Affine, second: Affine, cut: int) -> tuple[Affine, Affine, Af
     return *views, Affine(weight.t(), bias)
 
 
-@dataclass(frozen=True)
-class Tiling:
-    """How a product `[rows, in] -> [rows, out]` is cut into blocks, and into parts of its sum."""
+class Tiling(NamedTuple):
+    """How a product `[rows, in] -> [rows, out]` is cut into blocks, and its sum into parts."""
 
     rows: int
     out: int
     inner: int
     parts: int
-    stages: int
 
     @classmethod
-    def of(cls, rows: int, inner: int, out: int, parts: bool = True) -> Tiling:
-        """For these sizes; parts: whether the sum may be cut."""
-        block_rows = min(64, max(16, triton.next_power_of_2(rows)))
-        block_out = min(32, max(16, triton.next_power_of_2(out)))
-        block_inner = min(64, max(16, triton.next_power_of_2(inner)))
-        blocks = triton.cdiv(rows, block_rows) * triton.cdiv(out, block_out)
-        most = min(8, max(1, inner // (2 * block_inner))) if parts else 1
-        count = 1
-        while 2 * count <= most and 2 * count * blocks <= 1.5 * _BLOCKS:
-            count *= 2
-        return cls(block_rows, block_out, block_inner, count, stages=4)
+    def of(cls, rows: int, inner: int, out: int, most_parts: int = 8) -> Tiling:
+        """For these sizes: as many parts as occupy the device, of two blocks of a sum at least."""
+        sizes = (rows, 64), (out, 32), (inner, 64)
+        blocks = [min(most, max(16, triton.next_power_of_2(size))) for size, most in sizes]
+        grid = triton.cdiv(rows, blocks[0]) * triton.cdiv(out, blocks[1])
+        parts = 1
+        while (
+            2 * parts <= most_parts
+            and 2 * parts * grid <= _MOST_BLOCKS
+            and 4 * parts * blocks[2] <= inner
+        ):
+            parts *= 2
+        return cls(*blocks, parts)
+
+
+def product(x: Tensor, affine: Affine, precision: str, cut: int | None = None) -> Tensor:
+    """Parts `[P, B, out]` of a product without its bias.
+
+    Args:
+        x: `[B, in]`, or with a `cut` `[B, 2 in]`.
+        precision: as Triton calls it.
+        cut: columns from here on read x's second half.
+    """
+    inner, out = affine.weight.shape
+    tiling = Tiling.of(len(x), inner, out)
+    parts = x.new_empty(tiling.parts, len(x), out)
+    _multiply(tiling, x, affine, parts, precision, out if cut is None else cut, gelu=False)
+    return parts
+
+
+def gelu_product(x: Tensor, affine: Affine, precision: str) -> Tensor:
+    """gelu(x w + bias) `[B, out]`, of x `[B, in]`."""
+    inner, out = affine.weight.shape
+    found = x.new_empty(len(x), out)
+    tiling = Tiling.of(len(x), inner, out, most_parts=1)
+    _multiply(tiling, x, affine, found, precision, out, gelu=True)
+    return found
+
+
+def _multiply(
+    tiling: Tiling, x: Tensor, affine: Affine, found: Tensor, precision: str, cut: int, gelu: bool
+) -> None:
+    weight, (inner, out) = affine.weight.t(), affine.weight.shape
+    assert x.is_contiguous() and weight.is_contiguous()
+    assert x.shape[1] == (inner if cut == out else 2 * inner) and (cut == out or cut % tiling.out == 0)
+    grid = triton.cdiv(out, tiling.out), tiling.parts, triton.cdiv(len(x), tiling.rows)
+    kernels.product[grid](
+        x,
+        weight,
+        affine.bias,
+        found,
+        len(x),
+        OUT=out,
+        IN=inner,
+        STRIDE=x.shape[1],
+        CUT=cut,
+        GELU=gelu,
+        PRECISION=precision,
+        BLOCK_ROWS=tiling.rows,
+        BLOCK_OUT=tiling.out,
+        BLOCK_IN=tiling.inner,
+        PARTS=tiling.parts,
+        STAGES=_STAGES,
+    )
 
 
 class CudaNetwork:
@@ -126,9 +177,8 @@ class CudaNetwork:
         self._seen = zeros(batch, self._nodes, self._slots, dtype=torch.int8)
         self._position = zeros(batch, self._nodes, dtype=torch.int32)
 
-        # A token, its norm, what it attends to; and what the products leave.
+        # A token, its norm, what it attends to; and what the network says of it.
         self._x, self._h, self._y = (zeros(batch, self._width) for _ in range(3))
-        self._wide = zeros(batch, 4 * self._width)
         self._rewards, self._values = (zeros(batch, dtype=torch.float64) for _ in range(2))
         self._logits = zeros(batch, self._actions)
 
@@ -194,53 +244,13 @@ class CudaNetwork:
         layers = self._weights.fused.layers
         norms = [layer.norm1 for layer in layers[1:]] + [self._weights.fused.norm]
         for layer, following, cells in zip(layers, norms, self._arena.unbind(), strict=True):
-            qkv = self._product(self._h, layer.qkv)
+            qkv = product(self._h, layer.qkv, self._precision)
             self._attend(qkv, layer.qkv.bias, cells, new, slot)
-            self._close(self._product(self._y, layer.proj), layer.proj.bias, layer.norm2)
-            up = self._gelu(self._h, layer.up)
-            self._close(self._product(up, layer.down), layer.down.bias, following)
-
-    def _product(self, x: Tensor, affine: Affine, cut: int | None = None) -> Tensor:
-        """Parts `[P, B, out]` of a product without its bias; columns from `cut` on read x's second
-        half.
-        """
-        inner, out = affine.weight.shape
-        tiling = Tiling.of(self._batch, inner, out)
-        parts = x.new_empty(tiling.parts, self._batch, out)
-        self._launch_product(tiling, x, affine, parts, out if cut is None else cut, gelu=False)
-        return parts
-
-    def _gelu(self, x: Tensor, affine: Affine) -> Tensor:
-        """gelu(x w + bias) `[B, out]`."""
-        inner, out = affine.weight.shape
-        found = self._wide[:, :out] if out == self._wide.shape[1] else x.new_empty(len(x), out)
-        tiling = Tiling.of(self._batch, inner, out, parts=False)
-        self._launch_product(tiling, x, affine, found, out, gelu=True)
-        return found
-
-    def _launch_product(
-        self, tiling: Tiling, x: Tensor, affine: Affine, found: Tensor, cut: int, gelu: bool
-    ) -> None:
-        inner, out = affine.weight.shape
-        grid = triton.cdiv(out, tiling.out), tiling.parts, triton.cdiv(self._batch, tiling.rows)
-        kernels.product[grid](
-            x,
-            affine.weight.t(),
-            affine.bias,
-            found,
-            self._batch,
-            OUT=out,
-            IN=inner,
-            STRIDE=x.shape[1],
-            CUT=cut,
-            GELU=gelu,
-            PRECISION=self._precision,
-            BLOCK_ROWS=tiling.rows,
-            BLOCK_OUT=tiling.out,
-            BLOCK_IN=tiling.inner,
-            PARTS=tiling.parts,
-            STAGES=tiling.stages,
-        )
+            out = product(self._y, layer.proj, self._precision)
+            self._close(out, layer.proj.bias, layer.norm2)
+            up = gelu_product(self._h, layer.up, self._precision)
+            down = product(up, layer.down, self._precision)
+            self._close(down, layer.down.bias, following)
 
     def _attend(self, qkv: Tensor, bias: Tensor, cells: Tensor, new: int, slot: int) -> None:
         each = self._width // self._shape.heads
@@ -278,8 +288,8 @@ class CudaNetwork:
 
     def _follow(self, new: int) -> None:
         w, group = self._weights, self._shape.group
-        both = self._gelu(self._h, w.fused.after_action)
-        parts = self._product(both, w.after_action, w.cut)
+        both = gelu_product(self._h, w.fused.after_action, self._precision)
+        parts = product(both, w.after_action, self._precision, w.cut)
         kernels.follow[(self._batch,)](
             parts,
             w.after_action.bias,
@@ -304,8 +314,8 @@ class CudaNetwork:
 
     def _judge(self) -> None:
         w = self._weights
-        both = self._gelu(self._h, w.fused.after_latent)
-        parts = self._product(both, w.after_latent, w.cut)
+        both = gelu_product(self._h, w.fused.after_latent, self._precision)
+        parts = product(both, w.after_latent, self._precision, w.cut)
         kernels.judge[(self._batch,)](
             parts,
             w.after_latent.bias,
