@@ -11,7 +11,6 @@ Letters: `B` roots there is room for, `N` nodes, `K` ids there is room for, `n` 
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 from collections import OrderedDict
@@ -24,7 +23,8 @@ import triton
 from torch import Tensor
 
 from priorzero.search.fused import cuda_kernels
-from priorzero.search.fused.cuda_network import CudaNetwork, side_by_side
+from priorzero.search.fused.cuda_graph import Upload, capture
+from priorzero.search.fused.cuda_network import CudaNetwork, CudaWeights, side_by_side
 from priorzero.search.fused.rule import FusedRule, FusibleSearch
 from priorzero.types import PriorZeroError
 from priorzero.world_model.fused import WeightCopies, fuse, shape_of
@@ -36,46 +36,9 @@ logger = logging.getLogger(__name__)
 # Graphs that are kept; at width 768, 64 roots, 512 ids and 50 simulations one takes about 150 MB.
 _MOST_GRAPHS = 8
 _SMALLEST_IDS = 32
-_ALIGNED = 64  # bytes; what an array's address is a multiple of
 # What Triton calls the ways to multiply (`policy.search_precision`). "tf32x3" is as exact as plain
 # single precision ("ieee"), which knows no tensor cores.
 _PRECISIONS = dict(float32="tf32x3", tf32="tf32")
-
-
-class Upload:
-    """Arrays that go to the device in one transfer, which does not wait.
-
-    Args:
-        device: where to.
-        arrays: shape and numpy type by name.
-
-    Attributes:
-        host: the arrays by name, to be filled. Nothing may be written between `send` and the next
-            wait for the device.
-        device: the same on the device.
-    """
-
-    def __init__(
-        self, device: str | torch.device, arrays: dict[str, tuple[tuple[int, ...], type]]
-    ) -> None:
-        starts, size = [], 0
-        for shape, kind in arrays.values():
-            starts.append(size)
-            size += -(-math.prod(shape) * np.dtype(kind).itemsize // _ALIGNED) * _ALIGNED
-        self._there = torch.zeros(size, dtype=torch.uint8, device=device)
-        self._here = torch.zeros(size, dtype=torch.uint8, pin_memory=self._there.is_cuda)
-
-        self.host: dict[str, np.ndarray] = {}
-        self.device: dict[str, Tensor] = {}
-        for start, (name, (shape, kind)) in zip(starts, arrays.items(), strict=True):
-            own = slice(start, start + math.prod(shape) * np.dtype(kind).itemsize)
-            self.host[name] = self._here[own].numpy().view(kind).reshape(shape)
-            dtype = torch.from_numpy(np.zeros(0, dtype=kind)).dtype
-            self.device[name] = self._there[own].view(dtype).view(shape)
-
-    def send(self) -> None:
-        """What stands in `host` is on the device for all that is started there from now on."""
-        self._there.copy_(self._here, non_blocking=True)
 
 
 class CudaTree:
@@ -128,7 +91,7 @@ class CudaTree:
         """Bring these roots; rows and ids beyond theirs are padding."""
         t, (rows, _, ids) = search.tree.arrays, search.tree.arrays.child.shape
         assert rule.halving == self._halving and ids <= self._sizes["K"]
-        brought = self._brought.host
+        brought = self._brought.open()
         brought["limit"][:] = ids
         brought["constants"][:] = (
             search.tree.discount,
@@ -281,8 +244,8 @@ class CudaSimulations:
         self._precision = _PRECISIONS[precision]
         self._context = 2 * context_steps - 1
         self._ids = len(model.world_model.head_policy.head_module[2].bias)
-        self._weights = side_by_side(fuse(model, self._ids, self._context + 2 * simulations - 1))
-        self._copies = WeightCopies(self._weights.fused, model)
+        self._weights: CudaWeights | None = None
+        self._copies: WeightCopies | None = None
         self._captured: OrderedDict[tuple[int, int, bool], CapturedSearch] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -310,13 +273,21 @@ class CudaSimulations:
         """
         rows = len(contexts.visible)
         with self._lock:
-            self._copies.refresh()
+            self._refresh_weights()
             captured = self._search_for(rows, inner_actions, contexts, search, rule)
             _begin(captured.network, captured.tree, contexts, search, rule)
             captured.graph.replay()
             clamped = captured.network.clamped(rows)
             (count,) = captured.tree.finish(search, whole, also=[clamped])
             return int(count)
+
+    def _refresh_weights(self) -> None:
+        if self._weights is None:
+            last = self._context + 2 * self._simulations - 1
+            self._weights = side_by_side(fuse(self._model, self._ids, last))
+            self._copies = WeightCopies(self._weights.fused, self._model)
+        else:
+            self._copies.refresh()
 
     def _search_for(
         self,
@@ -368,17 +339,7 @@ class CudaSimulations:
         tree = CudaTree(batch, self._simulations, actions, rule.halving, device)
         _begin(network, tree, contexts, search, rule)
 
-        # Once without a graph: kernels are compiled and libraries make themselves ready.
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            self._simulate(network, tree)
-        torch.cuda.current_stream(device).wait_stream(stream)
-
-        # Other threads may use the device meanwhile.
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            self._simulate(network, tree)
+        graph, _ = capture(lambda: self._simulate(network, tree), device)
         return CapturedSearch(graph, network, tree)
 
     def _simulate(self, network: CudaNetwork, tree: CudaTree) -> None:
