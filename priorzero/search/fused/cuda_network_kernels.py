@@ -94,7 +94,7 @@ def _norm(x, inside, at, weight_ptr, bias_ptr, D: tl.constexpr):
     return centred * scale * weight + tl.load(bias_ptr + at, mask=inside, other=0.0)
 
 
-@triton.jit(do_not_specialize=["new", "slot"])
+@triton.jit(do_not_specialize=["new", "slot", "N", "S"])
 def enter(
     parents_ptr,
     actions_ptr,
@@ -108,8 +108,8 @@ def enter(
     h_ptr,
     new,
     slot,
-    N: tl.constexpr,
-    S: tl.constexpr,
+    N,
+    S,
     D: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -140,7 +140,7 @@ def enter(
     tl.store(h_ptr + b * D + d, h, mask=inside)
 
 
-@triton.jit(do_not_specialize=["new", "slot"])
+@triton.jit(do_not_specialize=["new", "slot", "N", "S"])
 def attend(
     qkv_ptr,
     bias_ptr,
@@ -152,8 +152,8 @@ def attend(
     new,
     slot,
     scale,
-    N: tl.constexpr,
-    S: tl.constexpr,
+    N,
+    S,
     D: tl.constexpr,
     E: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -239,7 +239,7 @@ def _scalar(parts_ptr, bias_ptr, b, rows, SUPPORT, OUT: tl.constexpr, BLOCK, PAR
     return tl.where(mean < 0.0, 1.0 - root * root, root * root - 1.0)
 
 
-@triton.jit(do_not_specialize=["new"])
+@triton.jit(do_not_specialize=["new", "N"])
 def follow(
     parts_ptr,
     bias_ptr,
@@ -252,10 +252,10 @@ def follow(
     h_ptr,
     rows,
     new,
+    N,
     SUPPORT: tl.constexpr,
     CUT: tl.constexpr,
     GROUP: tl.constexpr,
-    N: tl.constexpr,
     D: tl.constexpr,
     BLOCK_SUPPORT: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
