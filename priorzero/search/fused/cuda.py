@@ -210,7 +210,7 @@ class CudaTree:
                 getattr(t, edges)[row] = getattr(self, f"_{edges}")[row, :, :ids].cpu().numpy()
             for nodes in ("rewards", "node_visits", "node_returns"):
                 getattr(t, nodes)[row] = getattr(self, f"_{nodes}")[row].cpu().numpy()
-        return [float(x) for x in single[4:]]
+        return [x.item() for x in single[4:]]
 
     def _launch(self) -> dict[str, int | bool]:
         block = triton.next_power_of_2(self._sizes["K"])
