@@ -1,4 +1,5 @@
-"""The world model's inference in few and large operations: what a fused search calls.
+"""The world model's inference in few and large operations: what a fused search calls on a CPU. On a
+GPU the same weights go through kernels of its own (`priorzero/search/fused/cuda_network.py`).
 
 The same numbers as `inference.py`, which is the reference, up to rounding
 (tests/world_model/test_fused.py). What is different:
@@ -9,9 +10,6 @@ The same numbers as `inference.py`, which is the reference, up to rounding
 * tokens of all actions and embeddings of all positions that a path can reach are tables;
 * one mask serves all layers of a simulation, and nothing asks the device a question: positions
   beyond the trained window are counted once, at the end.
-
-Every operation has a fixed shape and writes where the simulation's number alone says, so that on a
-GPU all simulations of a search can be captured in one CUDA graph (`priorzero/search/fused/`).
 
 Letters: `B` roots, `C` context steps, `N` arena slots, `L` layers, `H` heads, `D` width, `S`
 support, `K` action ids nodes branch over, `n` simulations.
@@ -217,7 +215,7 @@ class Expansion:
 
 
 class FusedMemory:
-    """The arena of one search over `B` roots, in memory that does not move.
+    """The arena of one search over `B` roots. What `CudaNetwork` computes is tested against it.
 
     `begin` for new roots, then `expand` once per simulation, in order.
 

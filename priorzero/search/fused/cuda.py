@@ -1,9 +1,10 @@
 """A search on a GPU: walking, network and backup of all simulations captured in one CUDA graph.
 
-A plan uploads what its roots bring, replays the graph and reads the roots' statistics: nothing
-crosses between host and device in between. A graph is captured for a number of roots and of ids,
-both rounded up so that a run needs few of them; rows and ids beyond are padding that changes
-nothing. Everything a graph reads stays where it is in memory, and each search overwrites it.
+A search uploads what its roots bring, replays the graph and reads the roots' statistics: one
+transfer there, one back, and nothing crosses in between. A graph is captured for a number of roots
+and of ids, both rounded up so that a run needs few of them; rows and ids beyond are padding that
+changes nothing. Everything a graph reads stays where it is in memory, and each search overwrites
+it.
 
 Letters: `B` roots there is room for, `N` nodes, `K` ids there is room for, `n` simulations.
 """

@@ -118,9 +118,10 @@ def _multiply(
 ) -> None:
     weight, (inner, out) = affine.weight.t(), affine.weight.shape
     assert x.is_contiguous() and weight.is_contiguous()
-    assert x.shape[1] == (inner if cut == out else 2 * inner) and (
-        cut == out or cut % tiling.out == 0
-    )
+    if cut == out:
+        assert x.shape[1] == inner
+    else:
+        assert x.shape[1] == 2 * inner and cut % tiling.out == 0
     grid = triton.cdiv(out, tiling.out), tiling.parts, triton.cdiv(len(x), tiling.rows)
     kernels.product[grid](
         x,
