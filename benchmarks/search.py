@@ -50,6 +50,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--simulations", type=int, default=16)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--root-policy", choices=["puct", "gumbel"], default="puct")
+    parser.add_argument("--precision", choices=["float32", "tf32"], default="float32")
     parser.add_argument("--methods", default="fused,plain,lightzero", help=", ".join(METHODS))
     parser.add_argument("--plans", type=int, default=10, help="timed plans of each method")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of the network")
@@ -97,6 +98,7 @@ def build_policy(args: argparse.Namespace, width: int, folder: str):
         context_steps=CONTEXT,
         search_threads=args.threads,
         root_policy=args.root_policy,
+        search_precision=args.precision,
         action_vocabulary=dict(kind="positional", capacity=args.actions + 1, overflow=1),
     )
     cfg, create = get_priorzero_config(
@@ -131,10 +133,9 @@ def random_roots(args: argparse.Namespace, count: int) -> list:
 
 def planner_of(args: argparse.Namespace, policy, method: str, simulations: int):
     """A planner of the policy's network, in this method."""
-    from lzero.policy import InverseScalarTransform
-
     from priorzero.lightzero import resolve_device
     from priorzero.search.planner import Planner
+    from priorzero.world_model.categorical import Support
 
     changes: dict[str, Any] = dict(num_simulations=simulations)
     if method == "lightzero":
@@ -142,7 +143,7 @@ def planner_of(args: argparse.Namespace, policy, method: str, simulations: int):
     else:
         changes |= dict(search_backend=method)
     device = resolve_device(args.device)
-    scalar_of = InverseScalarTransform(SUPPORT, device, True)
+    scalar_of = Support(SUPPORT, device).scalars
     return Planner(policy.network, replace(policy.settings, **changes), scalar_of, device)
 
 
@@ -285,7 +286,7 @@ def main(arguments: list[str] | None = None) -> int:
         for roots in args.roots:
             rows += measure(args, policy, Case(width, roots))
 
-    keys = ("actions", "valid", "simulations", "layers", "root_policy", "plans", "threads", "seed")
+    keys = "actions valid simulations layers root_policy precision plans threads seed".split()
     finish(
         {
             "benchmark": "search",

@@ -124,6 +124,7 @@ class Planner:
         self._device = device
         self._policy = load("priorzero.search.root_policies", settings.root_policy)
         self._fused = fused_simulations(model, settings, self._policy, device)
+        self._read = reader_of(model, settings, device, captured=self._fused is not None)
         self.positions_clamped = 0
 
     def plan(
@@ -146,7 +147,7 @@ class Planner:
             self._model.eval()
         with torch_threads(self._settings.search_threads):
             # 1. The network looks at the roots.
-            contexts = read_contexts(self._model, *batch_contexts(roots, self._device))
+            contexts = self._read(roots)
             values, logits = self._fetch(contexts)
 
             # 2. Its policy and the LLM's are mixed.
@@ -259,11 +260,24 @@ def fused_simulations(
                 f"a fused search on a GPU needs Triton ({error}): install the CUDA lock, or set "
                 "policy.search_backend=plain"
             ) from error
-        return CudaSimulations(model, settings.num_simulations, settings.context_steps)
+        return CudaSimulations(
+            model, settings.num_simulations, settings.context_steps, settings.search_precision
+        )
 
     from priorzero.search.fused.cpu import CpuSimulations
 
     return CpuSimulations(model, settings.num_simulations)
+
+
+def reader_of(
+    model: PriorZeroModel, settings: PolicySettings, device: str, captured: bool
+) -> Callable[[Sequence[Root]], ContextMemory]:
+    """How the network looks at roots: on a GPU where the search is `captured`, captured too."""
+    if captured and torch.device(device).type == "cuda":
+        from priorzero.search.fused.cuda_roots import CudaRoots
+
+        return CudaRoots(model, settings.context_steps, device).read
+    return lambda roots: read_contexts(model, *batch_contexts(roots, device))
 
 
 def simulate(

@@ -176,10 +176,16 @@ def batch_contexts(roots: Sequence[Root], device: str | torch.device) -> Context
     longest, width = max(len(r.observations) for r in roots), roots[0].observations.shape[1]
     observations = np.zeros((len(roots), longest, width), dtype=np.float32)
     actions = np.zeros((len(roots), longest), dtype=np.int64)
+    lengths = np.zeros(len(roots), dtype=np.int64)
+    fill_contexts(roots, observations, actions, lengths)
+    return Contexts(*(torch.from_numpy(x).to(device) for x in (observations, actions, lengths)))
 
+
+def fill_contexts(
+    roots: Sequence[Root], observations: np.ndarray, actions: np.ndarray, lengths: np.ndarray
+) -> None:
+    """Write the contexts of these roots into the first rows of zeros, shaped as in `Contexts`."""
     for row, root in enumerate(roots):
         observations[row, : len(root.observations)] = root.observations
         actions[row, : len(root.actions)] = root.actions
-
-    lengths = np.array([len(r.observations) for r in roots], dtype=np.int64)
-    return Contexts(*(torch.from_numpy(x).to(device) for x in (observations, actions, lengths)))
+    lengths[: len(roots)] = [len(root.observations) for root in roots]

@@ -258,6 +258,10 @@ class PolicySettings(Settings):
     search_backend: str = "auto"
     """fused: the simulations compiled, on a GPU as one CUDA graph; plain: the reference, in numpy
     and single network calls; auto: fused where the root policy has such a form (puct, gumbel)."""
+    search_precision: str = "float32"
+    """Of a fused search's products on a GPU. float32: single precision, from three products of
+    tensor cores; tf32: one of them, with ten bits of each number. Other products, and a search on a
+    CPU, do not know it."""
     search_threads: int = 1
     """CPU threads of a search: 1 is fastest up to a width of about 512; 0 leaves torch's own
     number."""
@@ -349,6 +353,7 @@ class PolicySettings(Settings):
         yield from one_of(self, "train_dtype", "auto", "float32", "bfloat16")
         yield from one_of(self, "compile_update", "off", "default", "reduce-overhead")
         yield from one_of(self, "search_backend", "auto", "fused", "plain")
+        yield from one_of(self, "search_precision", "float32", "tf32")
         yield from a_file_of(self, "root_policy", "priorzero.search.root_policies")
         yield from positive(
             self,

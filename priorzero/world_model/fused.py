@@ -1,4 +1,5 @@
-"""The world model's inference in few and large operations: what a fused search calls.
+"""The world model's inference in few and large operations: what a fused search calls on a CPU. On a
+GPU the same weights go through kernels of its own (`priorzero/search/fused/cuda_network.py`).
 
 The same numbers as `inference.py`, which is the reference, up to rounding
 (tests/world_model/test_fused.py). What is different:
@@ -9,9 +10,6 @@ The same numbers as `inference.py`, which is the reference, up to rounding
 * tokens of all actions and embeddings of all positions that a path can reach are tables;
 * one mask serves all layers of a simulation, and nothing asks the device a question: positions
   beyond the trained window are counted once, at the end.
-
-Every operation has a fixed shape and writes where the simulation's number alone says, so that on a
-GPU all simulations of a search can be captured in one CUDA graph (`priorzero/search/fused/`).
 
 Letters: `B` roots, `C` context steps, `N` arena slots, `L` layers, `H` heads, `D` width, `S`
 support, `K` action ids nodes branch over, `n` simulations.
@@ -94,44 +92,85 @@ def fuse(model: PriorZeroModel, inner_actions: int, last_position: int) -> Fused
     wm, config = model.world_model, model.world_model.config
     assert not config.gru_gating and not config.rotary_emb, "neither is part of this network"
     positions = _trained(last_position, config.max_tokens, wm.pos_emb.weight.device)
-    reward, latent, value, policy = (
-        head.head_module
-        for head in (wm.head_rewards, wm.head_observations, wm.head_value, wm.head_policy)
-    )
+
+    pieces = [_piece(layers) for layers in _sources(wm)]
+    blocks, (norm, *heads, policy) = pieces[:-7], pieces[-7:]
+    each = len(LayerWeights._fields)
     return FusedWeights(
-        actions=_action_tokens(wm.act_embedding_table),
-        positions=wm.pos_emb(positions),
-        layers=tuple(_layer(block) for block in wm.transformer.blocks),
-        norm=_norm(wm.transformer.ln_f),
-        after_action=_beside(reward[0], latent[0]),
-        after_latent=_beside(value[0], policy[0]),
-        reward=_beside(reward[2]),
-        value=_beside(value[2]),
-        latent=_beside(latent[2]),
-        policy=Affine(*(x[..., :inner_actions] for x in _beside(policy[2]))),
+        _action_tokens(wm.act_embedding_table),
+        wm.pos_emb(positions),
+        tuple(LayerWeights(*blocks[i : i + each]) for i in range(0, len(blocks), each)),
+        norm,
+        *heads,
+        Affine(*(x[..., :inner_actions] for x in policy)),
     )
 
 
-def overwrite(old: FusedWeights, new: FusedWeights) -> None:
-    """Put `new`'s numbers where `old`'s are in memory; shapes are equal."""
+def _sources(wm: nn.Module) -> Iterator[tuple[nn.Module, ...]]:
+    """The layers behind each piece of `FusedWeights` from its blocks on, in its order. Several read
+    the same input, and are one product.
+    """
+    for block in wm.transformer.blocks:
+        attention, mlp = block.attn, block.mlp
+        yield (block.ln1,)
+        yield attention.query, attention.key, attention.value
+        yield (attention.proj,)
+        yield (block.ln2,)
+        yield (mlp[0],)
+        yield (mlp[2],)
+    yield (wm.transformer.ln_f,)
 
-    def tensors(part) -> Iterator[Tensor]:
-        for x in part:
-            yield from (x,) if isinstance(x, Tensor) else tensors(x)
+    heads = wm.head_rewards, wm.head_observations, wm.head_value, wm.head_policy
+    reward, latent, value, policy = (head.head_module for head in heads)
+    yield reward[0], latent[0]
+    yield value[0], policy[0]
+    for head in (reward, value, latent, policy):
+        yield (head[2],)
 
-    torch._foreach_copy_(list(tensors(old)), list(tensors(new)))
+
+def _piece(layers: tuple[nn.Module, ...]) -> Affine | Norm:
+    """Copies of these layers' weights, one below the other."""
+    weight = torch.cat([layer.weight for layer in layers])
+    bias = torch.cat([layer.bias for layer in layers])
+    return Norm(weight, bias) if isinstance(layers[0], nn.LayerNorm) else Affine(weight.t(), bias)
 
 
-def _layer(block: nn.Module) -> LayerWeights:
-    attention, mlp = block.attn, block.mlp
-    return LayerWeights(
-        norm1=_norm(block.ln1),
-        qkv=_beside(attention.query, attention.key, attention.value),
-        proj=_beside(attention.proj),
-        norm2=_norm(block.ln2),
-        up=_beside(mlp[0]),
-        down=_beside(mlp[2]),
-    )
+def _pieces(weights: FusedWeights) -> Iterator[Affine | Norm]:
+    """In the order of `_sources`."""
+    for layer in weights.layers:
+        yield from layer
+    yield from weights[weights._fields.index("norm") :]
+
+
+class WeightCopies:
+    """Keeps fused weights those of a network, where they are in memory.
+
+    Args:
+        weights: of this network, from `fuse`; its tensors, or views of other memory in their place.
+        model: the network.
+    """
+
+    def __init__(self, weights: FusedWeights, model: PriorZeroModel) -> None:
+        self._weights, self._wm = weights, model.world_model
+        last, window = len(weights.positions) - 1, self._wm.config.max_tokens
+        self._positions = _trained(last, window, weights.positions.device)
+
+        # A layer's rows lie in the weights one below the other's.
+        self._places: list[Tensor] = []
+        self._sources: list[Tensor] = []
+        for piece, layers in zip(_pieces(weights), _sources(self._wm), strict=True):
+            matrix = piece.weight.t() if isinstance(piece, Affine) else piece.weight
+            for place, name in ((matrix, "weight"), (piece.bias, "bias")):
+                own = [getattr(layer, name).detach()[: len(place)] for layer in layers]
+                self._places += place.split([len(x) for x in own])
+                self._sources += own
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Copy the numbers as they are now."""
+        torch._foreach_copy_(self._places, self._sources)
+        self._weights.actions.copy_(_action_tokens(self._wm.act_embedding_table))
+        self._weights.positions.copy_(self._wm.pos_emb.weight[self._positions])
 
 
 def _action_tokens(table: nn.Module) -> Tensor:
@@ -145,16 +184,6 @@ def _trained(last: int, max_tokens: int, device: torch.device) -> Tensor:
     """The trained positions `[last + 1]` that the positions 0, 1, …, `last` use."""
     position = torch.arange(last + 1, device=device)
     return torch.where(position < max_tokens, position, max_tokens - 2 + position % 2)
-
-
-def _norm(norm: nn.LayerNorm) -> Norm:
-    return Norm(norm.weight.clone(), norm.bias.clone())
-
-
-def _beside(*layers: nn.Linear) -> Affine:
-    """Layers that read the same input, as one."""
-    weight = torch.cat([layer.weight for layer in layers])
-    return Affine(weight.t(), torch.cat([layer.bias for layer in layers]))
 
 
 class NetworkShape(NamedTuple):
@@ -186,7 +215,7 @@ class Expansion:
 
 
 class FusedMemory:
-    """The arena of one search over `B` roots, in memory that does not move.
+    """The arena of one search over `B` roots. What `CudaNetwork` computes is tested against it.
 
     `begin` for new roots, then `expand` once per simulation, in order.
 

@@ -10,9 +10,9 @@ import torch
 
 from priorzero.world_model.fused import (
     FusedMemory,
+    WeightCopies,
     fuse,
     inverse_transform,
-    overwrite,
     shape_of,
 )
 from priorzero.world_model.inference import SearchMemory, read_contexts
@@ -94,19 +94,20 @@ def test_padding_of_rows_and_contexts_changes_nothing(model):
 
 
 @torch.no_grad()
-def test_weights_are_copies_that_can_be_overwritten_in_place(model, randomise):
+def test_weights_are_copies_that_are_refreshed_in_place(model, randomise):
     """A captured graph reads one place in memory for good."""
     contexts = contexts_of(model)
     memory, weights = fused_memory(model, contexts, inner_actions=5)
     step = torch.tensor([0] * 4), torch.tensor([1, 2, 3, 4])
     first = memory.expand(0, *step)
+    copies = WeightCopies(weights, model)
     assert first.logits.shape == (4, 5)
 
     randomise(model, seed=2)
     memory.begin(contexts)
     torch.testing.assert_close(memory.expand(0, *step).logits, first.logits, atol=0, rtol=0)
 
-    overwrite(weights, fuse(model, 5, len(weights.positions) - 1))
+    copies.refresh()
     memory.begin(contexts)
     fresh, _ = fused_memory(model, contexts, inner_actions=5)
     second = memory.expand(0, *step).logits

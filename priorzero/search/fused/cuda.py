@@ -1,9 +1,10 @@
 """A search on a GPU: walking, network and backup of all simulations captured in one CUDA graph.
 
-A plan uploads what its roots bring, replays the graph and reads the roots' statistics: nothing
-crosses between host and device in between. A graph is captured for a number of roots and of ids,
-both rounded up so that a run needs few of them; rows and ids beyond are padding that changes
-nothing. Everything a graph reads stays where it is in memory, and each search overwrites it.
+A search uploads what its roots bring, replays the graph and reads the roots' statistics: one
+transfer there, one back, and nothing crosses in between. A graph is captured for a number of roots
+and of ids, both rounded up so that a run needs few of them; rows and ids beyond are padding that
+changes nothing. Everything a graph reads stays where it is in memory, and each search overwrites
+it.
 
 Letters: `B` roots there is room for, `N` nodes, `K` ids there is room for, `n` simulations.
 """
@@ -23,9 +24,11 @@ import triton
 from torch import Tensor
 
 from priorzero.search.fused import cuda_kernels
+from priorzero.search.fused.cuda_graph import Upload, capture
+from priorzero.search.fused.cuda_network import CudaNetwork, CudaWeights, side_by_side
 from priorzero.search.fused.rule import FusedRule, FusibleSearch
 from priorzero.types import PriorZeroError
-from priorzero.world_model.fused import FusedMemory, FusedWeights, fuse, overwrite, shape_of
+from priorzero.world_model.fused import WeightCopies, fuse, shape_of
 from priorzero.world_model.inference import ContextMemory
 from priorzero.world_model.model import PriorZeroModel
 
@@ -34,11 +37,14 @@ logger = logging.getLogger(__name__)
 # Graphs that are kept; at width 768, 64 roots, 512 ids and 50 simulations one takes about 150 MB.
 _MOST_GRAPHS = 8
 _SMALLEST_IDS = 32
+# What Triton calls the ways to multiply (`policy.search_precision`). "tf32x3" is as exact as plain
+# single precision ("ieee"), which knows no tensor cores.
+_PRECISIONS = dict(float32="tf32x3", tf32="tf32")
 
 
 class CudaTree:
     """The trees of `B` roots on the device: the arrays of `TreeArrays`, in memory that does not
-    move. `begin`, then `select` and `expand` once per simulation, then `finish`.
+    move. `begin`, then `plant`, then `select` and `expand` once per simulation, then `finish`.
 
     Args:
         batch, simulations, actions: `B`, `n`, `K`.
@@ -62,48 +68,73 @@ class CudaTree:
             zeros(batch, nodes) for _ in range(3)
         )
         self._low, self._high = zeros(batch), zeros(batch)
-        self._valid = zeros(batch, actions, dtype=torch.int8)
 
-        # The rule: its tables; discount, visit_constant, value_scale, smallest_range; ids in use.
-        self._exploration, self._gumbel = zeros(nodes + 1), zeros(batch, actions)
-        self._schedule = zeros(batch, simulations, dtype=torch.int32)
-        self._constants, self._limit = zeros(4), zeros(1, dtype=torch.int32)
-
+        # What the roots bring. The rule: its tables; discount, visit_constant, value_scale,
+        # smallest_range. Ids in use.
+        self._brought = Upload(
+            device,
+            dict(
+                prior=((batch, actions), np.float64),
+                valid=((batch, actions), np.int8),
+                value=((batch,), np.float64),
+                gumbel=((batch, actions) if halving else (1,), np.float64),
+                schedule=((batch, simulations) if halving else (1,), np.int32),
+                exploration=((nodes + 1,), np.float64),
+                constants=((4,), np.float64),
+                limit=((1,), np.int32),
+            ),
+        )
         self._path = zeros(batch, nodes, 2, dtype=torch.int32)
         self._depth = zeros(batch, dtype=torch.int32)
         self._parents, self._actions = (zeros(batch, dtype=torch.int64) for _ in range(2))
 
     def begin(self, search: FusibleSearch, rule: FusedRule) -> None:
-        """Start from these roots; rows and ids beyond theirs are padding."""
+        """Bring these roots; rows and ids beyond theirs are padding."""
         t, (rows, _, ids) = search.tree.arrays, search.tree.arrays.child.shape
         assert rule.halving == self._halving and ids <= self._sizes["K"]
-        self._limit.fill_(ids)
-        numbers = search.tree.discount, rule.visit_constant, rule.value_scale, rule.smallest_range
-        _fill(self._constants, np.array(numbers, dtype=np.float64))
-        _fill(self._exploration, rule.exploration)
-        _fill(self._gumbel[:rows, :ids], rule.gumbel)
-        _fill(self._schedule[:rows], rule.schedule)
+        brought = self._brought.open()
+        brought["limit"][:] = ids
+        brought["constants"][:] = (
+            search.tree.discount,
+            rule.visit_constant,
+            rule.value_scale,
+            rule.smallest_range,
+        )
+        brought["exploration"][:] = rule.exploration
+        if self._halving:
+            brought["gumbel"][:rows, :ids] = rule.gumbel
+            brought["schedule"][:rows] = rule.schedule
 
         # A padded row knows the id 0 alone.
-        for array in (self._child, self._visits, self._returns, self._prior):
-            array[:, 0] = 0
-        self._prior[rows:, 0, 0] = 1.0
-        self._valid.zero_()
-        self._valid[rows:, 0] = 1
-        self._node_visits[:, 0], self._node_returns[:, 0] = 1.0, 0.0
-        self._low.fill_(torch.inf)
-        self._high.fill_(-torch.inf)
+        for name, numbers, first in (("prior", t.prior[:, 0], 1.0), ("valid", t.valid, 1)):
+            place = brought[name]
+            place[:] = 0
+            place[:rows, :ids] = numbers
+            place[rows:, 0] = first
+        brought["value"][:rows], brought["value"][rows:] = t.node_returns[:, 0], 0.0
+        self._brought.send()
 
-        _fill(self._prior[:rows, 0, :ids], t.prior[:, 0])
-        _fill(self._valid[:rows, :ids], t.valid)
-        _fill(self._node_returns[:rows, 0], t.node_returns[:, 0])
-        if self._halving:
-            root = self._prior[:, 0]
-            nothing = cuda_kernels.NOTHING
-            self._log_prior[:, 0] = root.clamp_min(1e-300).log().where(root > 0, nothing)
+    def plant(self) -> None:
+        """Start from the roots that `begin` has brought."""
+        brought = self._brought.device
+        cuda_kernels.plant[(len(self._depth),)](
+            self._child,
+            self._visits,
+            self._returns,
+            self._prior,
+            self._log_prior,
+            self._node_visits,
+            self._node_returns,
+            self._low,
+            self._high,
+            brought["prior"],
+            brought["value"],
+            **self._launch(),
+        )
 
     def select(self) -> tuple[Tensor, Tensor]:
         """Parent nodes `[B]` and action ids `[B]` to expand next, int64."""
+        brought = self._brought.device
         cuda_kernels.walk[(len(self._depth),)](
             self._child,
             self._visits,
@@ -114,12 +145,12 @@ class CudaTree:
             self._node_returns,
             self._low,
             self._high,
-            self._valid,
-            self._exploration,
-            self._gumbel,
-            self._schedule,
-            self._constants,
-            self._limit,
+            brought["valid"],
+            brought["exploration"],
+            brought["gumbel"],
+            brought["schedule"],
+            brought["constants"],
+            brought["limit"],
             self._path,
             self._depth,
             self._parents,
@@ -142,8 +173,8 @@ class CudaTree:
             self._node_returns,
             self._low,
             self._high,
-            self._constants,
-            self._limit,
+            self._brought.device["constants"],
+            self._brought.device["limit"],
             self._path,
             self._depth,
             rewards.contiguous(),
@@ -153,24 +184,34 @@ class CudaTree:
             **self._launch(),
         )
 
-    def finish(self, search: FusibleSearch, whole: Sequence[int] = ()) -> None:
+    def finish(
+        self, search: FusibleSearch, whole: Sequence[int] = (), also: Sequence[Tensor] = ()
+    ) -> list[float]:
         """Put the roots' statistics into the search's own tree, in one transfer; of the rows
         `whole` everything, in some more.
+
+        Args:
+            also: numbers on the device that come along.
+
+        Returns:
+            those numbers.
         """
         t, (rows, _, ids) = search.tree.arrays, search.tree.arrays.child.shape
-        columns = self._node_visits[:, 0], self._node_returns[:, 0], self._low, self._high
-        single = torch.stack(columns, 1)
-        found = torch.cat([self._visits[:, 0, :ids], self._returns[:, 0, :ids], single], 1)
-        found = found[:rows].cpu().numpy()
-        t.visits[:, 0], t.returns[:, 0] = found[:, :ids], found[:, ids : 2 * ids]
-        t.node_visits[:, 0], t.node_returns[:, 0] = found[:, -4], found[:, -3]
-        t.low[:], t.high[:] = found[:, -2], found[:, -1]
+        edges = [x[:rows, 0, :ids] for x in (self._visits, self._returns)]
+        roots = [x[:rows, 0] for x in (self._node_visits, self._node_returns)]
+        parts = [*edges, *roots, self._low[:rows], self._high[:rows], *also]
+        found = torch.cat([x.reshape(-1).double() for x in parts]).cpu().numpy()
+        ends = np.cumsum([x.numel() for x in parts])[:-1]
+        visits, returns, *single = np.split(found, ends)
 
+        t.visits[:, 0], t.returns[:, 0] = visits.reshape(rows, ids), returns.reshape(rows, ids)
+        t.node_visits[:, 0], t.node_returns[:, 0], t.low[:], t.high[:] = single[:4]
         for row in whole:
             for edges in ("child", "visits", "returns", "prior"):
                 getattr(t, edges)[row] = getattr(self, f"_{edges}")[row, :, :ids].cpu().numpy()
             for nodes in ("rewards", "node_visits", "node_returns"):
                 getattr(t, nodes)[row] = getattr(self, f"_{nodes}")[row].cpu().numpy()
+        return [x.item() for x in single[4:]]
 
     def _launch(self) -> dict[str, int | bool]:
         block = triton.next_power_of_2(self._sizes["K"])
@@ -182,7 +223,7 @@ class CapturedSearch:
     """A graph and the memory it reads and writes."""
 
     graph: torch.cuda.CUDAGraph
-    memory: FusedMemory
+    network: CudaNetwork
     tree: CudaTree
 
 
@@ -194,13 +235,18 @@ class CudaSimulations:
         model: the network, on a GPU; its weights may change between searches.
         simulations: `n`.
         context_steps: most real observations a root looks back on.
+        precision: of products, see `policy.search_precision`.
     """
 
-    def __init__(self, model: PriorZeroModel, simulations: int, context_steps: int) -> None:
+    def __init__(
+        self, model: PriorZeroModel, simulations: int, context_steps: int, precision: str
+    ) -> None:
         self._model, self._simulations = model, simulations
+        self._precision = _PRECISIONS[precision]
         self._context = 2 * context_steps - 1
         self._ids = len(model.world_model.head_policy.head_module[2].bias)
-        self._weights: FusedWeights | None = None
+        self._weights: CudaWeights | None = None
+        self._copies: WeightCopies | None = None
         self._captured: OrderedDict[tuple[int, int, bool], CapturedSearch] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -230,17 +276,19 @@ class CudaSimulations:
         with self._lock:
             self._refresh_weights()
             captured = self._search_for(rows, inner_actions, contexts, search, rule)
-            _begin(captured.memory, captured.tree, contexts, search, rule)
+            _begin(captured.network, captured.tree, contexts, search, rule)
             captured.graph.replay()
-            captured.tree.finish(search, whole)
-            return int(captured.memory.clamped(rows))
+            clamped = captured.network.clamped(rows)
+            (count,) = captured.tree.finish(search, whole, also=[clamped])
+            return int(count)
 
     def _refresh_weights(self) -> None:
-        fresh = fuse(self._model, self._ids, self._context + 2 * self._simulations - 1)
         if self._weights is None:
-            self._weights = fresh
+            last = self._context + 2 * self._simulations - 1
+            self._weights = side_by_side(fuse(self._model, self._ids, last))
+            self._copies = WeightCopies(self._weights.fused, self._model)
         else:
-            overwrite(self._weights, fresh)
+            self._copies.refresh()
 
     def _search_for(
         self,
@@ -280,47 +328,34 @@ class CudaSimulations:
         search: FusibleSearch,
         rule: FusedRule,
     ) -> CapturedSearch:
-        weights, device = self._weights, contexts.keys.device
-        policy = type(weights.policy)(*(x[..., :actions] for x in weights.policy))
-        memory = FusedMemory(
-            weights._replace(policy=policy),
+        device = contexts.keys.device
+        network = CudaNetwork(
+            self._weights.first_actions(actions),
             shape_of(self._model),
             batch,
             self._context,
             self._simulations,
+            self._precision,
         )
         tree = CudaTree(batch, self._simulations, actions, rule.halving, device)
-        _begin(memory, tree, contexts, search, rule)
+        _begin(network, tree, contexts, search, rule)
 
-        # Once without a graph: kernels are compiled and libraries make themselves ready.
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            self._simulate(memory, tree)
-        torch.cuda.current_stream(device).wait_stream(stream)
+        graph, _ = capture(lambda: self._simulate(network, tree), device)
+        return CapturedSearch(graph, network, tree)
 
-        # Other threads may use the device meanwhile.
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            self._simulate(memory, tree)
-        return CapturedSearch(graph, memory, tree)
-
-    def _simulate(self, memory: FusedMemory, tree: CudaTree) -> None:
+    def _simulate(self, network: CudaNetwork, tree: CudaTree) -> None:
+        tree.plant()
         for simulation in range(self._simulations):
-            node = memory.expand(simulation, *tree.select())
+            node = network.expand(simulation, *tree.select())
             tree.expand(simulation, node.rewards, node.values, node.logits)
 
 
 def _begin(
-    memory: FusedMemory,
+    network: CudaNetwork,
     tree: CudaTree,
     contexts: ContextMemory,
     search: FusibleSearch,
     rule: FusedRule,
 ) -> None:
-    memory.begin(contexts)
+    network.begin(contexts)
     tree.begin(search, rule)
-
-
-def _fill(place: Tensor, numbers: np.ndarray) -> None:
-    place.copy_(torch.from_numpy(np.ascontiguousarray(numbers)))

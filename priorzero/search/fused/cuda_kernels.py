@@ -102,6 +102,46 @@ def _choose(
 
 
 @triton.jit
+def plant(
+    child_ptr,
+    visits_ptr,
+    returns_ptr,
+    prior_ptr,
+    log_prior_ptr,
+    node_visits_ptr,
+    node_returns_ptr,
+    low_ptr,
+    high_ptr,
+    root_priors_ptr,
+    root_values_ptr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HALVING: tl.constexpr,
+):
+    """Begin the tree of root `program_id(0)`: of probabilities `[B, K]`, and a value `[B]`."""
+    b = tl.program_id(0)
+    ids = tl.arange(0, BLOCK)
+    inside = ids < K
+    row = b * N * K + ids
+    prior = tl.load(root_priors_ptr + b * K + ids, mask=inside, other=0.0)
+    tl.store(prior_ptr + row, prior, mask=inside)
+    if HALVING:
+        log_prior = tl.where(prior > 0.0, tl.log(tl.maximum(prior, 1e-300)), _NOTHING)
+        tl.store(log_prior_ptr + row, log_prior, mask=inside)
+
+    # What the last search left there.
+    tl.store(child_ptr + row, tl.zeros([BLOCK], tl.int32), mask=inside)
+    tl.store(visits_ptr + row, tl.zeros([BLOCK], tl.float64), mask=inside)
+    tl.store(returns_ptr + row, tl.zeros([BLOCK], tl.float64), mask=inside)
+
+    tl.store(node_visits_ptr + b * N, 1.0)
+    tl.store(node_returns_ptr + b * N, tl.load(root_values_ptr + b))
+    tl.store(low_ptr + b, float("inf"))
+    tl.store(high_ptr + b, float("-inf"))
+
+
+@triton.jit
 def walk(
     child_ptr,
     visits_ptr,
