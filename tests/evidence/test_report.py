@@ -63,6 +63,31 @@ def test_everything_is_measured(report):
     assert len(report["mass"]) == len(games) * len(VARIANTS)
 
 
+def test_a_game_is_walked_once(tiny_llm, tmp_path, monkeypatch):
+    import asyncio
+
+    from priorzero.evidence import walk
+
+    monkeypatch.setenv("PRIORZERO_CACHE", str(tmp_path / "cache"))
+    handlers = logging.getLogger().handlers[:]
+
+    def walked(name: str, steps: int) -> dict:
+        command = f"--llm {tiny_llm} --games tw-coin:level=1,seed=1 --variants bare --episodes 0 "
+        command += f"--temperatures 1 --device cpu --commit abc --steps {steps}"
+        assert asyncio.run(main(shlex.split(f"{command} --out {tmp_path / name}"))) == 0
+        logging.getLogger().handlers[:] = handlers
+        return json.loads((tmp_path / name / "report.json").read_text(encoding="utf-8"))
+
+    first = walked("first", 1)
+    monkeypatch.setattr(walk, "GameProcess", None)
+    again = walked("again", 1)
+    for part in ("games", "uniform", "prior", "mass"):
+        assert again[part] == first[part]
+    with pytest.raises(TypeError):
+        walked("more", 2)
+    logging.getLogger().handlers[:] = handlers
+
+
 def test_figures_belong_together(report):
     for row in report["prior"]:
         assert 0 <= row["top1"] <= row["top3"] <= row["top5"] <= 1
