@@ -123,7 +123,7 @@ def plans(make_policy, randomise, device, backend, policy, batches, weights=(4,)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_captured_search_plans_as_the_plain_one_does(policy, precision, make_policy, randomise):
     """Other numbers of roots, and other weights, through the same graphs and new ones."""
-    least, near = (0.9, 5e-3) if precision == "float32" else (0.5, 5e-2)
+    exact = precision == "float32"
     batches = [random_roots(n, 3, 8, seed=n) for n in (24, 5, 24, 1, 7)]
     args = make_policy, randomise
     plain, clamped = plans(*args, "cpu", "plain", policy, batches, weights=(4, 5))
@@ -131,14 +131,18 @@ def test_a_captured_search_plans_as_the_plain_one_does(policy, precision, make_p
     captured, found_clamped = plans(*args, "cuda", "fused", policy, batches, **on_gpu)
 
     pairs = [pair for a, b in zip(plain, captured, strict=True) for pair in zip(a, b, strict=True)]
-    equal = [np.array_equal(a.visit_counts, b.visit_counts) for a, b in pairs]
+    equal = [pair for pair in pairs if np.array_equal(*[plan.visit_counts for plan in pair])]
     # Matrix products in single precision differ from device to device.
-    assert np.mean(equal) > least and found_clamped == pytest.approx(clamped, rel=0.05)
-    for (a, b), same in zip(pairs, equal, strict=True):
+    assert len(equal) > (0.9 if exact else 0.5) * len(pairs)
+    assert found_clamped == pytest.approx(clamped, rel=0.05)
+    for a, b in pairs:
         assert b.predicted_value == pytest.approx(a.predicted_value, abs=5e-3)
-        if same:
-            assert b.root_value == pytest.approx(a.root_value, abs=near)
-            np.testing.assert_allclose(a.target_policy, b.target_policy, atol=10 * near)
+
+    # TF32's rounding turns a choice here and there below a root, which equal counts at the root do
+    # not show (Gumbel's halving fixes most of them): it is judged by the mean over the roots.
+    judge, near = (np.max, 5e-3) if exact else (np.mean, 5e-2)
+    assert judge([abs(b.root_value - a.root_value) for a, b in equal]) < near
+    assert judge([np.abs(b.target_policy - a.target_policy).max() for a, b in equal]) < 5e-2
 
 
 @needs_gpu
