@@ -79,6 +79,9 @@ def test_the_adapters_of_this_repository_belong_to_the_embedded_llm(tmp_path):
     merged = warm_checkpoint(base, tmp_path)
     assert set(read_seen(merged).families) <= {"tw-simple", "tw-coin", "tw-cooking"}
     assert sum(p.stat().st_size for p in ADAPTERS.iterdir()) < 20 * 2**20
+    # PEFT writes the folder of the machine that trained.
+    config = json.loads((ADAPTERS / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == base.name
 
 
 def test_a_folder_of_adapters_is_an_llm(tiny_llm, adapters, tmp_path, monkeypatch):
