@@ -61,7 +61,7 @@ class WarmupSettings(Settings):
     """What trains. all: every weight; adapters: those of `lora`, merged at the end; auto: all on a
     GPU, adapters on a CPU."""
     learning_rate: float = 0.0
-    """0: 2e-4 for all weights, 2e-3 for adapters."""
+    """0: 5e-5 for all weights, 2e-3 for adapters."""
     epochs: int = 3
     """Passes over the decisions at most; it ends earlier where the games held out get worse."""
     evaluations: int = 2

@@ -60,7 +60,7 @@ class Tuned:
 
 def train_settings(settings: WarmupSettings, examples: int, all_weights: bool) -> LLMTrainSettings:
     """The optimiser's settings: half a cosine over all passes, behind a twentieth of warm-up."""
-    rate = settings.learning_rate or (2e-4 if all_weights else 2e-3)
+    rate = settings.learning_rate or (5e-5 if all_weights else 2e-3)
     total = settings.epochs * ceil(examples / (settings.train.batch_size or examples))
     warm = max(1, total // 20)
     return replace(

@@ -252,8 +252,9 @@ class WorldModelTrainer:
         """What `state_dict` gave, at any time of the project; further keys are ignored."""
         self._model.load_state_dict(state["model"])
         self.target.load_state_dict(state["target_model"])
-        self._optimizer.load_state_dict(state["optimizer_world_model"])
-        self._fuse_optimizer()  # an older checkpoint's groups say otherwise
+        # The moments only: the rate and the like are the settings' of this run.
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict(state["optimizer_world_model"] | {"param_groups": groups})
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return to_device(array, self._device)

@@ -152,6 +152,31 @@ async def _start(settings: LLMSettings, smollm, trainer):
     )
 
 
+def test_the_engine_of_a_run_follows_its_adapters(smollm, requests):
+    """As settings have it here: a copy that is bfloat16 throughout, and what the trainer adds."""
+    lora = LoraSettings(enable=True, rank=8, alpha=16)
+
+    async def run() -> None:
+        trainer = trainer_of(
+            copy.deepcopy(smollm[0]).cuda(), lora=lora, learning_rate=2e-3, dtype="auto"
+        )
+        engine = await _start(LLMSettings(lora=lora, score_cache_size=0), smollm, trainer)
+        assert engine.name == "transformers" and engine.answers_apart
+        before = [a.totals() for a in await engine.score(requests)]
+        target = (1.0, 0.0, 0.0, 0.0)
+        for _ in range(2):
+            trainer.update({"sft": [sample(r, target_policy=target) for r in requests]})
+            await publish(engine, trainer, requests[0])
+        for got, want, old in zip(
+            await engine.score(requests), trainer.score(requests), before, strict=True
+        ):
+            assert got.totals() == pytest.approx(want.totals(), abs=0.6)
+            assert max(abs(a - b) for a, b in zip(got.totals(), old, strict=True)) > 2
+        await engine.close()
+
+    asyncio.run(run())
+
+
 @needs_vllm
 def test_sleeping_engine_leaves_its_memory_to_the_trainer(smollm, requests):
     """Asleep it holds next to nothing, the trainer trains there, and awake it answers with the

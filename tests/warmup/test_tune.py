@@ -174,7 +174,7 @@ def test_plain_english_is_judged_by_the_models_own_forward(tiny_llm, one_thread)
 
 def test_the_rate_follows_what_trains():
     settings = WarmupSettings()
-    assert train_settings(settings, 3200, True).learning_rate == 2e-4
+    assert train_settings(settings, 3200, True).learning_rate == 5e-5
     adapters = train_settings(settings, 3200, False)
     assert adapters.learning_rate == 2e-3
     assert (adapters.warmup_steps, adapters.decay_steps) == (15, 300)  # 3 passes of 100 steps

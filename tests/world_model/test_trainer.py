@@ -32,7 +32,7 @@ def made(make_policy, make_buffer, randomise):
     """(trainer, network, a batch) of random play; arguments are policy settings."""
 
     def make(**changes):
-        policy = make_policy(learning_rate=1e-3, **changes)
+        policy = make_policy(**dict(learning_rate=1e-3) | changes)
         network = randomise(policy.network, seed=1)
         trainer = WorldModelTrainer(network, policy.settings, policy.settings.device)
         buffer, rng = make_buffer(policy), np.random.default_rng(0)
@@ -119,6 +119,23 @@ def test_an_update_that_is_not_finite_is_not_made(made, damage):
     assert before.keys() == after.keys() and len(before) > 100
     for name, value in before.items():
         assert torch.equal(value, after[name]), name
+
+
+def test_a_resumed_run_takes_its_own_learning_rate(made):
+    """What the message above advises; AdamW's step is the rate times what the moments say."""
+    saved, steps = made(weight_decay=0.0)[0], []
+    batch = made()[2]
+    saved.update(batch, USED)
+    state = copy.deepcopy(saved.state_dict())
+    for rate in (1e-3, 1e-4):
+        trainer, network, _ = made(weight_decay=0.0, learning_rate=rate)
+        trainer.load_state_dict(copy.deepcopy(state))
+        output = trainer.update(batch, USED)
+        assert output.metrics["learning_rate"] == rate
+        after = network.state_dict()
+        steps.append(torch.cat([(after[n] - x).flatten() for n, x in state["model"].items()]))
+    assert steps[0].abs().max() > 1e-4
+    torch.testing.assert_close(steps[1], steps[0] / 10, rtol=0, atol=1e-6)
 
 
 # ---- when numbers are read -----------------------------------------------------------------------

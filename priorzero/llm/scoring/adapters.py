@@ -23,6 +23,8 @@ _wrapped: WeakKeyDictionary[torch.nn.Module, list[torch.nn.Module]] = WeakKeyDic
 def plain_adapters(model: torch.nn.Module) -> Iterator[None]:
     """Inside, PEFT's linear layers with one ordinary active adapter compute as above; all others,
     and those that are merged or switched off, as PEFT has them.
+
+    Autocast is looked at here: enter it first.
     """
     found = [(module, name) for module in _layers(model) if (name := _ordinary(module))]
     for module, name in found:
@@ -52,8 +54,11 @@ def _ordinary(module: torch.nn.Module) -> str | None:
         return None
 
     name = names[0]
+    weight, down = module.base_layer.weight, module.lora_A[name].weight
     ordinary = (
-        name not in module.lora_variant
+        # PEFT casts between two number formats; in the products above only autocast does.
+        (weight.dtype == down.dtype or torch.is_autocast_enabled(weight.device.type))
+        and name not in module.lora_variant
         and isinstance(module.lora_dropout[name], torch.nn.Identity)
         and module.lora_A[name].bias is None
         and module.lora_B[name].bias is None

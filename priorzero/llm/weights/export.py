@@ -187,14 +187,15 @@ def _lora_deltas(inner: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _ensure_adapter(inner: torch.nn.Module, config) -> None:
-    """Put float32 adapters of this configuration on a plain model, unless it has them."""
+    """Put adapters of this configuration on a plain model, unless it has them.
+
+    PEFT gives them the dtype of the layers they stand on, which is what those multiply in: the
+    numbers are those of float32 adapters under autocast, and a model that is 16-bit throughout is
+    asked without autocast.
+    """
     if any(".lora_" in name for name, _ in inner.named_parameters()):
         return
     from peft import inject_adapter_in_model
 
     inject_adapter_in_model(config, inner)
-    for name, parameter in inner.named_parameters():
-        parameter.requires_grad_(False)
-        if ".lora_" in name:  # peft gives them the frozen weight's dtype
-            parameter.data = parameter.data.float()
-    inner.eval()
+    inner.requires_grad_(False).eval()

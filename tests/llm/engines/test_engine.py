@@ -18,6 +18,7 @@ from priorzero.llm.engines.thoughts import Reasoner
 from priorzero.llm.engines.transformers_engine import TransformersEngine
 from priorzero.llm.prior import LLMPrior
 from priorzero.llm.weights.export import Weights
+from priorzero.llm.weights.publish import publish
 from priorzero.settings.llm import LoraSettings
 from priorzero.types import PriorZeroError, TextState
 from tests.llm.decisions import REQUESTS as ROOMS
@@ -334,9 +335,28 @@ async def test_a_16_bit_copy_sees_small_updates_of_adapters(tiny, tokeniser):
         after = totals(trainer.score(ROOMS))
         assert (after - before).abs().max() > 1e-3  # small, and there
         torch.testing.assert_close(totals(await engine.score(ROOMS)), after, rtol=0, atol=1e-6)
-    # The adapters alone travel.
+    # The adapters alone travel, in what the copy multiplies in.
     adapters = sum(p.numel() for p in trainer.state_dict()["model"].values())
-    assert report["bytes"] == 4 * adapters
+    assert report["bytes"] == 2 * adapters
+
+
+@pytest.mark.parametrize("way", ["packed", "padded", "two_pass"])
+async def test_a_copy_that_is_16_bit_throughout_follows_the_adapters(
+    tiny, tokeniser, monkeypatch, way
+):
+    """The engine's copy on a GPU, which computes without autocast; the canary is compared too."""
+    monkeypatch.setattr(transformers_engine, "choose_way", lambda model, items: way)
+    lora = LoraSettings(enable=True, rank=4, alpha=8)
+    trainer = trainer_of(tiny(vocab=262), lora=lora, dtype="bfloat16", learning_rate=1e-2)
+    engine = TransformersEngine(tiny(vocab=262).to(torch.bfloat16), tokeniser, own_weights=True)
+    before = totals(await engine.score(ROOMS))
+    for _ in range(2):
+        trainer.update({"sft": [sample(r) for r in ROOMS]})
+        await publish(engine, trainer, ROOMS[0])
+        after = totals(await engine.score(ROOMS))
+        torch.testing.assert_close(after, totals(trainer.score(ROOMS)), rtol=0, atol=0.1)
+        assert (after - before).abs().max() > 0.5
+        before = after
 
 
 async def test_a_resumed_run_draws_the_thoughts_that_would_have_come(byte_model, tokeniser):

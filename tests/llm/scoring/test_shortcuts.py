@@ -61,6 +61,22 @@ def test_adapters_in_two_products_are_pefts(tiny):
     assert (results[0][0] - layer.base_layer(x)).abs().max() > 0.01
 
 
+def test_adapters_of_another_number_format_are_pefts_to_compute(tiny):
+    """A 16-bit layer with float32 adapters: only autocast brings them together."""
+    model = _trainer(tiny, dtype="bfloat16").weights().module
+    layer = model.get_base_model().model.layers[-1].mlp.up_proj
+    x = torch.randn(3, 5, layer.in_features, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = layer(x.bfloat16())
+        with plain_adapters(model):
+            assert torch.equal(layer(x.bfloat16()), expected)
+        assert not torch.equal(expected, layer.base_layer(x.bfloat16()))
+
+        with computing(CPU, torch.bfloat16), plain_adapters(model):
+            assert "forward" in vars(layer)
+            torch.testing.assert_close(layer(x), expected, rtol=0.02, atol=0.02)
+
+
 def test_attention_that_is_written_out_trains_as_in_float32(tiny, monkeypatch):
     """bfloat16 has a way of its own; float32's gradients are the reference for it and for torch's
     kernel.

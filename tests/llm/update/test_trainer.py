@@ -206,6 +206,23 @@ def test_checkpoint_continues_exactly(tiny):
         torch.testing.assert_close(value, trained_parameters(second)[name], rtol=0, atol=1e-7)
 
 
+def test_a_resumed_run_takes_its_own_weight_decay(tiny):
+    """AdamW's decay is beside the gradient: it takes lr · weight_decay of each weight."""
+    first = trainer_of(tiny(vocab=262))
+    first.update({"sft": SAMPLES})
+    saved = through_a_file(first.state_dict())
+
+    ends = []
+    for decay in (0.0, 0.5):
+        trainer = trainer_of(tiny(vocab=262), weight_decay=decay)
+        trainer.load_state_dict(copy.deepcopy(saved))
+        trainer.update({"sft": SAMPLES})
+        ends.append(trained_parameters(trainer))
+    for name, value in saved["model"].items():
+        decayed = ends[0][name] - 3e-3 * 0.5 * value
+        torch.testing.assert_close(ends[1][name], decayed, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("model", "lora", "message"),
     [

@@ -397,7 +397,9 @@ class BuiltinTrainer:
                     "the checkpoint's LLM trains other weights than this run's (for example "
                     f"{odd[:3]}); start with the same llm.lora settings, or without --resume"
                 )
-            self._optimizer.load_state_dict(state["optimizer"])
+            # The moments only: rate, betas and weight decay are the settings' of this run.
+            groups = self._optimizer.state_dict()["param_groups"]
+            self._optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
             self._steps = state["steps"]
             # Earlier checkpoints have neither; an objective may have been switched on or off since.
             self._bad_steps.in_a_row = state.get("bad_steps", 0)
