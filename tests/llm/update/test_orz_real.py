@@ -84,7 +84,7 @@ def test_one_step_has_the_built_in_trainers_gradient(make_trainer, byte_model, w
     assert len(moved) == len(weights(theirs))
 
 
-def test_several_updates_a_resume_and_a_death(make_trainer, byte_model, cluster):
+def test_several_updates_a_resume_and_a_death(make_trainer, byte_model, cluster, caplog):
     of = orz_settings("builtin", batch_size=0, learning_rate=1e-3)
     of.rft.advantage, of.rft.max_importance = "raw", 0.0  # a weight of its own would hide bad ones
     ours = make_trainer(of)
@@ -125,6 +125,7 @@ def test_several_updates_a_resume_and_a_death(make_trainer, byte_model, cluster)
         trainer.update({"rft": PHASES[1]})
     assert far(weights(ours), weights(theirs)) == 0.0
     assert ours.stats()["orz_failures"] == 1
+    assert f"{cluster.get_runtime_context().get_session_name()}/logs/worker-*.err" in caplog.text
 
 
 @pytest.mark.parametrize(("dtype", "close"), [("float32", 1e-5), ("bfloat16", 0.05)])
