@@ -87,7 +87,7 @@ def test_a_run_with_orz_saves_when_its_group_is_asked_to_stop(tmp_path, tiny_llm
     ) as job:
         job.wait_for("llm_rft_policy_loss")
         os.killpg(job.process.pid, signal.SIGTERM)
-        ended = job.finish()
+        ended = job.finish(silent_stdout=False)  # DeepSpeed writes there
     assert ended.status == 0 and "SIGTERM received" not in ended.output
     assert "continue with --resume" in ended.output
     (saved,) = (tmp_path / "data_priorzero" / "run" / "ckpt").glob("iter_*/llm.pt")
