@@ -199,6 +199,10 @@ async def build(
 
         # The LLM: trainer, engine, prior and training phase.
         llm = await _build_llm(settings, device, opened, own_folder)
+        if llm is not None and settings.llm.trainer == "orz":
+            from priorzero.ray_link import keep_signals
+
+            keep_signals()
 
         # The players, each with environments of its own, which begin with the first game.
         collect_envs = None

@@ -4,11 +4,14 @@ or one that runs.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
 import logging
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from concurrent.futures import Future
 
 from priorzero.types import PriorZeroError
@@ -81,12 +84,41 @@ def _live(begun: Future[None], address: str, cpus: int, gpus: int) -> None:
     )
     try:
         where = dict(address=address) if address else own
-        ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
+        with _groups_of_their_own():
+            ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
     except BaseException as error:  # of any kind: `connect` raises it
         begun.set_exception(error)
         return
     begun.set_result(None)
     _left.wait()
+
+
+@contextlib.contextmanager
+def _groups_of_their_own() -> Iterator[None]:
+    """Inside, Ray's processes are started outside of the run's process group.
+
+    timeout(1) and some supervisors signal a whole group. The run finishes its step and saves then,
+    for which it needs its workers; Ray keeps SIGINT from its processes for that, but not SIGTERM.
+    They end with the run all the same: the kernel tells them, see `connect`.
+    """
+    from ray._private import services
+
+    before = services.ConsolePopen
+    services.ConsolePopen = functools.partial(before, process_group=0)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = before
+
+
+def worker_logs() -> str:
+    """Where the workers of the cluster this process is in write their errors, on their machines.
+
+    Several clusters may run on one; Ray's link `session_latest` names the youngest.
+    """
+    import ray
+
+    return f"{ray.get_runtime_context().get_session_name()}/logs/worker-*.err in Ray's /tmp/ray"
 
 
 def disconnect() -> None:

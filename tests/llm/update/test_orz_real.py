@@ -84,7 +84,7 @@ def test_one_step_has_the_built_in_trainers_gradient(make_trainer, byte_model, w
     assert len(moved) == len(weights(theirs))
 
 
-def test_several_updates_a_resume_and_a_death(make_trainer, byte_model, cluster):
+def test_several_updates_a_resume_and_a_death(make_trainer, byte_model, cluster, caplog):
     of = orz_settings("builtin", batch_size=0, learning_rate=1e-3)
     of.rft.advantage, of.rft.max_importance = "raw", 0.0  # a weight of its own would hide bad ones
     ours = make_trainer(of)
@@ -125,15 +125,19 @@ def test_several_updates_a_resume_and_a_death(make_trainer, byte_model, cluster)
         trainer.update({"rft": PHASES[1]})
     assert far(weights(ours), weights(theirs)) == 0.0
     assert ours.stats()["orz_failures"] == 1
+    assert f"{cluster.get_runtime_context().get_session_name()}/logs/worker-*.err" in caplog.text
 
 
-def test_decisions_in_one_pack_do_not_see_each_other(cluster, byte_model, tmp_path):
+@pytest.mark.parametrize(("dtype", "close"), [("float32", 1e-5), ("bfloat16", 0.05)])
+def test_decisions_in_one_pack_do_not_see_each_other(cluster, byte_model, tmp_path, dtype, close):
+    """And their log-probabilities are taken in float32, whatever the model computes in."""
     from priorzero.llm.update.orz.arguments import orz_arguments
     from priorzero.llm.update.orz.cluster import Cluster
     from priorzero.llm.update.orz.packs import RatedDecision, plan_packs
     from priorzero.llm.update.orz.session import OrzSession
 
     of = orz_settings()
+    of.orz.dtype = dtype
     byte_model.save_pretrained(tmp_path / "base")
     arguments = orz_arguments(of, cuda=False, model=tmp_path / "base", folder=tmp_path / "own")
     session = OrzSession(arguments, Cluster(of.orz, cuda=False), 600, 600)
@@ -148,12 +152,13 @@ def test_decisions_in_one_pack_do_not_see_each_other(cluster, byte_model, tmp_pa
         session.close()
 
     assert len(plan.packs[0][0].decisions) == 5
+    assert got.dtype == torch.float32 and (got != got.bfloat16()).any()
     alone = []
     with torch.no_grad():
         for row in rows:
             logits = byte_model(row[None]).logits[0].log_softmax(-1)
             alone.append(logits[-5:-1].gather(1, row[-4:, None])[:, 0])
-    torch.testing.assert_close(got[0], torch.cat(alone), rtol=0, atol=1e-5)
+    torch.testing.assert_close(got[0], torch.cat(alone), rtol=0, atol=close)
 
 
 def test_orz_reads_the_exported_prompts(tmp_path, tiny_llm):

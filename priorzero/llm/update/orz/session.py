@@ -25,6 +25,7 @@ from priorzero.llm.update.orz.cluster import Cluster
 from priorzero.llm.update.orz.contract import Learnt, OrzFailure
 from priorzero.llm.update.orz.mends import orz_imported
 from priorzero.llm.update.orz.packs import PackTensors, Plan
+from priorzero.ray_link import worker_logs
 
 with orz_imported():
     from orz.ppo.actors import PPORayActorGroup
@@ -191,6 +192,7 @@ class OrzSession:
         orz_logger.disable("orz")  # its own log repeats what our metrics say
         logger.info("ORZ runs with these mends of newer packages: %s", ", ".join(MENDS) or "none")
         self._cluster, self._timeout = cluster, timeout
+        self._logs = f"the workers' logs: {worker_logs()}"
         # A loop of its own: the caller may stand in one.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="orz")
         remote = ray.remote(num_gpus=1, runtime_env=cluster.environment())(PolicyActor)
@@ -235,9 +237,9 @@ class OrzSession:
         try:
             return self._thread.submit(asyncio.run, asyncio.wait_for(work, timeout)).result()
         except TimeoutError as error:
-            raise OrzFailure(f"no answer in {timeout:.0f} s") from error
+            raise OrzFailure(f"no answer in {timeout:.0f} s; {self._logs}") from error
         except ray.exceptions.RayError as error:
-            raise OrzFailure(_told(error)) from error
+            raise OrzFailure(f"{_told(error)}; {self._logs}") from error
 
 
 def _told(error: ray.exceptions.RayError) -> str:

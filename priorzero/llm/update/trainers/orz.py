@@ -128,10 +128,7 @@ class OrzTrainer(BuiltinTrainer):
         try:
             self._session = self._start(open_session, files)
         except OrzFailure as failure:
-            raise PriorZeroError(
-                f"ORZ's workers do not start: {failure}. Ray's logs of them are in "
-                "/tmp/ray/session_latest/logs (worker-*.err)"
-            ) from failure
+            raise PriorZeroError(f"ORZ's workers do not start: {failure}") from failure
 
     def _start(self, open_session: OpenSession, files: Path) -> Session:
         """The workers read the model from a folder, and keep nothing of it."""
