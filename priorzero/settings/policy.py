@@ -248,10 +248,9 @@ class PolicySettings(Settings):
     # ---- search ----
     num_simulations: int = 50
     """Expansions per decision."""
-    root_policy: str = "puct"
-    """A file of priorzero/search/root_policies. puct: our tree, reproducible, priors count from the
-    first visit; gumbel: sequential halving over sampled actions, for few simulations; lightzero:
-    its C++ tree.
+    root_policy: str = "gumbel"
+    """A file of priorzero/search/root_policies. gumbel: sequential halving over sampled actions, for
+    few simulations; puct: our tree, priors count from the first visit; lightzero: its C++ tree.
     """
     gumbel: GumbelSettings = field(default_factory=GumbelSettings)
     """Of root_policy gumbel, which knows neither Dirichlet noise nor `policy_target`."""
