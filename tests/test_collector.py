@@ -377,7 +377,9 @@ async def test_textworld(compiled_cfg, encoder, one_thread, tmp_path, monkeypatc
     from priorzero.games.env import TextGameEnv
 
     monkeypatch.setenv("PRIORZERO_CACHE", str(tmp_path / "cache"))
-    settings = SIZES | dict(action_vocabulary=dict(capacity=128, overflow=4), game_segment_length=6)
+    settings = SIZES | dict(
+        action_vocabulary=dict(capacity=128, overflow=4), game_segment_length=6, root_policy="puct"
+    )
     cfg = compiled_cfg(**settings)
     group = GameEnvGroup(
         [TextGameEnv(dict(env_id="tw-simple", max_steps=10)) for _ in range(2)], seed=0

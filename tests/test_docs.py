@@ -309,6 +309,7 @@ def test_every_metric_of_a_run_is_explained(tiny_llm, tmp_path):
             "--save-freq=1",
             "--rft",
             "--set=llm.lora.last_layers=1",
+            "--set=policy.root_policy=puct",  # the other draws by itself, without a schedule
             "--set=policy.annealing.duration=100",
             "--set=policy.restarts.share=1.0",
             "--set=policy.root_prior.temperature=auto",

@@ -507,7 +507,7 @@ def test_a_root_never_remembers_old_weights(planner, randomise, scalar_of):
 
 
 def test_collect_draws_from_the_tempered_visits_and_eval_takes_the_best(make_policy, randomise):
-    policy = make_policy(num_simulations=12, root_prior=dict(mode="wm_logits"))
+    policy = make_policy(num_simulations=12, root_prior=dict(mode="wm_logits"), root_policy="puct")
     randomise(policy.network, seed=3)
     start = root(0, ids=(5, 1, 3))
     for _ in range(5):

@@ -25,7 +25,12 @@ def start() -> Root:
 @pytest.fixture
 def policy(make_policy, randomise):
     """Untrained, with weights that tell roots apart and no noise in collection."""
-    made = make_policy(root_prior=dict(mode="wm_logits"), root_noise_weight=0.0, num_simulations=12)
+    made = make_policy(
+        root_prior=dict(mode="wm_logits"),
+        root_policy="puct",
+        root_noise_weight=0.0,
+        num_simulations=12,
+    )
     randomise(made.network, seed=3)
     return made
 

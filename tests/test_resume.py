@@ -76,6 +76,7 @@ def test_with_schedules_and_restarts(tmp_path):
         tmp_path,
         *EVAL,
         "--set=policy.restarts.share=0.8",
+        "--set=policy.root_policy=puct",
         "--set=policy.annealing.duration=30",
         "--set=policy.num_segments=6",
     )

@@ -249,8 +249,8 @@ class PolicySettings(Settings):
     num_simulations: int = 50
     """Expansions per decision."""
     root_policy: str = "gumbel"
-    """A file of priorzero/search/root_policies. gumbel: sequential halving over sampled actions, for
-    few simulations; puct: our tree, priors count from the first visit; lightzero: its C++ tree.
+    """A file of priorzero/search/root_policies. gumbel: sequential halving over sampled actions,
+    for few simulations; puct: our tree, priors count from the first visit; lightzero: its C++ tree.
     """
     gumbel: GumbelSettings = field(default_factory=GumbelSettings)
     """Of root_policy gumbel, which knows neither Dirichlet noise nor `policy_target`."""
@@ -271,9 +271,10 @@ class PolicySettings(Settings):
     root_prior: RootPriorSettings = field(default_factory=RootPriorSettings)
     """How the LLM enters at the root."""
     policy_target: str = "regularised"
-    """What policies are trained on. regularised: what visit counts tend to, from the prior without
-    noise and all values found (priorzero/search/targets.py); visits: the shares of the visit
-    counts. lightzero's tree knows visits only."""
+    """What policies are trained on with another root policy than gumbel, whose target is its own.
+    regularised: what visit counts tend to, from the prior without noise and all values found
+    (priorzero/search/targets.py); visits: the shares of the visit counts. lightzero's tree knows
+    visits only."""
     target_prior: str = "mixture"
     """The prior in the world model's policy target (regularised, or gumbel's). mixture: what the
     search started from; world_model: its own policy, so that it learns what the search found and

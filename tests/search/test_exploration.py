@@ -22,7 +22,7 @@ FALLING = AnnealingSettings(
     [(0, 2.0, 0.1), (250, 1.625, 0.225), (500, 1.25, 0.35), (1000, 0.5, 0.6), (9000, 0.5, 0.6)],
 )
 def test_by_hand(now, temperature, noise):
-    settings = PolicySettings(annealing=FALLING)
+    settings = PolicySettings(annealing=FALLING, root_policy="puct")
     assert temperature_at(settings, now) == pytest.approx(temperature)
     assert noise_weight_at(settings, now) == pytest.approx(noise)
 
@@ -35,7 +35,7 @@ def test_without_a_schedule_the_settings_are_the_very_same():
 
 
 def test_only_the_noise_is_another_in_what_root_policies_read():
-    settings = PolicySettings(annealing=FALLING, root_noise_weight=0.9)
+    settings = PolicySettings(annealing=FALLING, root_noise_weight=0.9, root_policy="puct")
     read = with_noise_at(settings, 250)
     assert read.root_noise_weight == pytest.approx(0.225) and settings.root_noise_weight == 0.9
     read.root_noise_weight = settings.root_noise_weight

@@ -259,7 +259,7 @@ def test_a_root_policy_without_the_operator_is_refused(make_policy):
         (
             "policy.target_prior is 'llm'.*no function of a prior",
             True,
-            dict(target_prior="llm", policy_target="visits"),
+            dict(target_prior="llm", policy_target="visits", root_policy="puct"),
         ),
         (
             "policy.target_prior is 'world_model'.*no function of a prior",
@@ -280,7 +280,7 @@ def test_what_makes_no_sense_is_refused(message, llm, overrides):
     if isinstance(overrides, str):
         settings = dict(llm=dict(sft=dict(target_prior="llm", enable=overrides != "off")))
         if overrides == "visits":
-            settings["policy"] = dict(policy_target="visits")
+            settings["policy"] = dict(policy_target="visits", root_policy="puct")
     else:
         settings = dict(policy=overrides)
     with pytest.raises(PriorZeroError) as error:
