@@ -118,7 +118,8 @@ def worker_logs() -> str:
     """
     import ray
 
-    return f"{ray.get_runtime_context().get_session_name()}/logs/worker-*.err in Ray's /tmp/ray"
+    session = ray.get_runtime_context().get_session_name()
+    return f"{session}/logs/worker-*.err in the folder where Ray keeps its sessions"
 
 
 def disconnect() -> None:
